@@ -1,0 +1,106 @@
+"""Write the measured numbers of docs/results/*.json into the README and docs.
+
+No document states a number that no committed file holds: a test runs this and expects no change.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    *("bits a value", "needles found", "perplexity", "mean KL, nats"),
+    *("same top token", "bytes held", "smaller", "tokens/s"),
+)
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """The README's table and the sentence under it."""
+    lines = [_joined(COLUMNS), _joined(["---:"] * len(COLUMNS)), *map(_line, results["rows"])]
+    windows, tokens = results["perplexity_windows"]
+    machine = results["machine"]
+    lines += [
+        "",
+        f"`sixfold demo` on {machine['processor']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}, the embedded model in bfloat16. Needles: five-digit "
+        f"numbers hidden in {results['context']} tokens. Perplexity, KL (from the uncompressed "
+        f"model, ± its standard error) and top token: {windows} windows of {tokens} tokens. "
+        f"Bytes: everything a cache of {results['context']} tokens holds, windows and tables "
+        "included; the share of those falls as contexts grow.",
+    ]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    plain = row["kl_standard_error"] is None and row["kl"] == 0
+    error = row["kl_standard_error"]
+    kl = f"{row['kl']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    cells = [
+        f"{row['bits']:g}" + (" (uncompressed)" if plain else ""),
+        f"{row['needles_exact']} of {row['needles_asked']}",
+        f"{row['perplexity']:.2f}",
+        "-" if plain else kl,
+        "-" if plain else f"{row['top1_agreement']:.1%}",
+        f"{row['nbytes'] / 1e6:.2f} MB",
+        f"{row['compression_ratio']:.2f}×",
+        f"{row['tokens_per_second']:.0f}",
+    ]
+    return _joined(cells)
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def key_map_table(results: dict[str, Any]) -> str:
+    """One row for every variant of the map, on the plain and on the hard model."""
+    names = list(results["rows"][0]["kl"])
+    lines = [
+        _joined(["model", "scaled channels", *(f"{name} bits" for name in names)]),
+        _joined(["---", "---", *["---:"] * len(names)]),
+    ]
+    for row in results["rows"]:
+        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
+        lines.append(_joined([row["model"], row["variant"], *cells]))
+    windows, tokens = results["windows"]
+    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a document that is written from a file of results."""
+
+    document: Path
+    results: Path
+    name: str
+    table: Callable[[dict[str, Any]], str]
+
+    def rendered(self) -> str:
+        """The document with the block replaced."""
+        text = self.document.read_text(encoding="utf-8")
+        begin, end = f"<!-- {self.name}:begin -->", f"<!-- {self.name}:end -->"
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise SystemExit(f"{self.document} must hold the markers {begin!r} and {end!r}")
+        results = json.loads(self.results.read_text(encoding="utf-8"))
+        return f"{before}{begin}\n{self.table(results)}\n{end}{after}"
+
+
+BLOCKS = (
+    Block(ROOT / "README.md", ROOT / "docs/results/demo.json", "demo", demo_table),
+    Block(ROOT / "docs/key_map.md", ROOT / "docs/results/key_map.json", "key_map", key_map_table),
+)
+
+
+def main() -> None:
+    """Rewrite every document in place."""
+    for block in BLOCKS:
+        block.document.write_text(block.rendered(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
