@@ -1,0 +1,1 @@
+"""Operations on tensors: one folder each, with a plain-PyTorch reference and faster backends."""

@@ -1,0 +1,78 @@
+"""Which implementation of an operation runs: a choice by device that the user can override.
+
+A backend of an operation is the module `sixfold.kernels.<operation>.<backend>`; adding the file
+is enough for it to be found. One that cannot be imported (no Triton, no compiled extension)
+counts as missing, and the reason is kept for error messages.
+"""
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from sixfold.errors import BackendError
+
+BACKENDS = ("reference", "cpu", "triton")
+ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
+
+_FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+
+
+@cache
+def _load(operation: str, backend: str) -> ModuleType | str:
+    """The module of a backend, or why there is none."""
+    name = f"{__package__}.{operation}.{backend}"
+    if importlib.util.find_spec(name) is None:
+        return "not part of this install"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+
+
+def available_backends(operation: str) -> tuple[str, ...]:
+    """Backends of `operation` that this install can run, for some device."""
+    return tuple(name for name in BACKENDS if isinstance(_load(operation, name), ModuleType))
+
+
+def missing_backends(operation: str) -> dict[str, str]:
+    """Why each of the other backends of `operation` cannot run."""
+    found = {name: _load(operation, name) for name in BACKENDS}
+    return {name: reason for name, reason in found.items() if isinstance(reason, str)}
+
+
+def implementation(operation: str, device: torch.device) -> ModuleType:
+    """The module that runs `operation` on `device`.
+
+    The fastest backend for the device if this install has it, otherwise the reference;
+    `SIXFOLD_BACKEND` overrides.
+
+    Raises:
+        BackendError: The override names no backend, or one that this install lacks.
+    """
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if override:
+        return _overridden(operation, override)
+    module = _load(operation, _FASTEST.get(device.type, "reference"))
+    fallback = _load(operation, "reference") if isinstance(module, str) else module
+    assert isinstance(fallback, ModuleType), fallback
+    return fallback
+
+
+def _overridden(operation: str, backend: str) -> ModuleType:
+    available = ", ".join(available_backends(operation))
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)} (or unset), "
+            f"got {backend!r}; available for {operation!r}: {available}"
+        )
+    module = _load(operation, backend)
+    if isinstance(module, str):
+        raise BackendError(
+            f"{ENVIRONMENT_VARIABLE}={backend}, but the {backend} backend of {operation!r} "
+            f"is missing ({module}); use one of: {available}"
+        )
+    return module

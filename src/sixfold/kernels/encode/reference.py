@@ -1,0 +1,127 @@
+"""Encoding in plain PyTorch."""
+
+import math
+
+import torch
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
+from torch import Tensor
+
+from sixfold.kernels._codewords import lookup
+from sixfold.kernels._normalize import normalize
+from sixfold.kernels._tiles import page_tiles, tiles
+from sixfold.kernels.encode import Scale
+from sixfold.kernels.rotate.reference import rotate
+from sixfold.packing import (
+    PAGE_TOKENS,
+    Bits,
+    Layout,
+    encode_scale,
+    is_paired,
+    n_symbols,
+    pack,
+    row_bytes,
+    symbol_bits,
+    to_pages,
+)
+from sixfold.pair_grids import PAIR_MIRRORS
+
+
+def encode(
+    x: Float[Tensor, "*b dim"],
+    signs: Float[Tensor, "rounds dim"],
+    factor: Float[Tensor, "m m"],
+    centroids: Float32[Tensor, " levels *pair"],
+    *,
+    bits: Bits,
+    scale: Scale,
+) -> tuple[UInt8[Tensor, "*b row_bytes"], Float16[Tensor, "*b"]]:
+    """See `sixfold.kernels.encode.encode`."""
+    batch, dim = x.shape[:-1], x.shape[-1]
+    vectors = x.reshape(batch.numel(), dim)
+    size = row_bytes(n_symbols(dim, bits), symbol_bits(bits))
+    rows = torch.empty(len(vectors), size, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(len(vectors), dtype=torch.float16, device=x.device)
+    for tile in tiles(len(vectors), dim):
+        rows[tile], scales[tile] = _encode(
+            vectors[tile], signs, factor, centroids, bits=bits, scale=scale
+        )
+    return rows.view(*batch, size), scales.view(batch)
+
+
+def encode_pages(
+    x: Float[Tensor, "batch heads tokens dim"],
+    mean: Float[Tensor, "batch heads dim"] | None,
+    channel_scale: Float[Tensor, "batch heads dim"] | None,
+    signs: Float[Tensor, "rounds dim"],
+    factor: Float[Tensor, "m m"],
+    centroids: Float32[Tensor, " levels *pair"],
+    *,
+    bits: Bits,
+    scale: Scale,
+    layout: Layout,
+    pages: UInt8[Tensor, "slots heads page_bytes"],
+    scales: Float16[Tensor, "slots heads page_tokens"],
+    slots: Int64[Tensor, "batch n_pages"],
+) -> None:
+    """See `sixfold.kernels.encode.encode_pages`."""
+    heads, dim = x.shape[1], x.shape[-1]
+    batch, n_pages = slots.shape
+    # [batch, n_pages, heads, PAGE_TOKENS, dim]
+    paged = torch.unflatten(x, 2, (-1, PAGE_TOKENS)).transpose(1, 2)
+    for rows, columns in page_tiles(batch, n_pages, heads * PAGE_TOKENS * dim):
+        tile = paged[rows, columns]
+        if mean is not None:
+            tile = tile - mean[rows, None, :, None].float()
+        if channel_scale is not None:
+            tile = tile * channel_scale[rows, None, :, None].float()
+        codes, stored = _encode(tile, signs, factor, centroids, bits=bits, scale=scale)
+        where = slots[rows, columns]
+        pages[where] = to_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
+        scales[where] = stored
+
+
+def _encode(
+    x: Tensor, signs: Tensor, factor: Tensor, centroids: Tensor, *, bits: Bits, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    dim = x.shape[-1]
+    norm, unit = normalize(x)
+    u = rotate(unit, signs, factor) * math.sqrt(dim)
+    indices = _nearest_pairs(u, centroids, bits) if is_paired(bits) else _nearest(u, centroids)
+    stored = norm / math.sqrt(dim) * _correction(u, lookup(indices, centroids, dim), scale)
+    return pack(indices, symbol_bits(bits)), encode_scale(stored)
+
+
+def _nearest(u: Tensor, centroids: Tensor) -> Tensor:
+    boundaries = (centroids[1:] + centroids[:-1]) / 2
+    return torch.bucketize(u, boundaries, out_int32=True).to(torch.uint8)
+
+
+def _nearest_pairs(u: Tensor, centroids: Tensor, bits: Bits) -> Tensor:
+    """Fold each pair by its signs, which are the top bits of the index, then search the rest."""
+    symbol = symbol_bits(bits)
+    x, y = torch.nn.functional.pad(u, (0, u.shape[-1] % 2)).chunk(2, dim=-1)
+    index = (x < 0).to(torch.uint8) << (symbol - 1)
+    x = x.abs()
+    if PAIR_MIRRORS[symbol] == 2:
+        index |= (y < 0).to(torch.uint8) << (symbol - 2)
+        y = y.abs()
+    points = centroids[: 1 << (symbol - PAIR_MIRRORS[symbol])]
+    best = torch.full_like(x, math.inf)
+    nearest = torch.zeros_like(index)
+    for number, (px, py) in enumerate(points.tolist()):
+        distance = (x - px).square() + (y - py).square()
+        closer = distance < best
+        best = torch.where(closer, distance, best)
+        nearest = torch.where(closer, number, nearest)
+    return index | nearest
+
+
+def _correction(u: Tensor, q: Tensor, scale: Scale) -> Tensor:
+    """What multiplies ‖x‖/sqrt(dim), in float64; 1 or finite for a zero vector."""
+    if scale == "norm":
+        return torch.ones((), dtype=torch.float64, device=u.device)
+    u, q = u.double(), q.double()
+    product = (u * q).sum(-1)
+    if scale == "optimal":
+        return product / q.square().sum(-1)
+    return u.square().sum(-1) / torch.where(product > 0, product, 1)

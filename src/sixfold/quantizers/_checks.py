@@ -1,0 +1,48 @@
+"""One clear error for each kind of unusable input."""
+
+import torch
+from torch import Tensor
+
+from sixfold.codes import Codes
+from sixfold.errors import ShapeError, SixfoldError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_vectors(x: Tensor, dim: int, name: str = "x") -> None:
+    """Refuse vectors of another dimension or of a dtype without fractions.
+
+    Raises:
+        SixfoldError: `x` is not float16, bfloat16, float32 or float64.
+        ShapeError: The last axis is not `dim`.
+    """
+    if x.dtype not in _DTYPES:
+        raise SixfoldError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
+            f"convert it, for example with {name}.float()"
+        )
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ShapeError(f"the last axis of {name} must be dim={dim}, got shape {tuple(x.shape)}")
+
+
+def check_queries(queries: Tensor, codes: Codes) -> None:
+    """Refuse queries that do not line up with codes.
+
+    Raises:
+        SixfoldError: Unusable dtype, or another device than the codes.
+        ShapeError: The shapes are not [*batch, queries, dim] and [*batch, n, dim].
+    """
+    check_vectors(queries, codes.spec.dim, "queries")
+    if (
+        queries.ndim < 2
+        or queries.ndim != len(codes.shape)
+        or queries.shape[:-2] != codes.shape[:-2]
+    ):
+        raise ShapeError(
+            "queries [*batch, n_queries, dim] and codes [*batch, n, dim] must share batch axes, "
+            f"got {tuple(queries.shape)} and {tuple(codes.shape)}"
+        )
+    if queries.device != codes.device:
+        raise SixfoldError(
+            f"queries are on {queries.device} and codes on {codes.device}; move one with .to()"
+        )

@@ -1,0 +1,52 @@
+"""The operations once more, in float64, by definition and without regard to speed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sixfold.hadamard import hadamard_factor
+from sixfold.packing import Bits, is_paired, n_symbols, symbol_bits, unpack
+
+
+def walsh(order: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < order:
+        matrix = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), matrix)
+    return matrix
+
+
+def rotation_matrix(signs: Tensor, factor: Tensor) -> Tensor:
+    """The orthogonal matrix R [dim, dim] that `rotate` applies, with an exact factor."""
+    dim = signs.shape[-1]
+    exact = hadamard_factor(dim)
+    if exact is not None and torch.equal(torch.tensor(exact, dtype=torch.float32), factor):
+        factor = torch.tensor(exact)
+    order = dim // len(factor)
+    step = torch.kron(walsh(order) / math.sqrt(order), factor.double())
+    matrix = torch.eye(dim, dtype=torch.float64)
+    for sign in signs.double():
+        matrix = step @ torch.diag(sign) @ matrix
+    return matrix
+
+
+def codewords(rows: Tensor, centroids: Tensor, dim: int, bits: Bits) -> Tensor:
+    chosen = centroids.double()[unpack(rows, n_symbols(dim, bits), symbol_bits(bits)).long()]
+    return torch.cat((chosen[..., 0], chosen[..., 1]), -1)[..., :dim] if is_paired(bits) else chosen
+
+
+def nearest_distance(u: Tensor, centroids: Tensor, bits: Bits) -> Tensor:
+    """Squared distance [*b] of u to the nearest codeword of the whole vector."""
+    book = centroids.double()
+    if not is_paired(bits):
+        return (u[..., None] - book).square().amin(-1).sum(-1)
+    first, second = torch.nn.functional.pad(u, (0, u.shape[-1] % 2)).chunk(2, dim=-1)
+    pairs = torch.stack((first, second), dim=-1)[..., None, :]
+    return (pairs - book).square().sum(-1).amin(-1).sum(-1)
+
+
+def scale(u: Tensor, q: Tensor, kind: str) -> Tensor:
+    if kind == "norm":
+        return torch.ones_like(u[..., 0])
+    product = (u * q).sum(-1)
+    return product / (q * q).sum(-1) if kind == "optimal" else (u * u).sum(-1) / product

@@ -1,0 +1,72 @@
+"""The choice of a backend, and what is said when it cannot be had."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sixfold.kernels.rotate
+from sixfold.errors import BackendError
+from sixfold.kernels import _dispatch
+from sixfold.kernels._dispatch import available_backends, implementation, missing_backends
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rotate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose modules count as backends of `rotate`."""
+    folder = sixfold.kernels.rotate.__path__
+    monkeypatch.setattr(sixfold.kernels.rotate, "__path__", [*folder, str(tmp_path)])
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    before = set(sys.modules)
+    _dispatch._load.cache_clear()
+    yield tmp_path
+    _dispatch._load.cache_clear()
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[-1]
+
+
+@pytest.mark.parametrize("operation", ["rotate", "encode", "decode", "scores", "attention"])
+def test_every_operation_has_a_reference(operation: str) -> None:
+    assert available_backends(operation)[0] == "reference"
+
+
+def test_a_new_module_is_enough(rotate_folder: Path) -> None:
+    (rotate_folder / "cpu.py").write_text("")
+    assert name(implementation("rotate", CPU)) == "cpu"
+    assert available_backends("rotate") == ("reference", "cpu")
+
+
+def test_a_backend_that_cannot_be_imported_is_passed_over(rotate_folder: Path) -> None:
+    (rotate_folder / "cpu.py").write_text("import a_module_that_is_not_there")
+    assert name(implementation("rotate", CPU)) == "reference"
+    assert "a_module_that_is_not_there" in missing_backends("rotate")["cpu"]
+
+
+def test_the_environment_overrides(rotate_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rotate_folder / "cpu.py").write_text("")
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    assert name(implementation("rotate", CPU)) == "reference"
+    monkeypatch.setenv("SIXFOLD_BACKEND", "")
+    assert name(implementation("rotate", CPU)) == "cpu"
+
+
+def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "fortran")
+    with pytest.raises(BackendError, match=r"must be one of .*'fortran'.*available.*reference"):
+        implementation("rotate", CPU)
+
+
+@pytest.mark.usefixtures("rotate_folder")
+def test_missing_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    with pytest.raises(BackendError, match=r"cpu backend of 'rotate' is missing.*reference"):
+        implementation("rotate", CPU)
