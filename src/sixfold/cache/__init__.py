@@ -1,0 +1,7 @@
+"""The compressed key-value history of one attention layer, independent of any host framework."""
+
+from sixfold.cache.accounting import LayerShape, cache_nbytes, uncompressed_nbytes
+from sixfold.cache.layer import CompressedLayer
+from sixfold.cache.policy import CachePolicy
+
+__all__ = ["CachePolicy", "CompressedLayer", "LayerShape", "cache_nbytes", "uncompressed_nbytes"]

@@ -1,0 +1,125 @@
+"""How the vectors of one side of the cache, keys or values, become pages."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from sixfold.cache.pages import Run
+from sixfold.cache.policy import CachePolicy
+from sixfold.codebooks import centroids
+from sixfold.kernels.decode import decode_pages
+from sixfold.kernels.encode import encode_pages
+from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
+from sixfold.rotation import Rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class Coder:
+    """Rotation, codebook, scale and page layout of keys or of values.
+
+    Keys carry the scale that makes inner products unbiased, values the one of least squared error
+    (EDEN, arXiv:2604.18555); each is stored in place of the norm, so neither costs a bit.
+    """
+
+    layout: Literal["key", "value"]
+    dim: int
+    bits: Bits
+    seed: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one head's codes of a page, without scales."""
+        return PAGE_TOKENS * row_bytes(n_symbols(self.dim, self.bits), symbol_bits(self.bits))
+
+    @property
+    def rotation(self) -> Rotation:
+        """The rotation shared by all heads, layers and sequences."""
+        return Rotation(self.dim, "hadamard", self.seed)
+
+    def centroids(self, device: torch.device) -> Float32[Tensor, "..."]:
+        """The codebook."""
+        return _codebook(self.dim, self.bits, device)
+
+    def tables(self, device: torch.device) -> list[Tensor]:
+        """Every tensor that coding needs beside the pages."""
+        rotation = self.rotation
+        return [rotation.signs(device), rotation.factor(device), self.centroids(device)]
+
+    def write(
+        self,
+        run: Run,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        mean: Float32[Tensor, "batch kv_heads dim"] | None = None,
+        channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
+    ) -> None:
+        """Encode whole pages of vectors, mapped by ``(x - mean)·channel_scale``, into `run`."""
+        pages, scales = self._storage(run)
+        signs, factor, codebook = self.tables(x.device)
+        encode_pages(
+            x,
+            mean,
+            channel_scale,
+            signs,
+            factor,
+            codebook,
+            bits=self.bits,
+            scale="unbiased" if self.layout == "key" else "optimal",
+            layout=self.layout,
+            pages=pages,
+            scales=scales,
+            slots=run.slots,
+        )
+
+    def read(
+        self,
+        run: Run,
+        dtype: torch.dtype,
+        mean: Float32[Tensor, "batch kv_heads dim"] | None = None,
+        channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
+    ) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Decode the valid tokens of `run` and undo the map."""
+        pages, scales = self._storage(run)
+        signs, factor, codebook = self.tables(run.slots.device)
+        dense = decode_pages(
+            pages,
+            scales,
+            run.slots,
+            mean,
+            channel_scale,
+            signs,
+            factor,
+            codebook,
+            dim=self.dim,
+            bits=self.bits,
+            layout=self.layout,
+            dtype=dtype,
+        )
+        return dense if dense.shape[2] == run.tokens else dense[:, :, _valid(run.lengths)]
+
+    def _storage(self, run: Run) -> tuple[Tensor, Tensor]:
+        slab = run.slab
+        if self.layout == "key":
+            return slab.key_codes, slab.key_scales
+        return slab.value_codes, slab.value_scales
+
+
+def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Coder]:
+    """How `policy` codes keys, and values."""
+    return (
+        Coder("key", key_dim, policy.key_bits, policy.seed),
+        Coder("value", value_dim, policy.value_bits, policy.seed),
+    )
+
+
+@functools.lru_cache
+def _codebook(dim: int, bits: Bits, device: torch.device) -> Tensor:
+    return centroids(dim, bits).to(device)
+
+
+def _valid(lengths: Int64[Tensor, " pages"]) -> Int64[Tensor, " tokens"]:
+    offsets = torch.arange(PAGE_TOKENS, device=lengths.device)
+    return (offsets < lengths[:, None]).flatten().nonzero().flatten()

@@ -1,0 +1,313 @@
+"""One attention layer's compressed history: append, attend, compress, and operations on codes."""
+
+import copy
+import dataclasses
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
+from sixfold.cache.attend import Mask, Request, attend_codes, attend_tokens, fit_mask
+from sixfold.cache.coder import coders
+from sixfold.cache.dense import DenseTokens
+from sixfold.cache.pages import PagedHistory
+from sixfold.cache.policy import CachePolicy
+from sixfold.cache.prefix import Prefix, valid_tokens
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.attention import exact_attention, merge_partials, with_sinks
+from sixfold.packing import PAGE_TOKENS
+
+
+class CompressedLayer:
+    """Keys and values of one layer: sinks, pages of codes, and recent tokens.
+
+    Tokens arrive by `append` in full precision and wait in the window. `attend` (or `dequantized`)
+    reads everything held; `compress` turns what exceeds the recent window into pages of 64 tokens.
+    Positions count from the oldest token still held. Window, prefix and runs are values, replaced
+    and never changed in place, so that forks can share them.
+
+    Attributes:
+        policy: What is kept and at how many bits.
+        sliding_window: Tokens a query sees, itself included; None for all.
+        window: Tokens in the model's dtype that have not been compressed.
+        history: Compressed tokens.
+        prefix: Sinks and key map; None until the first page is written.
+        padding: Left-padding tokens of every sequence, as far as masks have shown any.
+        evicted: Tokens forgotten because they left the sliding window.
+        record_past: Keep tokens that left the window until the next `crop` (assisted generation).
+    """
+
+    def __init__(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens key_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        policy: CachePolicy,
+        sliding_window: int | None = None,
+    ) -> None:
+        """An empty history for vectors shaped like `keys` and `values`, which are not stored."""
+        self.policy = policy
+        self.sliding_window = sliding_window
+        self.key_coder, self.value_coder = coders(policy, keys.shape[3], values.shape[3])
+        self.window = DenseTokens(keys, values).copy_slice(0, 0)
+        self.history = PagedHistory(
+            keys.shape[1], self.key_coder.page_bytes, self.value_coder.page_bytes
+        )
+        self.prefix: Prefix | None = None
+        self.padding = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        self.query_energy: QueryEnergy | None = None
+        self.evicted = 0
+        self.record_past = False
+
+    @property
+    def held(self) -> int:
+        """Tokens a sequence that can still be attended."""
+        return self.history.tokens + self.window.tokens
+
+    @property
+    def visible(self) -> int:
+        """Tokens held that the next token can see."""
+        return self.held if self.sliding_window is None else min(self.held, self.sliding_window - 1)
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence ever seen."""
+        return self.evicted + self.held
+
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens key_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Add tokens in full precision.
+
+        Raises:
+            ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
+        """
+        new = DenseTokens(keys, values)
+        _check_same(self.window, new)
+        self.window = self.window.append(new) if self.window.tokens else new
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads queries key_dim"],
+        *,
+        scaling: float,
+        mask: Mask | None = None,
+        softcap: float | None = None,
+        sink_logits: Float[Tensor, " heads"] | None = None,
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
+        """Attention of the newest tokens' queries over everything held, then `compress`.
+
+        Args:
+            query: Queries of the last tokens appended.
+            scaling: Factor of the logits.
+            mask: Attended tokens, the last column the newest; tokens held beyond the first column
+                are not attended. Causal (and sliding) without.
+            softcap: Logits become ``softcap·tanh(logit/softcap)``.
+            sink_logits: A learned logit a head without a value (GPT-OSS).
+
+        Returns:
+            The output in the dtype of `query`. While nothing is compressed it is exact.
+        """
+        if mask is not None:
+            mask = fit_mask(mask, self.held)
+        if self.prefix is None:
+            self._observe(query, mask)
+            out = exact_attention(
+                query,
+                self.window.keys,
+                self.window.values,
+                scaling=scaling,
+                mask=mask,
+                sliding_window=self.sliding_window,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
+        else:
+            own = torch.arange(self.held - query.shape[2], self.held, device=query.device)
+            request = Request(query, own, scaling, mask, self.sliding_window, softcap)
+            parts = [attend_tokens(request, self.prefix, self.window, self.history.tokens)]
+            if self.history.runs:
+                sides = self.key_coder, self.value_coder
+                parts.append(attend_codes(request, self.prefix, self.history, *sides))
+            out = with_sinks(merge_partials(parts), sink_logits).out.to(query.dtype)
+        self.compress()
+        return out
+
+    def dequantized(
+        self,
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads tokens key_dim"],
+        Float[Tensor, "batch kv_heads tokens value_dim"],
+    ]:
+        """Every token held, decoded to the model's dtype: as large as the uncompressed layer."""
+        if self.prefix is None:
+            return self.window.keys, self.window.values
+        key_map, dtype = self.prefix.key_map, self.window.keys.dtype
+        runs = self.history.runs
+        keys = [self.key_coder.read(run, dtype, key_map.mean, key_map.scale) for run in runs]
+        values = [self.value_coder.read(run, dtype) for run in runs]
+        all_keys = torch.cat([*keys, self.window.keys], 2)
+        all_values = torch.cat([*values, self.window.values], 2)
+        self.prefix.overwrite(all_keys, self.prefix.sinks.keys)
+        self.prefix.overwrite(all_values, self.prefix.sinks.values)
+        return all_keys, all_values
+
+    @torch.no_grad()
+    def compress(self) -> None:
+        """Turn all but the recent window into codes, whole pages at a time.
+
+        What is held afterwards has no history for autograd.
+        """
+        if not self.record_past:
+            self._evict()
+        pages = (self.window.tokens - self.policy.recent_window) // PAGE_TOKENS
+        if pages <= 0 or not self._can_fix_prefix():
+            self.window = self.window.owned()
+            return
+        prefix = self.prefix or self._fixed_prefix()
+        chunk = self.window.slice(0, pages * PAGE_TOKENS)
+        run = self.history.reserve(len(self.padding), pages, self.padding.device)
+        self.key_coder.write(run, chunk.keys, prefix.key_map.mean, prefix.key_map.scale)
+        self.value_coder.write(run, chunk.values)
+        rest = self.window.copy_slice(chunk.tokens, self.window.tokens)
+        # Nothing above changed the history: an error on the way loses no token.
+        self.history.push(run)
+        self.window, self.prefix, self.query_energy = rest, prefix, None
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens; codes that stay are not touched.
+
+        Raises:
+            SixfoldError: A sliding window has already forgotten tokens the remaining ones need.
+        """
+        if count >= self.length:
+            self.reset()
+            return
+        remaining = max(self.held - count, 0)
+        needed = min(max(self.length - count, 0), (self.sliding_window or 1) - 1)
+        if self.evicted and remaining < needed:
+            raise SixfoldError(
+                f"cannot remove {count} tokens: the sliding window of {self.sliding_window} tokens "
+                f"has let go of {needed - remaining} tokens that would be visible again; call "
+                "cache.activate_past_recording() before generating tokens that may be removed."
+            )
+        self.window = self.window.copy_slice(0, max(remaining - self.history.tokens, 0))
+        self.history.keep_first(remaining)
+        self.padding = self.padding.clamp(max=self.length)
+        if self.prefix is not None:
+            self.prefix = self.prefix.crop(remaining)
+        self._evict()
+
+    def reset(self) -> None:
+        """Forget every token, and with them the sinks and the key map."""
+        self.window = self.window.copy_slice(0, 0)
+        self.history.keep_first(0)
+        self.padding = torch.zeros_like(self.padding)
+        self.prefix, self.query_energy, self.evicted = None, None, 0
+
+    def select(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep, repeat or reorder sequences of the batch: codes are shared, not copied."""
+        rows = rows.to(self.padding.device)
+        shrinks = len(rows) < len(self.padding)
+        self.window = self.window.select(rows)
+        self.padding = self.padding[rows]
+        if self.query_energy is not None:
+            self.query_energy = QueryEnergy(self.query_energy.squares[rows])
+        if self.prefix is not None:
+            self.prefix = self.prefix.select(rows)
+        self.history.select(rows)
+        if shrinks:
+            self.history.compact()
+
+    def fork(self) -> "CompressedLayer":
+        """A second history that starts from this one's tokens and shares its pages."""
+        twin = copy.copy(self)
+        twin.history = self.history.fork()
+        return twin
+
+    def to(self, device: torch.device) -> None:
+        """Move everything held, or nothing where there is no room for all of it."""
+        moved = self.fork()
+        moved.window, moved.padding = self.window.to(device), self.padding.to(device)
+        if self.query_energy is not None:
+            moved.query_energy = QueryEnergy(self.query_energy.squares.to(device))
+        if self.prefix is not None:
+            moved.prefix = self.prefix.to(device)
+        moved.history.to(device)
+        self.__dict__.update(moved.__dict__)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, shared coding tables included."""
+        held = [self.window.keys, self.window.values, self.padding]
+        if self.query_energy is not None:
+            held.append(self.query_energy.squares)
+        if self.prefix is not None:
+            held += self.prefix.tensors()
+            held += self.key_coder.tables(self.padding.device)
+            held += self.value_coder.tables(self.padding.device)
+        return held + self.history.tensors()
+
+    @torch.no_grad()
+    def _observe(
+        self, query: Float[Tensor, "batch heads queries key_dim"], mask: Mask | None
+    ) -> None:
+        """Until codes exist: count left padding and the energy of the queries."""
+        valid = valid_tokens(mask, query.shape[2], query.shape[0])
+        if valid is not None:
+            before = self.length - query.shape[2]
+            leading = (valid.cumsum(1) == 0).sum(1)
+            self.padding = torch.where(self.padding == before, before + leading, self.padding)
+        energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])
+        self.query_energy = energy if self.query_energy is None else self.query_energy + energy
+
+    @property
+    def _sinks(self) -> int:
+        return self.policy.sink_tokens if self.sliding_window is None else 0
+
+    def _can_fix_prefix(self) -> bool:
+        """Whether every sequence that has begun has shown the tokens that its key map needs."""
+        if self.prefix is not None:
+            return True
+        seen = self.length - self.padding
+        # A row that is all padding may stay so: it must not hold up the others.
+        begun = seen[seen > 0]
+        return len(begun) > 0 and int(begun.min()) >= self._sinks + MIN_TOKENS
+
+    def _fixed_prefix(self) -> Prefix:
+        padding = (self.padding - self.evicted).clamp(min=0)
+        return Prefix.fix(self.window, padding, self.query_energy, self.policy, self._sinks)
+
+    def _evict(self) -> None:
+        """Let go of tokens that no later query can see: whole pages, then single tokens."""
+        if self.sliding_window is None:
+            return
+        expired = self.held - self.visible
+        if expired == 0:
+            return
+        gone = self.history.drop_first(expired)
+        if self.history.tokens == 0 and expired > gone:
+            self.window = self.window.copy_slice(expired - gone, self.window.tokens)
+            gone = expired
+        self.evicted += gone
+        if self.prefix is not None:
+            padding = (self.prefix.padding - gone).clamp(min=0)
+            self.prefix = dataclasses.replace(self.prefix, padding=padding)
+
+
+def _check_same(held: DenseTokens, new: DenseTokens) -> None:
+    if new.keys.shape[2] != new.values.shape[2]:
+        raise ShapeError(
+            f"expected a value for every key, got {new.keys.shape[2]} keys and "
+            f"{new.values.shape[2]} values a sequence."
+        )
+    for name in ("keys", "values"):
+        old, fresh = getattr(held, name), getattr(new, name)
+        expected = (*old.shape[:2], old.shape[3], old.dtype, old.device)
+        got = (*fresh.shape[:2], fresh.shape[3], fresh.dtype, fresh.device)
+        if expected != got:
+            raise ShapeError(
+                f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
+                f"{got}; reset the cache or select its batch rows before changing the batch."
+            )

@@ -1,0 +1,236 @@
+"""Pages of codes: storage that grows without moving, and tables that say whose page is where."""
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Float16, Int, Int64, UInt8
+from torch import Tensor
+
+from sixfold.packing import PAGE_TOKENS
+
+MIN_SLAB_PAGES = 4
+GROWTH = 16  # a new slab adds 1/16 of the history: at most 6 % of slack, few slabs
+
+
+@dataclasses.dataclass(eq=False)
+class Slab:
+    """A fixed piece of storage for pages of keys and values, shared by every cache that uses it.
+
+    Attributes:
+        key_codes: Key pages, one a slot (docs/format.md).
+        key_scales: Their scales.
+        value_codes: Value pages.
+        value_scales: Their scales.
+        used: Slots ever handed out; the rest has never been written.
+        runs: Tables that refer to this slab, forks of the cache included.
+    """
+
+    key_codes: UInt8[Tensor, "slots kv_heads key_bytes"]
+    key_scales: Float16[Tensor, "slots kv_heads page"]
+    value_codes: UInt8[Tensor, "slots kv_heads value_bytes"]
+    value_scales: Float16[Tensor, "slots kv_heads page"]
+    used: int = 0
+    runs: "weakref.WeakSet[Run]" = dataclasses.field(default_factory=weakref.WeakSet)
+
+    @classmethod
+    def allocate(
+        cls, slots: int, kv_heads: int, key_bytes: int, value_bytes: int, device: torch.device
+    ) -> Self:
+        """Storage for `slots` pages."""
+
+        def codes(page_bytes: int) -> Tensor:
+            return torch.empty(slots, kv_heads, page_bytes, dtype=torch.uint8, device=device)
+
+        def scales() -> Tensor:
+            return torch.empty(slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
+
+        # Memory from inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            return cls(codes(key_bytes), scales(), codes(value_bytes), scales())
+
+    @classmethod
+    def full(cls, tensors: Sequence[Tensor]) -> Self:
+        """A slab with every slot in use, of tensors in the order of `tensors`."""
+        key_codes, key_scales, value_codes, value_scales = tensors
+        return cls(key_codes, key_scales, value_codes, value_scales, used=len(key_codes))
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """KV heads, and bytes of one head's key codes and value codes of a page."""
+        return self.key_codes.shape[1], self.key_codes.shape[2], self.value_codes.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Key codes, key scales, value codes, value scales."""
+        return self.key_codes, self.key_scales, self.value_codes, self.value_scales
+
+    def take(self, count: int) -> Int64[Tensor, " count"] | None:
+        """Slots nobody uses, or None if there are not `count` of them."""
+        capacity = self.key_codes.shape[0]
+        device = self.key_codes.device
+        if capacity - self.used >= count:
+            self.used += count
+            return torch.arange(self.used - count, self.used, device=device)
+        free = torch.ones(capacity, dtype=torch.bool, device=device)
+        for run in self.runs:
+            free[run.slots.flatten()] = False
+        idle = free.nonzero().flatten()[:count]
+        if len(idle) < count:
+            return None
+        self.used = capacity
+        return idle
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """Consecutive pages of every sequence that lie in one slab. Never changed, only replaced."""
+
+    slab: Slab
+    slots: Int64[Tensor, "batch pages"]
+    lengths: Int64[Tensor, " pages"]
+    tokens: int
+
+    def __post_init__(self) -> None:
+        self.slab.runs.add(self)
+
+    def starts(self, first: int) -> Int64[Tensor, " pages"]:
+        """Position of each page's first token when the run begins at position `first`."""
+        return first + self.lengths.cumsum(0) - self.lengths
+
+    def rows(self, slots: Int64[Tensor, "batch pages"]) -> "Run":
+        """The same pages for other sequences."""
+        return Run(self.slab, slots, self.lengths, self.tokens)
+
+    def extend(self, run: "Run") -> "Run":
+        """Both runs' pages as one run."""
+        return Run(
+            self.slab,
+            torch.cat([self.slots, run.slots], 1),
+            torch.cat([self.lengths, run.lengths]),
+            self.tokens + run.tokens,
+        )
+
+    def keep_first(self, tokens: int) -> "Run":
+        """The run's first `tokens` tokens; its last page may become partly valid."""
+        ends = self.lengths.cumsum(0)
+        pages = int((ends < tokens).sum()) + 1
+        lengths = self.lengths[:pages].clone()
+        lengths[-1] -= int(ends[pages - 1]) - tokens
+        return Run(self.slab, self.slots[:, :pages], lengths, tokens)
+
+    def drop_first(self, tokens: int) -> "Run":
+        """The run without the whole pages among its first `tokens` tokens."""
+        pages = int((self.lengths.cumsum(0) <= tokens).sum())
+        lengths = self.lengths[pages:]
+        return Run(self.slab, self.slots[:, pages:], lengths, int(lengths.sum()))
+
+
+class PagedHistory:
+    """The compressed tokens of one layer: runs of pages, oldest first.
+
+    Appending writes new pages only; forks, beams and repeated sequences share pages through their
+    tables, and a slot nobody refers to any more is used again.
+    """
+
+    def __init__(self, kv_heads: int, key_bytes: int, value_bytes: int) -> None:
+        self.kv_heads = kv_heads
+        self.key_bytes = key_bytes
+        self.value_bytes = value_bytes
+        self.runs: list[Run] = []
+
+    @property
+    def tokens(self) -> int:
+        """Compressed tokens a sequence."""
+        return sum(run.tokens for run in self.runs)
+
+    def reserve(self, batch: int, pages: int, device: torch.device) -> Run:
+        """Room for `pages` full pages a sequence, not yet part of the history: write, then push."""
+        slab, slots = self._room(batch * pages, device)
+        table = slots.view(pages, batch).T.contiguous()
+        lengths = torch.full((pages,), PAGE_TOKENS, device=device)
+        return Run(slab, table, lengths, pages * PAGE_TOKENS)
+
+    def push(self, run: Run) -> None:
+        """Append reserved pages that have been written."""
+        if self.runs and self.runs[-1].slab is run.slab:
+            self.runs[-1] = self.runs[-1].extend(run)
+        else:
+            self.runs.append(run)
+
+    def _room(self, count: int, device: torch.device) -> tuple[Slab, Int64[Tensor, " count"]]:
+        if self.runs:
+            slots = self.runs[-1].slab.take(count)
+            if slots is not None:
+                return self.runs[-1].slab, slots
+        held = sum(run.slots.numel() for run in self.runs)
+        batch = self.runs[-1].slots.shape[0] if self.runs else 1
+        capacity = max(count, held // GROWTH, MIN_SLAB_PAGES * batch if self.runs else 0)
+        slab = Slab.allocate(capacity, self.kv_heads, self.key_bytes, self.value_bytes, device)
+        slots = slab.take(count)
+        assert slots is not None
+        return slab, slots
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget everything after the first `tokens` tokens."""
+        kept: list[Run] = []
+        for run in self.runs:
+            if tokens <= 0:
+                break
+            kept.append(run if run.tokens <= tokens else run.keep_first(tokens))
+            tokens -= run.tokens
+        self.runs = kept
+
+    def drop_first(self, tokens: int) -> int:
+        """Forget the whole pages among the first `tokens` tokens; returns the tokens forgotten."""
+        before = self.tokens
+        kept: list[Run] = []
+        for run in self.runs:
+            rest = run if tokens <= 0 else run.drop_first(tokens)
+            if rest.tokens:
+                kept.append(rest)
+            tokens -= run.tokens
+        self.runs = kept
+        return before - self.tokens
+
+    def select(self, rows: Int[Tensor, " batch"]) -> None:
+        """Keep, repeat or reorder sequences: only tables change, no code is copied."""
+        self.runs = [run.rows(run.slots[rows]) for run in self.runs]
+
+    def compact(self) -> None:
+        """Copy pages out of slabs that are mostly garbage: dropped sequences free memory."""
+        self.runs = [_compacted(run) for run in self.runs]
+
+    def fork(self) -> "PagedHistory":
+        """An independent history on the same pages."""
+        twin = PagedHistory(self.kv_heads, self.key_bytes, self.value_bytes)
+        twin.runs = [run.rows(run.slots) for run in self.runs]
+        return twin
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, unused slots of slabs included."""
+        return [x for run in self.runs for x in (run.slots, run.lengths, *run.slab.tensors)]
+
+    def to(self, device: torch.device) -> None:
+        """Move every page that is referred to."""
+        self.runs = [
+            run if run.slots.device == device else _gathered(run, device) for run in self.runs
+        ]
+
+
+def _compacted(run: Run) -> Run:
+    live = run.slots.unique().numel()
+    shared = any(other is not run for other in run.slab.runs)
+    return run if shared or 2 * live > run.slab.key_codes.shape[0] else _gathered(run, None)
+
+
+def _gathered(run: Run, device: torch.device | None) -> Run:
+    used, slots = run.slots.unique(return_inverse=True)
+    target = device or used.device
+    slab = Slab.allocate(len(used), *run.slab.page_shape, target)
+    for new, old in zip(slab.tensors, run.slab.tensors, strict=True):
+        new.copy_(old[used])
+    slab.used = len(used)
+    return Run(slab, slots.to(target), run.lengths.to(target), run.tokens)

@@ -1,0 +1,115 @@
+"""What is fixed once for a sequence, when its first tokens are compressed."""
+
+import dataclasses
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sixfold.cache.affine import KeyMap, QueryEnergy, estimate_key_map
+from sixfold.cache.dense import DenseTokens
+from sixfold.cache.policy import CachePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """The sinks and the key map of every sequence of the batch.
+
+    Attributes:
+        sinks: The first tokens after the padding, in the model's dtype.
+        padding: Left-padding of every sequence, in tokens.
+        count: Sinks that exist, fewer than kept only in a sequence that short.
+        key_map: Centring and equalization.
+    """
+
+    sinks: DenseTokens
+    padding: Int64[Tensor, " batch"]
+    count: Int64[Tensor, " batch"]
+    key_map: KeyMap
+
+    @classmethod
+    def fix(
+        cls,
+        tokens: DenseTokens,
+        padding: Int64[Tensor, " batch"],
+        queries: QueryEnergy | None,
+        policy: CachePolicy,
+        sink_tokens: int,
+    ) -> Self:
+        """Copy the sinks and fit the key map to the tokens seen so far, padding left out."""
+        last = tokens.tokens - 1
+        slots = torch.arange(sink_tokens, device=padding.device)
+        count = (tokens.tokens - padding).clamp(0, sink_tokens)
+        positions = torch.arange(tokens.tokens, device=padding.device)
+        counted = (positions >= (padding + count)[:, None]) & ~tokens.repeats()
+        return cls(
+            tokens.gather((padding[:, None] + slots).clamp(max=last)),
+            padding,
+            count,
+            estimate_key_map(
+                tokens.keys,
+                counted,
+                queries,
+                center=policy.center_keys,
+                equalize=policy.equalize_keys,
+            ),
+        )
+
+    @property
+    def end(self) -> Int64[Tensor, " batch"]:
+        """Position after the last sink: earlier ones are never read from codes or window."""
+        return self.padding + self.count
+
+    def positions(self) -> Int64[Tensor, "batch sinks"]:
+        """Position of every sink; -1 where a short sequence has none."""
+        slots = torch.arange(self.sinks.tokens, device=self.padding.device)
+        return (self.padding[:, None] + slots).masked_fill(slots >= self.count[:, None], -1)
+
+    def overwrite(self, x: Float[Tensor, "batch kv_heads tokens dim"], sinks: Tensor) -> None:
+        """Put the exact `sinks` back where `x` holds their decoded codes."""
+        for slot, positions in enumerate(self.positions().unbind(1)):
+            rows = ((positions >= 0) & (positions < x.shape[2])).nonzero().flatten()
+            x[rows, :, positions[rows]] = sinks[rows, :, slot].to(x.dtype)
+
+    def crop(self, tokens: int) -> Self:
+        """The prefix of sequences cut to `tokens` tokens."""
+        padding = self.padding.clamp(max=tokens)
+        count = torch.minimum(self.count, tokens - padding)
+        return dataclasses.replace(self, padding=padding, count=count)
+
+    def select(self, rows: Tensor) -> Self:
+        """The prefix of other sequences of the batch."""
+        return type(self)(
+            self.sinks.select(rows),
+            self.padding[rows],
+            self.count[rows],
+            self.key_map.select(rows),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        key_map = self.key_map
+        sinks = self.sinks
+        return [sinks.keys, sinks.values, self.padding, self.count, key_map.mean, key_map.scale]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return type(self)(
+            self.sinks.to(device),
+            self.padding.to(device),
+            self.count.to(device),
+            KeyMap(self.key_map.mean.to(device), self.key_map.scale.to(device)),
+        )
+
+
+def valid_tokens(
+    mask: Tensor | None, queries: int, batch: int
+) -> Bool[Tensor, "batch queries"] | None:
+    """Which new tokens are real: a padding token does not even attend to itself."""
+    if mask is None:
+        return None
+    itself = torch.diagonal(mask[:, 0], offset=mask.shape[-1] - queries, dim1=-2, dim2=-1)
+    if itself.dtype != torch.bool:
+        itself = itself > torch.finfo(itself.dtype).min / 2
+    return itself.expand(batch, -1)

@@ -1,0 +1,156 @@
+"""A layer's contents as named tensors and numbers, and back (docs/format.md)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sixfold.cache.affine import KeyMap, QueryEnergy
+from sixfold.cache.coder import coders
+from sixfold.cache.dense import DenseTokens
+from sixfold.cache.layer import CompressedLayer
+from sixfold.cache.pages import Run, Slab
+from sixfold.cache.policy import CachePolicy
+from sixfold.cache.prefix import Prefix
+from sixfold.errors import FormatError
+from sixfold.io import DTYPE_NAMES, TensorSpec
+from sixfold.packing import PAGE_TOKENS
+
+_PAGE_TENSORS = ("key_codes", "key_scales", "value_codes", "value_scales")
+
+
+def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Describe a layer and name its tensors; pages are listed in order, shared ones repeated."""
+    window = layer.window
+    tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
+    if layer.query_energy is not None:
+        tensors["query_energy"] = layer.query_energy.squares
+    if layer.prefix is not None:
+        tensors |= _prefix_tensors(layer.prefix)
+    runs = layer.history.runs
+    for index, name in enumerate(_PAGE_TENSORS):
+        parts = [run.slab.tensors[index][run.slots] for run in runs]
+        if parts:
+            tensors[name] = torch.cat(parts, 1)
+    batch, kv_heads, tokens, key_dim = window.keys.shape
+    description = {
+        "batch": batch,
+        "kv_heads": kv_heads,
+        "key_dim": key_dim,
+        "value_dim": window.values.shape[3],
+        "dtype": DTYPE_NAMES[window.keys.dtype],
+        "window_tokens": tokens,
+        "page_lengths": [n for run in runs for n in run.lengths.tolist()],
+        "evicted": layer.evicted,
+        "sinks": layer.prefix.sinks.tokens if layer.prefix else None,
+        "query_energy": layer.query_energy is not None,
+    }
+    return description, tensors
+
+
+def expected_tensors(description: Mapping[str, Any], policy: CachePolicy) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that `layer_state` would have stored.
+
+    Raises:
+        FormatError: The description is not one that `layer_state` writes.
+    """
+    try:
+        return _expected(description) | _expected_pages(description, policy)
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"the description of a layer is damaged: {error!r}.") from error
+
+
+def restore_layer(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    policy: CachePolicy,
+    sliding_window: int | None,
+) -> CompressedLayer:
+    """The layer that `layer_state` described; its tensors have been checked."""
+    window = DenseTokens(tensors["window.keys"], tensors["window.values"])
+    layer = CompressedLayer(window.keys, window.values, policy, sliding_window)
+    layer.window = window
+    layer.padding = tensors["padding"]
+    layer.evicted = description["evicted"]
+    if "query_energy" in tensors:
+        layer.query_energy = QueryEnergy(tensors["query_energy"])
+    if description["sinks"] is not None:
+        layer.prefix = Prefix(
+            DenseTokens(tensors["sinks.keys"], tensors["sinks.values"]),
+            tensors["padding"],
+            tensors["sinks.count"],
+            KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]),
+        )
+    lengths = torch.tensor(description["page_lengths"], dtype=torch.int64)
+    if len(lengths):
+        layer.history.runs = [_run(tensors, lengths)]
+    return layer
+
+
+def _run(tensors: Mapping[str, Tensor], lengths: Tensor) -> Run:
+    batch, pages = tensors["key_codes"].shape[:2]
+    slab = Slab.full([tensors[name].flatten(0, 1) for name in _PAGE_TENSORS])
+    slots = torch.arange(batch * pages).view(batch, pages)
+    return Run(slab, slots, lengths, int(lengths.sum()))
+
+
+def _count(description: Mapping[str, Any], name: str) -> int:
+    number = description[name]
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{name} must be a whole number of 0 or more, got {number!r}")
+    return number
+
+
+def _expected(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    names = ("batch", "kv_heads", "key_dim", "value_dim", "window_tokens", "evicted")
+    batch, heads, key_dim, value_dim, window, _ = (_count(description, name) for name in names)
+    dtype = description["dtype"]
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise TypeError(f"keys and values of dtype {dtype!r}")
+    specs = {
+        "window.keys": TensorSpec((batch, heads, window, key_dim), dtype),
+        "window.values": TensorSpec((batch, heads, window, value_dim), dtype),
+        "padding": TensorSpec((batch,), "I64"),
+    }
+    if description["query_energy"]:
+        specs["query_energy"] = TensorSpec((batch, heads, key_dim), "F32")
+    if description["sinks"] is not None:
+        sinks = _count(description, "sinks")
+        specs |= {
+            "sinks.keys": TensorSpec((batch, heads, sinks, key_dim), dtype),
+            "sinks.values": TensorSpec((batch, heads, sinks, value_dim), dtype),
+            "sinks.count": TensorSpec((batch,), "I64"),
+            "key_map.mean": TensorSpec((batch, heads, key_dim), "F32"),
+            "key_map.scale": TensorSpec((batch, heads, key_dim), "F32"),
+        }
+    return specs
+
+
+def _expected_pages(description: Mapping[str, Any], policy: CachePolicy) -> dict[str, TensorSpec]:
+    lengths = description["page_lengths"]
+    if any(type(n) is not int or not 1 <= n <= PAGE_TOKENS for n in lengths):
+        raise TypeError(f"page lengths must be 1 to {PAGE_TOKENS}, got {lengths}")
+    if not lengths:
+        return {}
+    if description["sinks"] is None:
+        raise TypeError("pages without a key map")
+    shape = description["batch"], len(lengths), description["kv_heads"]
+    keys, values = coders(policy, description["key_dim"], description["value_dim"])
+    return {
+        "key_codes": TensorSpec((*shape, keys.page_bytes), "U8"),
+        "key_scales": TensorSpec((*shape, PAGE_TOKENS), "F16"),
+        "value_codes": TensorSpec((*shape, values.page_bytes), "U8"),
+        "value_scales": TensorSpec((*shape, PAGE_TOKENS), "F16"),
+    }
+
+
+def _prefix_tensors(prefix: Prefix) -> dict[str, Tensor]:
+    return {
+        "sinks.keys": prefix.sinks.keys,
+        "sinks.values": prefix.sinks.values,
+        "padding": prefix.padding,
+        "sinks.count": prefix.count,
+        "key_map.mean": prefix.key_map.mean,
+        "key_map.scale": prefix.key_map.scale,
+    }

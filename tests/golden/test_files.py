@@ -1,0 +1,153 @@
+"""Files of released versions are read, and mean what they meant."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sixfold import TurboQuantCache
+from sixfold.codebooks import lloyd_max
+from sixfold.integrations.transformers.storage import KIND
+from sixfold.io import open_container
+from sixfold.packing import (
+    encode_scale,
+    from_pages,
+    n_symbols,
+    pack,
+    symbol_bits,
+    to_pages,
+    unpack,
+)
+from sixfold.rotation import Rotation
+from tests.golden import make, reader
+
+FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
+
+
+def stored() -> dict[str, Tensor]:
+    return load_file(make.CONTENTS)
+
+
+def test_golden_file_decodes_to_what_it_did() -> None:
+    cache = TurboQuantCache.load(make.CACHE, make.model(), check_weights=False)
+    found = make.contents(cache)
+    assert found.keys() == stored().keys()
+    for name, expected in stored().items():
+        assert found[name].dtype == expected.dtype
+        torch.testing.assert_close(found[name], expected, rtol=2**-7, atol=1e-6)
+    assert cache.get_seq_length() == make.TOKENS
+    _, keys, values = make.tokens(2)
+    assert torch.equal(cache.layers[2].keys, keys)
+    assert torch.equal(cache.layers[2].values, values)
+
+
+def test_the_same_inputs_still_give_the_golden_bytes() -> None:
+    with open_container(make.CACHE, KIND) as container:
+        expected, description = container.read(), container.description
+    layers = description["layers"]
+    for index, layer in enumerate(make.filled().compressed_layers):
+        store, prefix = layer.store, f"layers.{index}."
+        assert store is not None
+        assert store.prefix is not None
+        # The map is a sum in float32, whose order is no part of the format; the codes are.
+        mean, scale = store.prefix.key_map.mean, store.prefix.key_map.scale
+        torch.testing.assert_close(mean, expected[prefix + "key_map.mean"])
+        torch.testing.assert_close(scale, expected[prefix + "key_map.scale"])
+        (run,) = store.history.runs
+        names = ("key_codes", "key_scales", "value_codes", "value_scales")
+        for name, tensor in zip(names, run.slab.tensors, strict=True):
+            assert torch.equal(tensor[run.slots], expected[prefix + name]), name
+        assert run.lengths.tolist() == layers[index]["page_lengths"]
+
+
+def test_a_reader_written_from_the_document_agrees() -> None:
+    description, tensors = reader.read_file(make.CACHE)
+    for index, layer in enumerate(description["layers"][:2]):
+        prefix = f"layers.{index}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for side in ("key", "value"):
+            found = reader.history(layer, own, side)
+            expected = stored()[f"{index}.{side}s"].float().numpy()
+            np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(8, 1), (8, 4), (128, 2), (33, 3)])
+def test_levels_are_what_the_document_says(dim: int, bits: int) -> None:
+    np.testing.assert_allclose(reader.levels(dim, bits), lloyd_max(dim, bits), atol=2e-4)
+
+
+def test_the_rotation_is_what_the_document_says() -> None:
+    x = torch.eye(16)
+    rotated = Rotation(16, "hadamard", 5).rotate(x).numpy().T
+    np.testing.assert_allclose(reader.rotation(16, 5), rotated, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the worked example
+
+
+def example(heading: str) -> list[list[str]]:
+    """The lines of the fenced block of docs/format.md that begins with `heading`, as words."""
+    block = re.search(rf"```text\n({heading}.*?)```", FORMAT.read_text(), re.DOTALL)
+    assert block is not None
+    return [line.split() for line in block[1].splitlines()]
+
+
+def check_planes(lines: list[list[str]], dim: int, bits: float) -> None:
+    symbols = torch.tensor([int(word) for word in lines[0][1:]], dtype=torch.uint8)
+    expected = [int(word, 16) for line in lines[1:] for word in line[2:]]
+    assert len(symbols) == n_symbols(dim, bits)
+    row = pack(symbols, symbol_bits(bits))
+    assert row.tolist() == expected
+    assert torch.equal(unpack(row, len(symbols), symbol_bits(bits)), symbols)
+
+
+def test_the_rows_of_the_worked_example() -> None:
+    check_planes(example(r"symbols +7"), 8, 3)
+    check_planes(example(r"symbols +31"), 5, 2.5)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_the_pages_of_the_worked_example(side: str) -> None:
+    row = torch.tensor([0x07, 0x07, 0x02, 0x02, 0x03, 0x00, 0x03, 0x00], dtype=torch.uint8)
+    rows = torch.zeros(64, 8, dtype=torch.uint8)
+    rows[17] = row
+    lines = {line[0]: [int(word) for word in line[2:]] for line in example("key page")}
+    expected = torch.zeros(512, dtype=torch.uint8)
+    expected[lines[side]] = row
+    assert torch.equal(to_pages(rows, 8, 3, side), expected)
+    assert torch.equal(from_pages(expected, 8, 3, side), rows)
+    found = reader.symbols(expected.numpy(), 8, 3, side)
+    assert found[17].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert found.sum() == 28
+
+
+def test_a_whole_page_of_four_dims_by_hand() -> None:
+    # Token t has symbols t % 8, 0, 7, t // 16 at three bits.
+    tokens = torch.arange(64)
+    columns = [tokens % 8, torch.zeros(64), torch.full((64,), 7), tokens // 16]
+    rows = pack(torch.stack(columns, -1).to(torch.uint8), 3)
+    expected_keys, expected_values = bytearray(512), bytearray(512)
+    for t in range(64):
+        high = [t % 8 >> 1, 0, 3, t // 16 >> 1]
+        low = [t % 8 & 1, 0, 1, t // 16 & 1]
+        for k in range(4):
+            for start, part in ((0, high), (256, low)):
+                expected_keys[start + 4 * t + k] = part[k]
+                expected_values[start + 16 * (t // 4) + 4 * k + t % 4] = part[k]
+    assert to_pages(rows, 4, 3, "key").tolist() == list(expected_keys)
+    assert to_pages(rows, 4, 3, "value").tolist() == list(expected_values)
+    assert bytes(expected_keys[:12]).hex(" ") == "00 00 03 00 00 00 03 00 01 00 03 00"
+    assert bytes(expected_values[:16]).hex(" ") == "00 00 01 01 00 00 00 00 03 03 03 03 00 00 00 00"
+
+
+def test_the_scales_of_the_document() -> None:
+    (row,) = re.findall(r"^\| bytes \| (.*) \|$", FORMAT.read_text(), re.MULTILINE)
+    expected = [bytes.fromhex(cell) for cell in re.findall(r"`([0-9a-f ]+)`", row)]
+    scales = encode_scale(torch.tensor([0, 1.5, 65504, 100_000, torch.nan]))
+    assert [scale.numpy().tobytes() for scale in scales] == expected
+    decoded = reader.scale(scales.numpy())[:4]
+    np.testing.assert_array_equal(decoded, [0, 1.5, 65504, 99968])

@@ -1,0 +1,178 @@
+"""Random pages with known contents, and attention on them in float64."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sixfold.codebooks import centroids
+from sixfold.kernels.attention import Partial, page_attention
+from sixfold.packing import (
+    PAGE_TOKENS,
+    Layout,
+    encode_scale,
+    is_paired,
+    n_symbols,
+    pack,
+    symbol_bits,
+    to_pages,
+)
+
+
+@dataclasses.dataclass
+class Pages:
+    """One side of a cache: packed pages, and the vectors they stand for."""
+
+    codes: Tensor  # uint8 [slots, kv_heads, page_bytes]
+    scales: Tensor  # float16 [slots, kv_heads, 64]
+    centroids: Tensor
+    dense: Tensor  # float64 [slots, kv_heads, 64, dim]
+
+
+def random_pages(
+    slots: int, kv_heads: int, dim: int, bits: float, layout: Layout, generator: torch.Generator
+) -> Pages:
+    """Uniformly random symbols under random scales; decoded from the symbols, not the bytes."""
+    book = centroids(dim, bits)
+    shape = slots, kv_heads, PAGE_TOKENS
+    count, width = n_symbols(dim, bits), symbol_bits(bits)
+    symbols = torch.randint(1 << width, (*shape, count), dtype=torch.uint8, generator=generator)
+    scales = encode_scale(torch.rand(shape, generator=generator) + 0.5)
+    words = book.double()[symbols.long()]
+    if is_paired(bits):
+        # Symbol i is the pair (i, i + ceil(dim / 2)).
+        words = torch.cat([words[..., 0], words[..., 1]], -1)[..., :dim]
+    codes = to_pages(pack(symbols, width), count, width, layout)
+    return Pages(codes, scales, book, words * scales.double()[..., None])
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of `page_attention`, and what they stand for in float64."""
+
+    query: Tensor
+    keys: Pages
+    values: Pages
+    table: Tensor
+    lengths: Tensor
+    first_token: Tensor
+    options: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def starts(self) -> Tensor:
+        return self.lengths.cumsum(0) - self.lengths
+
+    def run(self) -> Partial:
+        return page_attention(
+            self.query,
+            self.keys.codes,
+            self.keys.scales,
+            self.values.codes,
+            self.values.scales,
+            self.table,
+            self.starts,
+            self.lengths,
+            self.first_token,
+            self.keys.centroids,
+            self.values.centroids,
+            **self.options,
+        )
+
+    def dense(self, pages: Pages) -> Tensor:
+        """The valid tokens of every sequence, float64 [batch, kv_heads, tokens, dim]."""
+        valid = (torch.arange(PAGE_TOKENS) < self.lengths[:, None]).flatten()
+        return pages.dense[self.table].transpose(1, 2).flatten(2, 3)[:, :, valid]
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> Partial:
+        """Decode everything, then softmax: the oracle, or plain PyTorch at another dtype."""
+        hidden = torch.arange(self.tokens) < self.first_token[:, :, None]
+        return dense_softmax(
+            self.query.to(dtype),
+            self.dense(self.keys).to(dtype),
+            self.dense(self.values).to(dtype),
+            hidden[:, None],
+            logit_offset=self.options.get("logit_offset"),
+            mask=self.options.get("mask"),
+            softcap=self.options.get("softcap"),
+        )
+
+
+def make_case(
+    *,
+    key_bits: float = 4,
+    value_bits: float | None = None,
+    key_dim: int = 64,
+    value_dim: int | None = None,
+    batch: int = 2,
+    kv_heads: int = 2,
+    groups: int = 2,
+    queries: int = 1,
+    lengths: tuple[int, ...] = (64, 64),
+    sharpness: float = 1.0,
+    seed: int = 0,
+) -> Case:
+    """A case without masks; `sharpness` is the standard deviation of the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    value_bits = key_bits if value_bits is None else value_bits
+    value_dim = key_dim if value_dim is None else value_dim
+    pages = len(lengths)
+    slots = batch * pages + 1
+    query = torch.randn(batch, kv_heads * groups, queries, key_dim, generator=generator)
+    order = torch.randperm(slots, generator=generator)[: batch * pages]
+    return Case(
+        query * (sharpness * key_dim**-0.5),
+        random_pages(slots, kv_heads, key_dim, key_bits, "key", generator),
+        random_pages(slots, kv_heads, value_dim, value_bits, "value", generator),
+        order.view(batch, pages),
+        torch.tensor(lengths),
+        torch.zeros(batch, queries, dtype=torch.int64),
+        {"key_bits": key_bits, "value_bits": value_bits, "value_dim": value_dim},
+    )
+
+
+def dense_softmax(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    *,
+    logit_offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """Attention by the textbook, in the dtype of `query`; nothing is shared with the kernels."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    logits = query @ keys.mT
+    if logit_offset is not None:
+        logits = logits + logit_offset.to(logits.dtype)[..., None]
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask.to(logits.dtype)
+    lse = logits.logsumexp(-1)
+    probabilities = (logits - lse[..., None]).exp().nan_to_num(0.0)
+    return Partial(probabilities @ values, lse)
+
+
+def assert_as_accurate(got: Partial, plain: Partial, exact: Partial) -> None:
+    """No further from the oracle than twice plain PyTorch, plus the rounding of the result."""
+    assert got.out.dtype == got.lse.dtype == torch.float32
+    seen = exact.lse > -torch.inf
+    assert torch.equal(got.lse > -torch.inf, seen)
+    assert not got.out[~seen].any(), "queries that see nothing must give zeros"
+    for name in ("out", "lse"):
+        ours, theirs, truth = (getattr(part, name)[seen].double() for part in (got, plain, exact))
+        if truth.numel() == 0:
+            continue
+        slack = 4 * torch.finfo(torch.float32).eps * truth.norm()
+        error, allowed = (ours - truth).norm(), 2 * (theirs - truth).norm() + slack
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

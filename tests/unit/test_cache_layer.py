@@ -1,0 +1,684 @@
+"""One compressed layer: what it keeps, and what operations on its codes do."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold.cache import CachePolicy, CompressedLayer, coder
+from sixfold.cache.pages import PagedHistory
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.attention import exact_attention
+from tests.layers import Shadow, Shape, feed, oracle, padding_mask
+from tests.memory import storage_bytes
+
+# For tests of many steps, where checking shapes would take most of the time.
+unhooked = pytest.mark.usefixtures("unhooked")
+
+NO_WINDOWS = CachePolicy(sink_tokens=0, recent_window=0)
+
+
+def filled(
+    tokens: int = 300,
+    policy: CachePolicy | None = None,
+    shape: Shape | None = None,
+    sliding_window: int | None = None,
+) -> CompressedLayer:
+    shape = shape or Shape()
+    layer = shape.layer(policy, sliding_window)
+    feed(layer, shape.tokens(tokens))
+    return layer
+
+
+def nbytes(layer: CompressedLayer) -> int:
+    return storage_bytes(layer.tensors())
+
+
+def pages(layer: CompressedLayer) -> list[Tensor]:
+    """Codes and scales in token order, [batch, pages, ...] each."""
+    runs = layer.history.runs
+    return [torch.cat([run.slab.tensors[i][run.slots] for run in runs], 1) for i in range(4)]
+
+
+def attends_like(
+    layer: CompressedLayer, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """`new` tokens after a history of `keys` and `values` give float64's attention output."""
+    expected = oracle(
+        new[0],
+        torch.cat([keys, new[1]], 2),
+        torch.cat([values, new[2]], 2),
+        keys.shape[-1] ** -0.5,
+        sliding_window=layer.sliding_window,
+    )
+    torch.testing.assert_close(feed(layer, new).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- short histories
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_coded_before_a_page_leaves_the_window(dtype: torch.dtype) -> None:
+    shape = Shape(dtype=dtype)
+    query, keys, values = shape.tokens(127)
+    layer = shape.layer()
+    out = feed(layer, (query, keys, values), 1, 26, 100)
+    assert layer.prefix is None
+    assert not layer.history.runs
+    assert all(map(torch.equal, layer.dequantized(), (keys, values)))
+    last = exact_attention(query[:, :, 27:], keys, values, scaling=shape.scaling, mask=None)
+    assert torch.equal(out[:, :, 27:], last)
+    feed(layer, shape.tokens(1))
+    assert layer.history.tokens == 64
+    assert layer.window.tokens == 64
+
+
+@unhooked
+def test_a_one_token_prompt_is_no_special_case() -> None:
+    shape = Shape()
+    tokens = shape.tokens(200)
+    layer, shadow = shape.layer(), Shadow(shape, CachePolicy(), None)
+    for query, keys, values in zip(*(x.split(1, 2) for x in tokens), strict=True):
+        layer.append(keys, values)
+        shadow.append(keys, values)
+        out = layer.attend(query, scaling=shape.scaling)
+        expected = oracle(query, shadow.keys, shadow.values, shape.scaling)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+        shadow.follow(layer)
+    assert layer.history.tokens == 128
+
+
+def test_an_empty_layer() -> None:
+    layer = Shape().layer()
+    keys, values = layer.dequantized()
+    assert (keys.shape, values.shape) == ((2, 2, 0, 16), (2, 2, 0, 32))
+    assert (layer.length, layer.held) == (0, 0)
+    layer.crop(3)
+    layer.select(torch.tensor([1, 0, 0]))
+    layer.fork().compress()
+    layer.to(torch.device("cpu"))
+    attends_like(layer, *Shape(batch=3).empty(), Shape(batch=3).tokens(150))
+
+
+def test_no_windows_at_all() -> None:
+    layer = filled(128, NO_WINDOWS)
+    assert layer.window.tokens == 0
+    attends_like(layer, *layer.dequantized(), Shape().tokens(70, 1))
+
+
+def test_sinks_and_recent_tokens_are_exact() -> None:
+    _, keys, values = Shape().tokens(300)
+    layer = filled(300)
+    for got, original in zip(layer.dequantized(), (keys, values), strict=True):
+        assert torch.equal(got[:, :, :4], original[:, :, :4])
+        assert torch.equal(got[:, :, -64:], original[:, :, -64:])
+        assert not torch.equal(got[:, :, 4:5], original[:, :, 4:5])
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("chunks", [(300,), (150, 150), (1, 299), (64, 64, 64, 64, 44)])
+def test_chunked_prefill(chunks: tuple[int, ...]) -> None:
+    shape = Shape()
+    tokens = shape.tokens(300)
+    layer, shadow = shape.layer(), Shadow(shape, CachePolicy(), None)
+    for query, keys, values in zip(*(x.split(chunks, 2) for x in tokens), strict=True):
+        shadow.append(keys, values)
+        expected = oracle(query, shadow.keys, shadow.values, shape.scaling)
+        out = feed(layer, (query, keys, values))
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+        shadow.follow(layer)
+    assert layer.history.tokens == 192
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 100, 33])
+@pytest.mark.parametrize("bits", [2.5, 4])
+def test_batching_commutes_with_encoding(dim: int, bits: float) -> None:
+    policy = CachePolicy(key_bits=bits, value_bits=bits)
+    shape = Shape(batch=3, key_dim=dim, value_dim=dim)
+    tokens = shape.tokens(260)
+    whole = shape.layer(policy)
+    feed(whole, tokens)
+    for row in range(3):
+        alone = Shape(batch=1, key_dim=dim, value_dim=dim).layer(policy)
+        feed(alone, tuple(x[row : row + 1] for x in tokens))  # type: ignore[arg-type]
+        assert whole.prefix is not None
+        assert alone.prefix is not None
+        assert torch.equal(whole.prefix.key_map.mean[row], alone.prefix.key_map.mean[0])
+        for ours, theirs in zip(pages(whole), pages(alone), strict=True):
+            assert torch.equal(ours[row], theirs[0])
+
+
+def padded(
+    padding: list[int], tokens: int = 220, garbage: float = 50.0
+) -> tuple[CompressedLayer, tuple[Tensor, Tensor, Tensor]]:
+    """A left-padded prefill; the padding holds `garbage`."""
+    shape = Shape(batch=len(padding))
+    query, keys, values = shape.tokens(tokens)
+    for row, count in enumerate(padding):
+        for x in (query, keys, values):
+            x[row, :, :count] = garbage
+    layer = shape.layer()
+    layer.append(keys, values)
+    mask = padding_mask(torch.tensor(padding), tokens, tokens)
+    layer.attend(query, scaling=shape.scaling, mask=mask)
+    return layer, (query, keys, values)
+
+
+def test_padded_rows_keep_their_own_sinks() -> None:
+    padding = [0, 7, 70, 200]
+    layer, (_, keys, _) = padded(padding)
+    prefix = layer.prefix
+    assert prefix is not None
+    assert prefix.padding.tolist() == padding
+    assert prefix.count.tolist() == [4, 4, 4, 4]
+    for row, start in enumerate(padding):
+        assert torch.equal(prefix.sinks.keys[row], keys[row, :, start : start + 4])
+
+
+def test_nothing_is_coded_before_every_row_has_shown_enough_tokens() -> None:
+    layer, _ = padded([0, 215])
+    shape, padding = Shape(), torch.tensor([0, 215])
+    for step in range(15):
+        assert layer.prefix is None
+        query, keys, values = shape.tokens(1, step)
+        layer.append(keys, values)
+        layer.attend(query, scaling=shape.scaling, mask=padding_mask(padding, 1, layer.held))
+    # Sinks and MIN_TOKENS more: enough for a key map of the shorter row.
+    assert layer.prefix is not None
+    assert layer.prefix.padding.tolist() == [0, 215]
+
+
+@unhooked
+@pytest.mark.parametrize("additive", [False, True])
+def test_padded_rows_attend_to_their_own_tokens(additive: bool) -> None:
+    padding = torch.tensor([0, 7, 70, 200])
+    layer, _ = padded(padding.tolist())
+    shape = Shape(batch=4)
+    for step in range(70):
+        keys, values = layer.dequantized()
+        query, new_keys, new_values = shape.tokens(1, seed=step)
+        layer.append(new_keys, new_values)
+        mask = padding_mask(padding, 1, layer.held)
+        given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
+        out = layer.attend(query, scaling=shape.scaling, mask=given)
+        keys, values = torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2)
+        expected = oracle(query, keys, values, shape.scaling, mask=mask)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    assert layer.history.tokens > 128
+
+
+@pytest.mark.parametrize("garbage", [-1e30, torch.inf, torch.nan])
+def test_what_padding_holds_does_not_matter(garbage: float) -> None:
+    padding = [0, 7, 70]
+    (clean, _), (dirty, _) = padded(padding), padded(padding, garbage=garbage)
+    assert clean.prefix is not None
+    assert dirty.prefix is not None
+    assert torch.equal(clean.prefix.key_map.mean, dirty.prefix.key_map.mean)
+    assert torch.equal(clean.prefix.key_map.scale, dirty.prefix.key_map.scale)
+    for row, count in enumerate(padding):
+        for ours, theirs in zip(clean.dequantized(), dirty.dequantized(), strict=True):
+            assert torch.equal(ours[row, :, count:], theirs[row, :, count:])
+
+
+def test_a_padded_row_is_coded_as_if_alone() -> None:
+    layer, (query, keys, values) = padded([0, 50])
+    alone = Shape(batch=1).layer()
+    feed(alone, (query[1:, :, 50:], keys[1:, :, 50:], values[1:, :, 50:]))
+    assert layer.prefix is not None
+    assert alone.prefix is not None
+    # Sums in another order: equal up to rounding, so codes can differ where a value is on an edge.
+    torch.testing.assert_close(layer.prefix.key_map.mean[1], alone.prefix.key_map.mean[0])
+    torch.testing.assert_close(layer.prefix.key_map.scale[1], alone.prefix.key_map.scale[0])
+    ours, theirs = layer.dequantized()[0][1, :, 50:114], alone.dequantized()[0][0, :, :64]
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_row_of_nothing_but_padding_does_not_hold_up_the_others() -> None:
+    layer, _ = padded([0, 220])
+    assert layer.history.tokens > 0
+    assert layer.prefix is not None
+    assert layer.prefix.count.tolist() == [CachePolicy().sink_tokens, 0]
+    assert torch.equal(layer.prefix.key_map.scale[1], torch.ones_like(layer.prefix.key_map.scale[1]))
+
+
+def test_padding_that_masks_show_chunk_by_chunk() -> None:
+    padding = torch.tensor([0, 30, 55])
+    shape = Shape(batch=3)
+    tokens, seen = shape.tokens(150), 0
+    layer = shape.layer()
+    for query, keys, values in zip(*(x.split(25, 2) for x in tokens), strict=True):
+        layer.append(keys, values)
+        seen += 25
+        mask = padding_mask(padding, 25, seen)
+        layer.attend(query, scaling=shape.scaling, mask=mask)
+    assert layer.prefix is not None
+    assert torch.equal(layer.prefix.padding, padding)
+    assert torch.equal(layer.prefix.sinks.keys[2], tokens[1][2, :, 55:59])
+
+
+# ---------------------------------------------------------------- crop
+
+
+# 300 tokens are 192 in pages and 108 in the window.
+@pytest.mark.parametrize("left", [299, 250, 193, 192, 191, 129, 128, 100, 64, 63, 5, 4, 3, 1])
+def test_crop(left: int) -> None:
+    layer = filled()
+    keys, values = layer.dequantized()
+    layer.crop(300 - left)
+    assert layer.held == layer.length == left
+    kept = layer.dequantized()
+    assert torch.equal(kept[0], keys[:, :, :left])
+    assert torch.equal(kept[1], values[:, :, :left])
+    attends_like(layer, *kept, Shape().tokens(90, 1))
+    keys, values = layer.dequantized()
+    coded = min(left, 192)
+    assert torch.equal(keys[:, :, :coded], kept[0][:, :, :coded])
+    layer.crop(40)
+    assert torch.equal(layer.dequantized()[1], values[:, :, : left + 50])
+    attends_like(layer, *layer.dequantized(), Shape().tokens(200, 2))
+
+
+@pytest.mark.parametrize("count", [300, 301, 10**9])
+def test_crop_to_nothing_starts_afresh(count: int) -> None:
+    shape = Shape()
+    layer, fresh = filled(), shape.layer()
+    layer.crop(count)
+    tokens = shape.tokens(200, 5)
+    assert torch.equal(feed(layer, tokens), feed(fresh, tokens))
+    assert all(map(torch.equal, layer.dequantized(), fresh.dequantized()))
+
+
+def test_crop_into_the_padding_of_a_row() -> None:
+    layer, _ = padded([0, 70])
+    layer.crop(220 - 40)
+    tokens = Shape().tokens(30, 3)
+    kept = layer.dequantized()
+    # The second row starts over: its tokens are real from now on.
+    mask = padding_mask(torch.tensor([0, 40]), 30, 70)
+    layer.append(*tokens[1:])
+    out = layer.attend(tokens[0], scaling=Shape().scaling, mask=mask)
+    keys, values = (torch.cat(pair, 2) for pair in zip(kept, tokens[1:], strict=True))
+    expected = oracle(tokens[0], keys, values, Shape().scaling, mask=mask)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_crop_into_padding_before_anything_is_coded() -> None:
+    layer, _ = padded([0, 70], tokens=100)
+    assert layer.prefix is None
+    layer.crop(60)
+    query, keys, values = Shape().tokens(120, 3)
+    layer.append(keys, values)
+    mask = padding_mask(torch.tensor([0, 45]), 120, 160)
+    layer.attend(query, scaling=Shape().scaling, mask=mask)
+    assert layer.prefix is not None
+    assert layer.prefix.padding.tolist() == [0, 45]
+
+
+@unhooked
+@pytest.mark.parametrize("left", [192, 150, 3])
+def test_going_back_to_a_prefix_again_and_again_takes_no_memory(left: int) -> None:
+    layer = filled()
+    layer.crop(300 - left)
+    kept = layer.dequantized()
+    sizes = []
+    for round_ in range(50):
+        feed(layer, Shape().tokens(200, round_))
+        sizes.append(nbytes(layer))
+        layer.crop(200)
+    assert len(set(sizes)) == 1
+    assert all(map(torch.equal, layer.dequantized(), kept))
+
+
+def test_crop_frees_what_no_table_refers_to() -> None:
+    layer = filled(640, NO_WINDOWS)
+    feed(layer, Shape().tokens(640))
+    full = nbytes(layer)
+    layer.crop(650)
+    assert nbytes(layer) < 0.6 * full
+
+
+# ---------------------------------------------------------------- select, repeat, reorder
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1], [2, 2, 2], [0, 0, 1, 1, 2, 2], [1, 0]])
+def test_select(rows: list[int]) -> None:
+    shape = Shape(batch=3)
+    layer = filled(300, shape=shape)
+    keys, values = layer.dequantized()
+    layer.select(torch.tensor(rows))
+    assert torch.equal(layer.dequantized()[0], keys[rows])
+    assert torch.equal(layer.dequantized()[1], values[rows])
+    wide = Shape(batch=len(rows))
+    attends_like(layer, keys[rows], values[rows], wide.tokens(200, 1))
+    layer.select(torch.tensor([len(rows) - 1]))
+    attends_like(layer, *layer.dequantized(), Shape(batch=1).tokens(100, 2))
+
+
+def test_copies_share_codes_until_they_differ() -> None:
+    layer = filled(320, CachePolicy(recent_window=0), Shape(batch=1))
+    (slab,) = (run.slab for run in layer.history.runs)
+    before = nbytes(layer)
+    layer.select(torch.zeros(8, dtype=torch.int64))
+    assert layer.history.runs[0].slab is slab
+    # Eight times the tables, sinks and maps, but not one more page.
+    assert nbytes(layer) - before < 8 * 4096
+    feed(layer, Shape(batch=8).tokens(64, 1))
+    new = layer.history.runs[-1]
+    assert new.slots[:, -1].unique().numel() == 8
+
+
+def test_dropping_sequences_frees_their_pages() -> None:
+    layer = filled(640, NO_WINDOWS, Shape(batch=8))
+    full = nbytes(layer)
+    layer.select(torch.tensor([3]))
+    assert nbytes(layer) < full / 6
+
+
+def test_rows_out_of_range_change_nothing() -> None:
+    layer = filled()
+    before = [x.clone() for x in layer.tensors()]
+    with pytest.raises(IndexError):
+        layer.select(torch.tensor([0, 2]))
+    assert all(map(torch.equal, layer.tensors(), before))
+
+
+# ---------------------------------------------------------------- fork
+
+
+def test_forks_share_pages_and_diverge_alone() -> None:
+    parent = filled()
+    original = [x.clone() for x in parent.dequantized()]
+    children = [parent.fork() for _ in range(3)]
+    held = parent.tensors()
+    union = storage_bytes([*held, *(x for child in children for x in child.tensors())])
+    assert union == storage_bytes(held), "forking copied something"
+    for child in children:
+        ours, theirs = child.history.runs[0].slab, parent.history.runs[0].slab
+        assert ours.key_codes.data_ptr() == theirs.key_codes.data_ptr()
+    for seed, child in enumerate(children):
+        attends_like(child, *original, Shape().tokens(150, seed))
+    children[1].crop(200)
+    children[2].select(torch.tensor([1, 1]))
+    after = [tuple(x.clone() for x in child.dequantized()) for child in children]
+    attends_like(parent, *original, Shape().tokens(500, 9))
+    for child, (keys, values) in zip(children, after, strict=True):
+        assert torch.equal(child.dequantized()[0], keys)
+        assert torch.equal(child.dequantized()[1], values)
+    parent.crop(parent.length - 192)
+    assert torch.equal(parent.dequantized()[0], original[0][:, :, :192])
+    assert torch.equal(children[0].dequantized()[0][:, :, :192], original[0][:, :, :192])
+
+
+def test_a_fork_outlives_its_parent() -> None:
+    parent = filled()
+    original = parent.dequantized()
+    child = parent.fork()
+    del parent
+    gc.collect()
+    attends_like(child, *original, Shape().tokens(300, 1))
+
+
+def test_compacting_leaves_the_pages_of_forks_alone() -> None:
+    parent = filled(640, NO_WINDOWS, Shape(batch=4))
+    original, child = parent.dequantized(), parent.fork()
+    parent.select(torch.tensor([2]))
+    assert parent.history.runs[0].slab is child.history.runs[0].slab, "copied what is in use"
+    assert torch.equal(child.dequantized()[0], original[0])
+    assert torch.equal(parent.dequantized()[0], original[0][2:3])
+
+
+# ---------------------------------------------------------------- moves
+
+
+def test_to_keeps_everything() -> None:
+    layer, _ = padded([0, 30])
+    layer.crop(10)
+    before = [x.clone() for x in layer.tensors()]
+    layer.to(torch.device("cpu"))
+    assert all(map(torch.equal, layer.tensors(), before))
+
+
+def test_a_move_that_fails_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = filled()
+    before = layer.tensors()
+
+    def failing(history: Any, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PagedHistory, "to", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.to(torch.device("meta"))
+    assert all(x is y for x, y in zip(layer.tensors(), before, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_round_trip_over_the_gpu_loses_nothing() -> None:
+    layer, _ = padded([0, 30])
+    keys, values = layer.dequantized()
+    layer.to(torch.device("cuda"))
+    assert {x.device.type for x in layer.tensors()} == {"cuda"}
+    layer.to(torch.device("cpu"))
+    assert torch.equal(layer.dequantized()[0], keys)
+    assert torch.equal(layer.dequantized()[1], values)
+
+
+# ---------------------------------------------------------------- sliding windows
+
+
+@unhooked
+@pytest.mark.parametrize(
+    ("window", "policy"),
+    [(window, NO_WINDOWS) for window in (1, 2, 65, 129, 200)]
+    + [(window, CachePolicy()) for window in (100, 200)],
+)
+def test_sliding_window_token_by_token(window: int, policy: CachePolicy) -> None:
+    shape = Shape(batch=1)
+    tokens = shape.tokens(400)
+    layer, shadow = shape.layer(policy, window), Shadow(shape, policy, window)
+    for step, (query, keys, values) in enumerate(
+        zip(*(x.split(1, 2) for x in tokens), strict=True)
+    ):
+        layer.append(keys, values)
+        shadow.append(keys, values)
+        if step % 5 == 0:
+            out = layer.attend(query, scaling=shape.scaling)
+            expected = oracle(
+                query, shadow.keys, shadow.values, shape.scaling, sliding_window=window
+            )
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+        else:
+            layer.compress()
+        shadow.follow(layer)
+        assert layer.held == shadow.held
+        assert min(step + 1, window - 1) <= layer.held <= window - 1 + 64
+    assert layer.evicted == 400 - layer.held
+
+
+def test_sliding_windows_keep_no_sinks() -> None:
+    layer = filled(400, sliding_window=200)
+    assert layer.prefix is not None
+    assert layer.prefix.sinks.tokens == 0
+
+
+def test_crop_of_a_sliding_window_needs_the_past() -> None:
+    layer = filled(300, sliding_window=100)
+    before = [x.clone() for x in layer.tensors()]
+    with pytest.raises(SixfoldError, match="activate_past_recording"):
+        layer.crop(100)
+    assert all(map(torch.equal, layer.tensors(), before))
+
+
+@pytest.mark.parametrize("window", [100, 200])
+def test_recording_the_past_makes_crop_possible(window: int) -> None:
+    shape = Shape()
+    layer, shadow = shape.layer(sliding_window=window), Shadow(shape, CachePolicy(), window)
+    layer.record_past = True
+    for seed in range(4):
+        query, keys, values = shape.tokens(130, seed)
+        layer.append(keys, values)
+        shadow.append(keys, values)
+        out = layer.attend(query, scaling=shape.scaling)
+        expected = oracle(query, shadow.keys, shadow.values, shape.scaling, sliding_window=window)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+        shadow.follow(layer, record_past=True)
+        layer.crop(50)
+        shadow.crop(50)
+        assert torch.equal(layer.dequantized()[0], shadow.keys)
+        assert layer.length == shadow.length
+
+
+@unhooked
+def test_padding_leaves_with_the_window() -> None:
+    shape = Shape()
+    padding = torch.tensor([0, 150])
+    layer = shape.layer(NO_WINDOWS, 100)
+    query, keys, values = shape.tokens(220)
+    layer.append(keys, values)
+    own, all_ = torch.arange(220)[:, None], torch.arange(220)
+    mask = padding_mask(padding, 220, 220) & (all_ > own - 100)
+    layer.attend(query, scaling=shape.scaling, mask=mask)
+    assert layer.prefix is not None
+    assert layer.prefix.padding.tolist() == [0, 150 - layer.evicted]
+    for step in range(130):
+        left = (padding - layer.evicted).clamp(min=0)
+        assert torch.equal(layer.prefix.padding, left)
+        new = shape.tokens(1, step)
+        keys, values = (
+            torch.cat(pair, 2) for pair in zip(layer.dequantized(), new[1:], strict=True)
+        )
+        layer.append(*new[1:])
+        mask = padding_mask(left, 1, layer.held) & (torch.arange(layer.held) >= layer.held - 100)
+        out = layer.attend(new[0], scaling=shape.scaling, mask=mask)
+        expected = oracle(new[0], keys, values, shape.scaling, mask=mask)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    assert not layer.prefix.padding.any()
+
+
+# ---------------------------------------------------------------- options of attention
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"sink_logits": torch.tensor([1.0, -2.0, 0.5, 3.0])}, {}]
+)
+def test_coded_attention_takes_what_exact_attention_takes(options: dict[str, Any]) -> None:
+    shape = Shape()
+    layer = filled(policy=CachePolicy(key_bits=8, value_bits=8))
+    query, new_keys, new_values = shape.tokens(3, 1)
+    keys, values = (
+        torch.cat(pair, 2) for pair in zip(layer.dequantized(), (new_keys, new_values), strict=True)
+    )
+    expected = exact_attention(
+        query, keys, values, scaling=0.4, mask=padding_mask(torch.zeros(2), 3, 303), **options
+    )
+    layer.append(new_keys, new_values)
+    out = layer.attend(query, scaling=0.4, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(dtype: torch.dtype) -> None:
+    shape = Shape(dtype=dtype)
+    layer = filled(shape=shape)
+    keys, values = layer.dequantized()
+    assert keys.dtype == values.dtype == dtype
+    query, new_keys, new_values = shape.tokens(2, 1)
+    layer.append(new_keys, new_values)
+    out = layer.attend(query, scaling=shape.scaling)
+    assert out.dtype == dtype
+    expected = oracle(
+        query, torch.cat([keys, new_keys], 2), torch.cat([values, new_values], 2), shape.scaling
+    )
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < 4 * torch.finfo(dtype).eps + 1e-6
+
+
+# ---------------------------------------------------------------- errors
+
+
+@unhooked
+def test_wrong_tokens_are_refused_and_nothing_changes() -> None:
+    layer = filled()
+    before = [x.clone() for x in layer.tensors()]
+    wrong = {
+        "batch": Shape(batch=3),
+        "heads": Shape(kv_heads=4),
+        "key dim": Shape(key_dim=8),
+        "value dim": Shape(value_dim=8),
+        "dtype": Shape(dtype=torch.bfloat16),
+    }
+    for shape in wrong.values():
+        with pytest.raises(ShapeError, match="this layer holds"):
+            layer.append(*shape.tokens(1)[1:])
+    _, keys, values = Shape().tokens(3)
+    with pytest.raises(ShapeError, match="3 keys and 2 values"):
+        layer.append(keys, values[:, :, :2])
+    assert all(map(torch.equal, layer.tensors(), before))
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize("tokens", [100, 300])
+def test_a_failing_encoder_loses_no_token(
+    side: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape()
+    layer, twin = filled(tokens), filled(tokens)
+    encode_pages = coder.encode_pages
+
+    def failing(*args: Any, **options: Any) -> None:
+        if options["layout"] == side:
+            raise RuntimeError("out of memory")
+        encode_pages(*args, **options)
+
+    new = shape.tokens(100, 1)
+    held = [torch.cat(pair, 2) for pair in zip(layer.dequantized(), new[1:], strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(coder, "encode_pages", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            feed(layer, new)
+        assert layer.held == tokens + 100
+        assert all(map(torch.equal, layer.dequantized(), held))
+    feed(twin, new)
+    layer.compress()
+    assert all(map(torch.equal, layer.dequantized(), twin.dequantized()))
+    size = nbytes(layer)
+    attends_like(layer, *layer.dequantized(), shape.tokens(10, 2))
+    attends_like(twin, *twin.dequantized(), shape.tokens(10, 2))
+    assert nbytes(layer) <= size + nbytes(twin) - size
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def test_codes_hold_no_graph() -> None:
+    shape = Shape()
+    layer = shape.layer()
+    for seed in range(3):
+        query, keys, values = (x.requires_grad_() for x in shape.tokens(150, seed))
+        layer.append(keys, values)
+        layer.attend(query, scaling=shape.scaling)
+    assert not any(x.requires_grad for x in layer.tensors())
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    shape = Shape()
+    layer = shape.layer()
+    with torch.inference_mode():
+        feed(layer, shape.tokens(300))
+        layer.select(torch.tensor([1]))
+    for seed in range(3):
+        feed(layer, Shape(batch=1).tokens(100, seed))
+    with torch.no_grad():
+        feed(layer, Shape(batch=1).tokens(100, 4))
+    with torch.inference_mode():
+        feed(layer, Shape(batch=1).tokens(100, 5))
+    query, keys, values = (x.requires_grad_() for x in Shape(batch=1).tokens(100, 6))
+    layer.append(keys, values)
+    layer.attend(query, scaling=shape.scaling).sum().backward()
+    assert query.grad is not None
