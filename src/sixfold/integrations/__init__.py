@@ -1,0 +1,1 @@
+"""Host frameworks: everything that knows one of them, and nothing that knows mathematics."""

@@ -1,0 +1,7 @@
+"""TurboQuant KV cache for Hugging Face transformers (5.20 and later)."""
+
+from sixfold.integrations.transformers.attention import register
+from sixfold.integrations.transformers.cache import TurboQuantCache
+from sixfold.integrations.transformers.config import layer_shapes
+
+__all__ = ["TurboQuantCache", "layer_shapes", "register"]

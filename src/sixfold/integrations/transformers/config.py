@@ -1,0 +1,117 @@
+"""What a model's config says about the keys and values it caches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from sixfold.cache import CachePolicy, LayerShape
+from sixfold.errors import UnsupportedModelError
+
+COMPRESSED_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text decoder.
+
+    Raises:
+        UnsupportedModelError: Not a config, or the model has an encoder, whose cross-attention
+            cache is not a decoder's.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"expected a transformers config, got {type(config).__name__}: pass model.config."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} describes an encoder-decoder model; only decoder-only models "
+            "have the growing key-value cache that Sixfold compresses."
+        )
+    return config.get_text_config(decoder=True)
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Type of every layer and the arguments of its cache layer, as transformers derives them.
+
+    Raises:
+        UnsupportedModelError: The config cannot be read, or no layer caches keys and values.
+    """
+    text = decoder_config(config)
+    try:
+        types, kwargs = get_layer_types_and_kwargs(text)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"cannot read layer types from {type(text).__name__}: {error}. Expected a decoder "
+            "config with num_hidden_layers and, if layers differ, layer_types."
+        ) from error
+    if not any(kind in COMPRESSED_TYPES for kind in types):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has no attention layer that Sixfold can compress: its layers "
+            f"are {sorted(set(types))}, expected some of {list(COMPRESSED_TYPES)}."
+        )
+    return types, kwargs
+
+
+def caches_latents(config: PreTrainedConfig) -> bool:
+    """Whether attention computes with what it caches (multi-head latent attention)."""
+    return getattr(decoder_config(config), "kv_lora_rank", None) is not None
+
+
+def shared_layers(config: PreTrainedConfig) -> set[int]:
+    """Layers whose keys and values later layers attend to as well (Gemma 3n, Gemma 4)."""
+    modes = getattr(decoder_config(config), "kv_sharing_modes", None) or ()
+    return {index for index, mode in enumerate(modes) if mode == "store"}
+
+
+def attends_through_interface(model: PreTrainedModel) -> bool:
+    """Whether every attention of `model` hands cached tensors to an attention function untouched.
+
+    If not (Falcon computes attention itself, DeepSeek expands cached latents first) the cache has
+    to hand out dequantized tensors.
+    """
+    # The flag `_supports_attention_backend` is unset on hybrids that do (Qwen3-Next).
+    interface = bool(model.get_decoder()._can_set_attn_implementation())
+    return interface and not caches_latents(model.config)
+
+
+def layer_shapes(
+    config: PreTrainedConfig, policies: Sequence[CachePolicy | None]
+) -> list[LayerShape]:
+    """Shapes of the attention layers of a model that has never been loaded.
+
+    Args:
+        config: The model's config.
+        policies: One a layer, as `layer_policies` makes them; None leaves a layer uncompressed.
+
+    Returns:
+        One shape for every layer that caches keys and values.
+    """
+    types, kwargs = layer_types(config)
+    configs = list(decoder_config(config).per_layer_config)
+    shapes = []
+    for kind, options, layer, policy in zip(types, kwargs, configs, policies, strict=True):
+        if kind not in COMPRESSED_TYPES:
+            continue
+        heads, key_dim, value_dim = _dims(layer)
+        window = options.get("sliding_window")
+        shapes.append(LayerShape(heads, key_dim, value_dim, window, policy))
+    return shapes
+
+
+def _dims(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """KV heads, key dimension and value dimension of one layer."""
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return 1, config.kv_lora_rank, config.qk_rope_head_dim
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return _kv_heads(config, heads), head_dim, getattr(config, "v_head_dim", None) or head_dim
+
+
+def _kv_heads(config: PreTrainedConfig, heads: int) -> int:
+    if getattr(config, "model_type", "") == "falcon":
+        # The newer architecture repeats its key heads before it caches them.
+        return 1 if config.multi_query and not config.new_decoder_architecture else heads
+    if getattr(config, "multi_query", False):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or heads

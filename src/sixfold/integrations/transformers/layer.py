@@ -1,0 +1,135 @@
+"""One compressed attention layer behind transformers' cache-layer interface."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.attention import CodesHandle
+
+
+class TurboQuantLayer(CacheLayerMixin):
+    """One compressed attention layer behind transformers' cache-layer interface."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, policy: CachePolicy, sliding_window: int | None, fused: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.policy = policy
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.fused = fused
+        self.record_past = False
+        self.store: CompressedLayer | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn batch, heads, dims, dtype and device from the first tokens."""
+        self.adopt(CompressedLayer(key_states, value_states, self.policy, self.sliding_window))
+
+    def adopt(self, store: CompressedLayer) -> None:
+        """Hold `store`, which may have been filled elsewhere."""
+        store.record_past = self.record_past
+        self.store = store
+        self.device = store.padding.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Add tokens; returns handles for the fused attention, or all tokens dequantized."""
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        if self.fused:
+            return CodesHandle(self.store, key_states), CodesHandle(self.store, value_states)
+        masked, _ = self.get_mask_sizes(key_states.shape[2])
+        self.store.append(key_states, value_states)
+        keys, values = self.store.dequantized()
+        self.store.compress()
+        return keys[:, :, -masked:], values[:, :, -masked:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens the mask must cover, and the position of the first of them.
+
+        Transformers makes one mask for all sliding layers: each must want what an uncompressed
+        one would, though some hold more (whole pages, or a past that may be cropped back to).
+        """
+        if self.store is None:
+            return query_length, 0
+        visible = self.store.visible
+        return visible + query_length, self.store.length - visible
+
+    def get_seq_length(self) -> int:
+        """Tokens seen a sequence."""
+        return self.store.length if self.store else 0
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1: no limit."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.store = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            SixfoldError: The number is positive, or a sliding window has moved on.
+        """
+        if tokens_to_remove > 0:
+            raise SixfoldError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
+            )
+        if self.store is None:
+            return
+        if -tokens_to_remove >= self.store.length:
+            self.reset()
+        else:
+            self.store.crop(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves a sliding window until the next `crop` (assisted generation)."""
+        self.record_past = True
+        if self.store is not None:
+            self.store.record_past = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams: page tables are reordered, codes stay where they are."""
+        if self.store is not None:
+            self.store.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch."""
+        if self.store is not None:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self.store.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; the copies share their pages."""
+        if self.store is not None:
+            rows = torch.arange(len(self.store.padding), device=self.store.padding.device)
+            self.store.select(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move everything held to the CPU."""
+        if self.store is not None:
+            self.store.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move everything held back to the device of the model."""
+        if self.store is not None:
+            self.store.to(self.device)
+
+    def fork(self) -> Self:
+        """A layer that continues from the same tokens and shares their pages."""
+        twin = type(self)(self.policy, self.sliding_window, self.fused)
+        twin.__dict__.update(self.__dict__)
+        twin.store = self.store.fork() if self.store else None
+        return twin

@@ -1,0 +1,195 @@
+"""Saving a transformers cache, and loading it for the model that filled it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from sixfold.cache.policy import CachePolicy
+from sixfold.cache.state import expected_tensors, layer_state, restore_layer
+from sixfold.errors import FormatError
+from sixfold.integrations.transformers.config import decoder_config, layer_types
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
+
+KIND = "transformers-cache"
+
+
+def save_cache(
+    cache_layers: Sequence[Any],
+    config: PreTrainedConfig,
+    model: PreTrainedModel | None,
+    path: str | os.PathLike[str],
+) -> None:
+    """Write everything `cache_layers` hold; see `TurboQuantCache.save`."""
+    layers: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache_layers):
+        description, held = _describe(layer)
+        layers.append(description)
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
+    description = {
+        "model": model_description(config),
+        "weights": None if model is None else weights_digest(model),
+        "layers": layers,
+    }
+    write_container(path, KIND, description, tensors)
+
+
+def load_layers(
+    path: str | os.PathLike[str], model: PreTrainedModel, check_weights: bool
+) -> tuple[list[CachePolicy | None], list[dict[str, Any]], dict[str, Tensor]]:
+    """Check a file against `model`, then read it: policies, layer descriptions and tensors."""
+    with open_container(path, KIND) as container:
+        description = container.description
+        _check_model(path, description, model, check_weights)
+        try:
+            layers = description["layers"]
+            if len(layers) != len(description["model"]["layers"]):
+                raise ValueError(f"it describes {len(layers)} layers")
+            policies = [_policy(layer) for layer in layers]
+            expected = _expected(layers, policies)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"{path} is damaged: its description is wrong ({error}).") from error
+        container.expect(expected)
+        return policies, layers, container.read()
+
+
+def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put what was stored of one layer into an empty cache layer."""
+    if isinstance(layer, TurboQuantLayer):
+        if tensors:
+            args = description, tensors, layer.policy, layer.sliding_window
+            layer.adopt(restore_layer(*args))
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        _fill_states(layer, tensors)
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = description["length"]
+
+
+def model_description(config: PreTrainedConfig) -> dict[str, Any]:
+    """What two models must share for one to read the other's cache."""
+    text = decoder_config(config)
+    types, kwargs = layer_types(config)
+    names = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "kv_lora_rank",
+        "vocab_size",
+        # Not weights, but keys are rotated by them.
+        "rope_parameters",
+    )
+    fields = {name: getattr(text, name, None) for name in names}
+    windows = [options.get("sliding_window") for options in kwargs]
+    described = {"type": text.model_type, "layers": types, "sliding_windows": windows, **fields}
+    # As it comes back from a file: lists for tuples, strings for anything exotic.
+    as_json: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    return as_json
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A fingerprint of the weights: the first numbers of every parameter, as bfloat16."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        head = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_model(
+    path: Any, description: dict[str, Any], model: PreTrainedModel, check_weights: bool
+) -> None:
+    stored, own = description.get("model"), model_description(model.config)
+    stored = stored if isinstance(stored, dict) else {}
+    differ = {k: (stored.get(k), own[k]) for k in own if _differ(stored.get(k), own[k])}
+    if differ:
+        raise FormatError(f"{path} was saved for another model: (file, this model) = {differ}.")
+    digest = description.get("weights")
+    if check_weights and digest is not None and digest != weights_digest(model):
+        raise FormatError(
+            f"{path} was saved for other weights of the same architecture; keys and values of one "
+            "are noise to the other. Pass check_weights=False to load it all the same."
+        )
+
+
+def _differ(stored: Any, own: Any) -> bool:
+    """Whether two values differ; of objects, in a field that both have (libraries add some)."""
+    if isinstance(stored, dict) and isinstance(own, dict):
+        return any(_differ(stored[name], own[name]) for name in stored.keys() & own.keys())
+    return bool(stored != own)
+
+
+def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if isinstance(layer, TurboQuantLayer):
+        state = ({}, {}) if layer.store is None else layer_state(layer.store)
+        return {"policy": layer.policy.to_dict(), **state[0]}, state[1]
+    tensors = _dense_tensors(layer)
+    described = {
+        name: [list(tensor.shape), DTYPE_NAMES[tensor.dtype]] for name, tensor in tensors.items()
+    }
+    return {"policy": None, "tensors": described, "length": _length(layer)}, tensors
+
+
+def _dense_tensors(layer: Any) -> dict[str, Tensor]:
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+    if type(layer) is LinearAttentionLayer:
+        states = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
+        return {
+            f"{kind}.{index}": state
+            for kind, by_index in states.items()
+            for index, state in by_index.items()
+            if state is not None and layer.has_previous_state[index]
+        }
+    if hasattr(layer, "update_conv_state") or (layer.is_initialized and layer.keys is not None):
+        raise FormatError(f"layers of type {type(layer).__name__} cannot be saved yet.")
+    return {}
+
+
+def _length(layer: Any) -> int:
+    return layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
+
+
+def _policy(description: dict[str, Any]) -> CachePolicy | None:
+    fields = description["policy"]
+    return None if fields is None else CachePolicy(**fields)
+
+
+def _expected(
+    layers: list[dict[str, Any]], policies: list[CachePolicy | None]
+) -> dict[str, TensorSpec]:
+    expected: dict[str, TensorSpec] = {}
+    for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
+        if policy is None:
+            specs = {n: TensorSpec(tuple(s), d) for n, (s, d) in layer["tensors"].items()}
+        elif "batch" in layer:
+            specs = expected_tensors(layer, policy)
+        else:
+            specs = {}
+        expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
+    return expected
+
+
+def _fill_states(layer: Any, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        kind, index = name.split(".")
+        layer.lazy_initialization(**{kind: tensor}, state_idx=int(index))
+        getattr(layer, kind)[int(index)].copy_(tensor)
+        layer.has_previous_state[int(index)] = True

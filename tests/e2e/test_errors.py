@@ -1,0 +1,150 @@
+"""What cannot work says so: once, at once, and naming the reason."""
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sixfold import TurboQuantCache
+from sixfold.errors import ShapeError, SixfoldError, UnsupportedModelError
+from tests.e2e.decoding import (
+    batch,
+    continue_decoding,
+    decode,
+    forward,
+    relative_error,
+    uncompressed_logits,
+)
+from tests.e2e.models import fresh_model, tiny_model
+
+T5 = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+BART = transformers.BartConfig(
+    vocab_size=97,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+)
+MAMBA = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+MAMBA2 = transformers.Mamba2Config(
+    vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class", "reason"),
+    [
+        (T5, "T5ForConditionalGeneration", "encoder-decoder"),
+        (BART, "BartForConditionalGeneration", "encoder-decoder"),
+        (MAMBA, "MambaForCausalLM", "no attention layer"),
+        (MAMBA2, "Mamba2ForCausalLM", "no attention layer"),
+    ],
+)
+def test_unsupported_models(config: PreTrainedConfig, model_class: str, reason: str) -> None:
+    model = getattr(transformers, model_class)(config)
+    attention = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=reason):
+        TurboQuantCache.for_model(model)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        TurboQuantCache(config)
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "llama", None])
+def test_not_a_model(thing: object) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"got {type(thing).__name__}"):
+        TurboQuantCache.for_model(thing)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("thing", [{"hidden_size": 4}, None])
+def test_not_a_config(thing: object) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"got {type(thing).__name__}"):
+        TurboQuantCache(thing)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": 9}, "bits"),
+        ({"key_bits": 0}, "bits"),
+        ({"sink_tokens": -1}, "sink_tokens"),
+        ({"recent_window": 1.5}, "recent_window"),
+        ({"skip_layers": [2]}, "layer 2 does not exist"),
+        ({"per_layer": {-3: {}}}, "layer -3 does not exist"),
+        ({"per_layer": {0: {"bits": 4}}}, "unknown fields"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(SixfoldError, match=reason):
+        TurboQuantCache.for_model(tiny_model("llama-64"), **options)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama-64", "gpt2"])
+def test_switched_away(name: str, attention: str) -> None:
+    """The error comes before anything is lost: switched back, the cache goes on."""
+    model, data = fresh_model(name), batch(steps=6)
+    cache = TurboQuantCache.for_model(model, bits=8)
+    forward(model, cache, data, 0, 200)
+    model.set_attn_implementation(attention)
+    with pytest.raises(UnsupportedModelError, match="switched away"):
+        forward(model, cache, data, 200, data.prompt)
+    model.set_attn_implementation("sixfold")
+    forward(model, cache, data, 200, data.prompt)
+    logits = continue_decoding(model, cache, data)
+    assert relative_error(logits, uncompressed_logits(name)[:, :6]) < 0.03
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])
+def test_another_batch_size(fused: bool) -> None:
+    model = fresh_model("llama-64")
+    cache = TurboQuantCache.for_model(model, 8) if fused else TurboQuantCache(model.config, 8)
+    forward(model, cache, batch(steps=0), 0, 200)
+    with pytest.raises(ShapeError, match="reset the cache or select its batch rows"):
+        forward(model, cache, batch((220, 210), steps=0), 200, 220)
+    cache.reset()
+    logits = decode(model, cache, batch(steps=6))
+    assert relative_error(logits, uncompressed_logits("llama-64")[:, :6]) < 0.03
+
+
+def test_another_dtype() -> None:
+    model = fresh_model("llama-64")
+    cache, data = TurboQuantCache.for_model(model, 8), batch(steps=0)
+    forward(model, cache, data, 0, 200)
+    with pytest.raises(ShapeError, match=r"torch\.float32.*torch\.bfloat16"):
+        forward(model.bfloat16(), cache, data, 200, data.prompt)
+
+
+def test_attention_that_computes_with_cached_tensors() -> None:
+    """JetMoE repeats cached heads before it attends; the error names the mode that serves it."""
+    config = transformers.JetMoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=32,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    model: PreTrainedModel = transformers.JetMoeForCausalLM(config).eval()
+    cache = TurboQuantCache.for_model(model)
+    with pytest.raises(UnsupportedModelError, match=r"use TurboQuantCache\(model\.config"):
+        forward(model, cache, batch((20,), steps=0), 0, 20)
+
+
+def test_keys_attended_twice() -> None:
+    """Gemma 4 would do so, were the layers that share their keys fused as well."""
+    model, data = tiny_model("gemma4"), batch(steps=0)
+    cache = TurboQuantCache.for_model(model)
+    for layer in cache.compressed_layers:
+        layer.fused = True
+    with pytest.raises(UnsupportedModelError, match="attends twice"):
+        forward(model, cache, data, 0, 20)
