@@ -1,0 +1,1 @@
+"""Measurements of the kernels, for developers; `sixfold bench` is the short form."""

@@ -1,0 +1,56 @@
+"""The commands, and the one place where errors become a line and an exit code."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from sixfold import __version__
+from sixfold.cli.bench import bench
+from sixfold.cli.demo import demo
+from sixfold.cli.doctor import doctor
+from sixfold.cli.evaluate import app as evaluate
+from sixfold.cli.generate import generate
+from sixfold.cli.plan import plan
+from sixfold.errors import SixfoldError
+
+
+class OneLineErrors(TyperGroup):
+    """A group in which bad input and unreadable files end in one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (SixfoldError, OSError) as error:
+            print(f"sixfold: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Compress the KV cache of a language model to 2-4 bits, and see what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, generate, plan, bench, doctor):
+    app.command()(command)
+app.add_typer(evaluate, name="eval")
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"sixfold {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Compress the KV cache of a language model to 2-4 bits, and see what that costs."""

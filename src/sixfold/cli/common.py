@@ -1,0 +1,166 @@
+"""Options and inputs that several commands share."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from sixfold.errors import SixfoldError
+from sixfold.eval import embedded
+from sixfold.packing import check_bits
+
+T = TypeVar("T")
+
+PICTURES = (".png", ".svg", ".pdf")
+
+_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse an output path before the work is done rather than after.
+
+    Raises:
+        SixfoldError: Its folder does not exist.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise SixfoldError(f"cannot write {path}: the folder {path.parent} does not exist")
+    return path
+
+
+def _a_picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in PICTURES:
+        raise SixfoldError(f"cannot draw {path}: its name must end in {', '.join(PICTURES)}")
+    return _in_a_folder(path)
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        dir_okay=False,
+        callback=_in_a_folder,
+        help="Write the results as JSON; - for standard output.",
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE.png", dir_okay=False, callback=_a_picture, help="Draw a picture."
+    ),
+]
+BitsOption = Annotated[
+    str, typer.Option("--bits", help="Bits a value, separated by commas: 1 to 8, 2.5 or 3.5.")
+]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A local directory, a hub name, or `embedded`.", metavar="MODEL")
+]
+TextOption = Annotated[
+    Path | None, typer.Option("--file", metavar="FILE", help="A text of your own (UTF-8).")
+]
+
+
+def parse_list(text: str, convert: Callable[[str], T], what: str) -> list[T]:
+    """Read values separated by commas.
+
+    Raises:
+        SixfoldError: Nothing is there, or something that is not a number.
+    """
+    try:
+        values = [convert(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise SixfoldError(f"{what}: expected numbers separated by commas, got {text!r}") from error
+    if not values:
+        raise SixfoldError(f"{what}: expected at least one number, got {text!r}")
+    return values
+
+
+def parse_bits(text: str) -> list[float]:
+    """Read bit widths separated by commas, and check each."""
+    widths = parse_list(text, float, "--bits")
+    for bits in widths:
+        check_bits(bits)
+    return widths
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: 80GB is 80·10⁹ and 80GiB is 80·2³⁰.
+
+    Raises:
+        SixfoldError: The text is no size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise SixfoldError(f"expected a size such as 80GB, 512MiB or 1e9-like digits, got {text!r}")
+    number, unit, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (_UNITS[unit.upper()] if unit else 0))
+
+
+def read_text(path: Path | None) -> str:
+    """The user's text, or the haystack inside the package.
+
+    Raises:
+        SixfoldError: The file is not UTF-8 text.
+    """
+    if path is None:
+        return embedded.haystack()
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SixfoldError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, in the dtype it was saved in, and its tokenizer; onto the GPU if there is one.
+
+    Raises:
+        SixfoldError: There is no such model, or it is not a language model.
+    """
+    quiet()
+    if name == embedded.NAME:
+        model, tokenizer = embedded.load_embedded(torch.bfloat16)
+    else:
+        with unreadable("the model", name):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    # As a plain module: transformers wraps `to` in a type that hides its argument.
+    module: torch.nn.Module = model
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
+
+
+@contextmanager
+def unreadable(what: str, name: str) -> Iterator[None]:
+    """Turn what transformers raises for a missing or foreign model into one sentence.
+
+    Raises:
+        SixfoldError: The block failed to read `name`.
+    """
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise SixfoldError(f"cannot read {what} {name!r}: there is no such file or directory")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SixfoldError(f"cannot read {what} {name!r}: {reason[0]}") from error
+
+
+def quiet() -> None:
+    """Keep the progress bars, retries and advice of the libraries out of the tables."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

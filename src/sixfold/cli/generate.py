@@ -1,0 +1,148 @@
+"""`sixfold generate`: text from any model through a compressed cache."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from sixfold.cli.common import JsonOption, ModelArgument, TextOption, load_model, read_text
+from sixfold.cli.render import Output, human_bytes
+from sixfold.errors import SixfoldError
+from sixfold.eval import machine
+from sixfold.eval.caches import (
+    MakeCache,
+    compressed,
+    half_precision_bytes,
+    held_bytes,
+    uncompressed,
+)
+
+
+class TimedStreamer(TextStreamer):
+    """Streams text as it comes, or only notes when it came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, visible: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self.visible = visible
+        self.arrivals: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Take the prompt first, then one token at a time."""
+        self.arrivals.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is certain."""
+        if self.visible:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed from the first generated token on, prefill excluded; None for fewer than two."""
+        steps = self.arrivals[1:]
+        return (len(steps) - 1) / (steps[-1] - steps[0]) if len(steps) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation; the ratio is that of 16 bits a value to the bytes held."""
+
+    cache: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    tokens_in_cache: int
+    nbytes: int
+    compression_ratio: float
+    tokens_per_second: float | None
+
+
+def generate(
+    model_name: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    file: TextOption = None,
+    bits: Annotated[float, typer.Option(help="Bits a value: 1 to 8, 2.5 or 3.5.")] = 4,
+    key_bits: Annotated[float | None, typer.Option(help="Bits of the keys, if other.")] = None,
+    value_bits: Annotated[float | None, typer.Option(help="Bits of the values, if other.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run uncompressed.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Continue a prompt greedily and say how many bytes the cache took."""
+    output, text = Output(json), _prompt(prompt, file)
+    model, tokenizer = load_model(model_name)
+    caches: dict[str, MakeCache] = {
+        f"{bits:g} bits": compressed(bits, key_bits=key_bits, value_bits=value_bits)
+    }
+    if compare:
+        caches["uncompressed"] = uncompressed
+    visible = json != Path("-")
+    runs = [
+        _run(model, tokenizer, text, name, make, max_new_tokens, visible)
+        for name, make in caches.items()
+    ]
+    output.table(
+        f"{model_name}, {runs[0].prompt_tokens} prompt tokens",
+        ["cache", "tokens held", "bytes held", "16 bits / held", "tokens/s"],
+        [_cells(run) for run in runs],
+    )
+    output.json({"model": model_name, "machine": machine.describe(), "runs": [*map(asdict, runs)]})
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise SixfoldError("give the text to continue by one of --prompt and --file")
+    text = read_text(file) if prompt is None else prompt
+    if not text.strip():
+        raise SixfoldError("the prompt is empty; give some text to continue")
+    return text
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    name: str,
+    make_cache: MakeCache,
+    max_new_tokens: int,
+    visible: bool,
+) -> Run:
+    cache = make_cache(model)
+    streamer = TimedStreamer(tokenizer, visible)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    size = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    new = out[0, size:]
+    return Run(
+        cache=name,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        prompt_tokens=size,
+        new_tokens=len(new),
+        tokens_in_cache=int(cache.get_seq_length()),
+        nbytes=held_bytes(cache),
+        compression_ratio=half_precision_bytes(cache) / held_bytes(cache),
+        tokens_per_second=streamer.tokens_per_second,
+    )
+
+
+def _cells(run: Run) -> list[str]:
+    speed = "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}"
+    return [
+        run.cache,
+        str(run.tokens_in_cache),
+        human_bytes(run.nbytes),
+        f"{run.compression_ratio:.2f}x",
+        speed,
+    ]

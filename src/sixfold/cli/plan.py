@@ -1,0 +1,131 @@
+"""`sixfold plan`: how many users, and how long a context, a memory holds."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import typer
+from transformers import AutoConfig, PreTrainedConfig
+
+from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
+from sixfold.cli.common import JsonOption, parse_bits, parse_list, parse_size, quiet, unreadable
+from sixfold.cli.render import Output, human_bytes
+from sixfold.errors import SixfoldError
+from sixfold.eval import embedded
+from sixfold.integrations.transformers.config import layer_shapes, layer_types
+
+UNCOMPRESSED = 16
+LIMIT = 2**40
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is known of a model: its config, or plain numbers for identical layers."""
+
+    config: PreTrainedConfig | None
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def layer_shapes(self, policy: CachePolicy | None) -> list[LayerShape]:
+        """The attention layers under one policy; None leaves them uncompressed."""
+        if self.config is None:
+            one = LayerShape(self.kv_heads, self.head_dim, self.head_dim, policy=policy)
+            return [one] * self.layers
+        count = len(layer_types(self.config)[0])
+        return layer_shapes(self.config, [policy] * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What fits at one bit width; 16 bits is the uncompressed cache."""
+
+    bits: float
+    users: dict[int, int]
+    longest_context: int
+    bytes_per_user: dict[int, int]
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A config.json, a directory or a hub name."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Without MODEL: layers.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Dimension of a head.")] = None,
+    memory: Annotated[str, typer.Option(help="Of the device: 80GB is 80·10⁹ bytes.")] = "80GB",
+    weights: Annotated[str, typer.Option(help="Taken by weights and activations.")] = "0GB",
+    bits: Annotated[str, typer.Option(help="Bits a value, separated by commas.")] = "4,3,2.5,2",
+    contexts: Annotated[
+        str, typer.Option(help="Tokens a user, separated by commas.")
+    ] = "4096,8192,16384,32768,65536,131072",
+    json: JsonOption = None,
+) -> None:
+    """How many users x context fit in memory: the cache's own byte accounting."""
+    output, shape = Output(json), _shape(model, layers, kv_heads, head_dim)
+    free = parse_size(memory) - parse_size(weights)
+    if free <= 0:
+        raise SixfoldError(f"weights of {weights} leave nothing of a memory of {memory}")
+    sizes = parse_list(contexts, int, "--contexts")
+    if min(sizes) < 1:
+        raise SixfoldError(f"--contexts: expected positive numbers of tokens, got {contexts!r}")
+    found = [_capacity(UNCOMPRESSED, shape.layer_shapes(None), sizes, free)]
+    for width in parse_bits(bits):
+        policy = CachePolicy(key_bits=width, value_bits=width)
+        found.append(_capacity(width, shape.layer_shapes(policy), sizes, free))
+    output.table(
+        f"Users that fit in {human_bytes(free)}",
+        ["context", "uncompressed", *(f"{one.bits:g} bits" for one in found[1:])],
+        [[f"{size:,}", *(f"{one.users[size]:,}" for one in found)] for size in sizes]
+        + [["longest, one user", *(f"{one.longest_context:,}" for one in found)]],
+    )
+    output.say(
+        "Bytes as the cache counts them after a prefill: codes, scales, full-precision windows and "
+        "tables. A cache that grows token by token holds up to 1/16 more. The model's own limit "
+        "of context is not applied."
+    )
+    output.json({"free_bytes": free, "rows": [asdict(one) for one in found]})
+
+
+def _shape(
+    model: str | None, layers: int | None, kv_heads: int | None, head_dim: int | None
+) -> Shape:
+    numbers = (layers, kv_heads, head_dim)
+    if model is not None and numbers == (None, None, None):
+        return Shape(_read_config(model), 0, 0, 0)
+    if model is not None or layers is None or kv_heads is None or head_dim is None:
+        raise SixfoldError("give either MODEL, or all of --layers, --kv-heads and --head-dim")
+    return Shape(None, layers, kv_heads, head_dim)
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    quiet()
+    if name == embedded.NAME:
+        with embedded.folder() as path:
+            return _read_config(str(path))
+    with unreadable("the config of", name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    return config
+
+
+def _capacity(
+    bits: float, shapes: Sequence[LayerShape], contexts: Sequence[int], free: int
+) -> Capacity:
+    count = uncompressed_nbytes if bits == UNCOMPRESSED else cache_nbytes
+
+    def users(tokens: int) -> int:
+        return _largest(lambda batch: count(shapes, tokens=tokens, batch=batch) <= free)
+
+    return Capacity(
+        bits=bits,
+        users={tokens: users(tokens) for tokens in contexts},
+        longest_context=_largest(lambda tokens: count(shapes, tokens=tokens) <= free),
+        bytes_per_user={tokens: count(shapes, tokens=tokens) for tokens in contexts},
+    )
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits; 0 if not even 1 does."""
+    return bisect.bisect_left(range(1, LIMIT), True, key=lambda number: not fits(number))

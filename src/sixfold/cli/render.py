@@ -1,0 +1,82 @@
+"""Tables, progress bars and JSON."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sixfold.eval.progress import Progress as ReportProgress
+
+STANDARD_OUTPUT = Path("-")
+
+
+class Output:
+    """Where a command's words and numbers go.
+
+    With ``--json -`` standard output is the JSON document, so tables move to standard error.
+    """
+
+    def __init__(self, json_file: Path | None) -> None:
+        self.json_file = json_file
+        self.console = Console(stderr=json_file == STANDARD_OUTPUT, highlight=False)
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        align: Literal["left", "right"] = "right",
+    ) -> None:
+        """Print a table: a column of labels, then numbers, or words aligned to the left."""
+        # Narrow, so that the widest table fits a terminal of 80 columns.
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for index, column in enumerate(columns):
+            table.add_column(column, justify=align if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def say(self, text: str) -> None:
+        """Print a line of prose."""
+        self.console.print(text, markup=False)
+
+    def json(self, data: Any) -> None:
+        """Write the JSON document, if one was asked for."""
+        if self.json_file is None:
+            return
+        text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+        if self.json_file == STANDARD_OUTPUT:
+            print(text, end="")
+        else:
+            self.json_file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[ReportProgress]:
+    """Show a bar on standard error, if that is a terminal; yields what moves it."""
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes with three digits and a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} TB"
+
+
+def human_bits(bits: float) -> str:
+    """Write a bit width as people say it: 4, 3.5."""
+    return f"{bits:g}"

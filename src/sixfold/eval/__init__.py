@@ -1,0 +1,1 @@
+"""Measurements: distortion of the quantizers, and what a compressed cache costs a model."""

@@ -1,0 +1,71 @@
+"""Time and memory of generating one token at a time through a filled cache."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from sixfold.eval.caches import MakeCache, held_bytes
+from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.timing import Timing, interleave
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """What a cache costs while it generates.
+
+    Attributes:
+        tokens: Tokens in the cache when timing began.
+        nbytes: Bytes it then held.
+        step: Seconds a generated token.
+    """
+
+    tokens: int
+    nbytes: int
+    step: Timing
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second, by the median step."""
+        return 1 / self.step.median
+
+
+def decode_costs(
+    model: PreTrainedModel,
+    context: Int[Tensor, " tokens"],
+    caches: Mapping[str, MakeCache],
+    *,
+    steps: int = 32,
+    progress: Progress = no_progress,
+) -> dict[str, DecodeCost]:
+    """Fill every cache with the same context, then let them generate in turn.
+
+    Args:
+        model: A causal language model.
+        context: Token ids of the prefill.
+        caches: What to measure, by name.
+        steps: Tokens timed, after two that are not.
+        progress: Called after every prefill.
+    """
+    filled: dict[str, Cache] = {}
+    for done, (name, make_cache) in enumerate(caches.items(), 1):
+        filled[name] = make_cache(model)
+        _forward(model, context, filled[name])
+        progress(done, len(caches))
+    nbytes = {name: held_bytes(cache) for name, cache in filled.items()}
+    calls = {name: _stepper(model, context[-1:], cache) for name, cache in filled.items()}
+    timings = interleave(calls, repeats=steps, warmup=2)
+    return {name: DecodeCost(len(context), nbytes[name], timings[name]) for name in caches}
+
+
+def _stepper(model: PreTrainedModel, token: Int[Tensor, "1"], cache: Cache) -> Callable[[], object]:
+    return lambda: _forward(model, token, cache)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache) -> None:
+    ids = ids[None].to(model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

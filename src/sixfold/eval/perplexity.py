@@ -1,0 +1,209 @@
+"""What compression costs in language modelling: the same text through both caches.
+
+A window's first tokens are prefilled, where attention is exact; the rest follows in short chunks
+through the cache, so that every scored prediction reads its history from the codes. The
+uncompressed cache takes the same chunks, and the two next-token distributions are compared.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from sixfold.errors import SixfoldError
+from sixfold.eval.caches import (
+    MakeCache,
+    half_precision_bytes,
+    held_bytes,
+    uncompressed,
+)
+from sixfold.eval.progress import Progress, no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over windows.
+
+    Attributes:
+        mean: Mean of the windows' own means.
+        standard_error: Its standard error; None when there is a single window.
+    """
+
+    mean: float
+    standard_error: float | None
+
+    @classmethod
+    def over(cls, windows: Float[Tensor, " windows"]) -> "Estimate":
+        """Estimate from one value a window."""
+        count = len(windows)
+        error = float(windows.std() / math.sqrt(count)) if count > 1 else None
+        return cls(float(windows.mean()), error)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheComparison:
+    """A cache against the uncompressed model, on the same predictions.
+
+    Attributes:
+        perplexity: Through the cache.
+        uncompressed_perplexity: Through the uncompressed cache.
+        nll_increase: Nats a token lost, window by window.
+        kl: Mean KL(uncompressed || cache) of the next-token distributions, in nats.
+        kl_p99: Its 99th percentile over tokens.
+        top1_agreement: Fraction of predictions whose most likely token is the same.
+        windows: Windows of text.
+        scored_tokens: Predictions compared, over all windows.
+        nbytes: Bytes held at the end, summed over windows.
+        compression_ratio: 16-bit bytes of the same tokens over `nbytes`.
+    """
+
+    perplexity: float
+    uncompressed_perplexity: float
+    nll_increase: Estimate
+    kl: Estimate
+    kl_p99: float
+    top1_agreement: Estimate
+    windows: int
+    scored_tokens: int
+    nbytes: int
+    compression_ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, count: int | None = None
+) -> Int[Tensor, "windows tokens"]:
+    """Cut text into windows of `tokens` tokens that do not overlap, at most `count` of them.
+
+    Raises:
+        SixfoldError: The text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    whole = len(ids) // tokens
+    if whole == 0:
+        raise SixfoldError(
+            f"the text has {len(ids)} tokens, fewer than one window of {tokens}: "
+            "give a longer text or a shorter window"
+        )
+    return ids[: whole * tokens].view(whole, tokens)[:count]
+
+
+def compare_caches(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows tokens"],
+    caches: Mapping[str, MakeCache],
+    *,
+    prefill: int,
+    chunk: int = 64,
+    progress: Progress = no_progress,
+) -> dict[str, CacheComparison]:
+    """Measure several caches against the uncompressed model on the same text.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids; every window is a text of its own.
+        caches: What to measure, by name.
+        prefill: First tokens of a window, processed at once and not scored.
+        chunk: Tokens a forward pass after that. Those of one chunk see each other exactly.
+        progress: Called after every chunk.
+
+    Returns:
+        The comparison for every name.
+
+    Raises:
+        SixfoldError: Nothing is left to score after the prefill.
+    """
+    if not 0 < prefill < windows.shape[1] - 1:
+        raise SixfoldError(
+            f"prefill must leave tokens to score: expected 1 to {windows.shape[1] - 2} "
+            f"for windows of {windows.shape[1]} tokens, got {prefill}"
+        )
+    tallies = {name: _Tally() for name in caches}
+    starts = range(prefill, windows.shape[1] - 1, chunk)
+    steps = len(starts) + 1
+    for index, window in enumerate(windows):
+        exact, held = uncompressed(model), {name: make(model) for name, make in caches.items()}
+        for cache in (exact, *held.values()):
+            _fill(model, window[:prefill], cache)
+        progress(index * steps + 1, len(windows) * steps)
+        for step, start in enumerate(starts, 2):
+            ids, targets = window[:-1][start:][:chunk], window[1:][start:][:chunk]
+            reference = _log_probabilities(model, ids, exact)
+            for name, cache in held.items():
+                tallies[name].add(reference, _log_probabilities(model, ids, cache), targets)
+            progress(index * steps + step, len(windows) * steps)
+        for name, cache in held.items():
+            tallies[name].close_window(held_bytes(cache), half_precision_bytes(exact))
+    return {name: tally.summary() for name, tally in tallies.items()}
+
+
+@dataclass
+class _Tally:
+    """Per-token values of the window under way, and those of the windows before it."""
+
+    loss: list[Tensor] = field(default_factory=list)
+    reference_loss: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    agrees: list[Tensor] = field(default_factory=list)
+    nbytes: int = 0
+    plain_bytes: int = 0
+    windows: int = 0
+
+    def add(
+        self,
+        reference: Float[Tensor, "tokens vocabulary"],
+        candidate: Float[Tensor, "tokens vocabulary"],
+        targets: Int[Tensor, " tokens"],
+    ) -> None:
+        index = targets[:, None].to(reference.device)
+        self.loss.append(-candidate.gather(1, index).flatten())
+        self.reference_loss.append(-reference.gather(1, index).flatten())
+        self.kl.append((reference.exp() * (reference - candidate)).sum(1))
+        self.agrees.append((reference.argmax(1) == candidate.argmax(1)).float())
+
+    def close_window(self, nbytes: int, plain_bytes: int) -> None:
+        self.nbytes += nbytes
+        self.plain_bytes += plain_bytes
+        self.windows += 1
+
+    def _by_window(self, values: list[Tensor]) -> Float[Tensor, "windows tokens"]:
+        return torch.cat(values).view(self.windows, -1).double().cpu()
+
+    def summary(self) -> CacheComparison:
+        loss, reference_loss = self._by_window(self.loss), self._by_window(self.reference_loss)
+        kl = self._by_window(self.kl)
+        return CacheComparison(
+            perplexity=math.exp(loss.mean()),
+            uncompressed_perplexity=math.exp(reference_loss.mean()),
+            nll_increase=Estimate.over((loss - reference_loss).mean(1)),
+            kl=Estimate.over(kl.mean(1)),
+            kl_p99=float(kl.flatten().quantile(0.99)),
+            top1_agreement=Estimate.over(self._by_window(self.agrees).mean(1)),
+            windows=self.windows,
+            scored_tokens=kl.numel(),
+            nbytes=self.nbytes,
+            compression_ratio=self.plain_bytes / self.nbytes,
+        )
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache) -> None:
+    """Prefill through the base model: no logits over the vocabulary are computed."""
+    model.base_model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def _log_probabilities(
+    model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache
+) -> Float[Tensor, "tokens vocabulary"]:
+    out = model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+    logits: Tensor = out.logits[0].float()
+    return logits.log_softmax(-1)

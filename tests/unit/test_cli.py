@@ -1,0 +1,87 @@
+"""The command line as a whole: help, errors in one line, exit codes, what it needs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import sixfold
+from sixfold.cli.app import app
+from sixfold.cli.common import parse_bits, parse_list, parse_size
+from sixfold.errors import SixfoldError
+
+COMMANDS = (
+    *(["demo"], ["generate"], ["plan"], ["bench"], ["doctor"]),
+    *(["eval", "distortion"], ["eval", "perplexity"], ["eval", "niah"]),
+)
+
+NUMBERS = ("--layers", "2", "--kv-heads", "2", "--head-dim", "8")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_and_speaks_json(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.output == f"sixfold {sixfold.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "/nowhere", "--prompt", "x"], "there is no such file or directory"),
+        (["generate", "embedded"], "one of --prompt and --file"),
+        (["generate", "embedded", "--prompt", " "], "the prompt is empty"),
+        (["demo", "--bits", "9"], "bits must be one of"),
+        (["demo", "--bits", "four"], "--bits: expected numbers separated by commas"),
+        (["eval", "perplexity", "/nowhere"], "there is no such file or directory"),
+        (["eval", "distortion", "--dims", ","], "--dims: expected at least one number"),
+        (["eval", "niah", "--plot", "out.doc"], "its name must end in .png"),
+        (["plan"], "give either MODEL, or all of"),
+        (["plan", *NUMBERS, "--memory", "big"], "expected a size such as 80GB"),
+        (["demo", "--file", "/nowhere"], "No such file or directory: '/nowhere'"),
+        (["doctor", "--json", "/nowhere/out.json"], "the folder /nowhere does not exist"),
+        (["bench", "--op", "sort", "--tokens", "64"], "expected operations among"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("sixfold: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    result = CliRunner().invoke(app, ["demo", "--file", str(tmp_path / "binary")])
+    assert (result.exit_code, "is not UTF-8 text" in result.stderr) == (2, True)
+
+
+def test_sizes() -> None:
+    assert parse_size("80GB") == 80 * 10**9
+    assert parse_size("1.5 GiB") == 3 * 2**29
+    assert parse_size("512mib") == 2**29
+    assert parse_size("7") == 7
+    for wrong in ("", "GB", "-1GB", "80 gigs"):
+        with pytest.raises(SixfoldError, match="expected a size such as 80GB"):
+            parse_size(wrong)
+
+
+def test_lists() -> None:
+    assert parse_bits("4, 3.5,2") == [4, 3.5, 2]
+    assert parse_list("1,2,", int, "--dims") == [1, 2]
+
+
+def test_without_its_packages_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from sixfold.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "sixfold: the command line needs typer: pip install 'sixfold[cli]'\n"

@@ -1,0 +1,96 @@
+"""Commands that need no model: plan, doctor, bench."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
+from sixfold.cli.app import app
+from sixfold.eval.caches import compressed, held_bytes
+from sixfold.eval.niah import greedy
+from tests.tiny import tiny_model, tiny_tokenizer
+
+NUMBERS = ("--layers", "4", "--kv-heads", "2", "--head-dim", "64")
+
+
+def run_json(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*arguments, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_plan_fills_the_memory_and_no_more() -> None:
+    memory = 10**8
+    options = ("--memory", "100MB", "--bits", "4,2", "--contexts", "1000,9000")
+    found = run_json("plan", *NUMBERS, *options)
+    for row in found["rows"]:
+        plain, bits = row["bits"] == 16, row["bits"]
+        policy = None if plain else CachePolicy(key_bits=bits, value_bits=bits)
+        shapes = [LayerShape(2, 64, 64, policy=policy)] * 4
+        count = uncompressed_nbytes if plain else cache_nbytes
+        longest = row["longest_context"]
+        assert count(shapes, tokens=longest) <= memory < count(shapes, tokens=longest + 1)
+        for tokens, users in row["users"].items():
+            held = [count(shapes, tokens=int(tokens), batch=n) for n in (users, users + 1)]
+            assert held[0] <= memory < held[1]
+    plain, four, two = (row["longest_context"] for row in found["rows"])
+    assert plain < four < two
+
+
+def test_plan_takes_weights_off_and_may_find_no_room() -> None:
+    free = run_json("plan", *NUMBERS, "--memory", "100MB", "--weights", "60MB")
+    assert free["free_bytes"] == 4 * 10**7
+    none = run_json("plan", *NUMBERS, "--memory", "1kB", "--contexts", "4096")
+    assert [row["users"]["4096"] for row in none["rows"]] == [0] * len(none["rows"])
+
+
+def test_plan_of_a_config_counts_what_the_cache_holds(model_dir: Path) -> None:
+    planned = run_json("plan", str(model_dir), "--bits", "4", "--contexts", "500")["rows"][1]
+    ids = tiny_tokenizer()(" ".join(["river"] * 2000), return_tensors="pt")["input_ids"][0, :500]
+    model = copy.deepcopy(tiny_model()).bfloat16()
+    cache = compressed(4)(model)
+    greedy(model, ids, cache, 1)
+    assert planned["bytes_per_user"]["500"] == held_bytes(cache)
+
+
+def test_plan_wants_one_kind_of_input(model_dir: Path) -> None:
+    both = CliRunner().invoke(app, ["plan", str(model_dir), *NUMBERS])
+    full = CliRunner().invoke(app, ["plan", *NUMBERS, "--weights", "90GB"])
+    assert (both.exit_code, full.exit_code) == (2, 2)
+    assert "leave nothing" in full.stderr
+
+
+def test_doctor_names_what_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    found = run_json("doctor")
+    assert [one["operation"] for one in found["operations"]] == [
+        *("rotate", "encode", "decode", "scores", "attention")
+    ]
+    for one in found["operations"]:
+        assert one["selected"] in one["available"]
+        assert "reference" in one["available"]
+        assert set(one["available"]).isdisjoint(one["missing"])
+
+
+def test_doctor_reports_an_override_and_refuses_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    assert "SIXFOLD_BACKEND=reference" in CliRunner().invoke(app, ["doctor"]).stdout
+    monkeypatch.setenv("SIXFOLD_BACKEND", "abacus")
+    wrong = CliRunner().invoke(app, ["doctor"])
+    assert (wrong.exit_code, "abacus" in wrong.stderr) == (2, True)
+
+
+def test_bench_prints_errors_beside_times() -> None:
+    shape = ("--tokens", "192", "--heads", "2", "--kv-heads", "1", "--head-dim", "32")
+    found = run_json("bench", "--op", "attention", "--bits", "8", "--repeats", "1", *shape)
+    rows = {row["implementation"]: row for row in found["rows"]}
+    assert set(rows) == {"sdpa bf16", "grouped matmul bf16", "codes 8 bits"}
+    assert all(row["time"]["median"] > 0 and 0 < row["error"] < 0.05 for row in rows.values())
+    assert found["machine"]["threads"] >= 1

@@ -1,0 +1,112 @@
+"""Commands that run a model, on a tiny random one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from sixfold.cli import demo as demo_command
+from sixfold.cli.app import app
+from sixfold.eval.embedded import haystack
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(one) for one in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def assert_png(path: Path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+def test_generate_streams_what_the_model_says(model_dir: Path, tmp_path: Path) -> None:
+    prompt = haystack()[:800]
+    (tmp_path / "prompt.txt").write_text(prompt)
+    options = ("--bits", 8, "--max-new-tokens", 5, "--compare", "--json", tmp_path / "out.json")
+    result = run("generate", model_dir, "--file", tmp_path / "prompt.txt", *options)
+    eight, plain = read(tmp_path / "out.json")["runs"]
+    assert eight["text"].strip() in result.stdout
+    assert (eight["new_tokens"], plain["new_tokens"]) == (5, 5)
+    ids = tiny_tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    model: Any = tiny_model()
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert plain["text"] == tiny_tokenizer().decode(expected[0, ids.shape[1] :])
+    assert plain["tokens_in_cache"] == ids.shape[1] + 4
+    # 16-bit bytes over those of a float32 cache.
+    assert plain["compression_ratio"] == 0.5
+    assert eight["nbytes"] < plain["nbytes"]
+    assert eight["tokens_per_second"] > 0
+
+
+def test_generate_gives_json_alone_on_standard_output(model_dir: Path) -> None:
+    result = run("generate", model_dir, "--prompt", "Once", "--max-new-tokens", 1, "--json", "-")
+    (one,) = json.loads(result.stdout)["runs"]
+    assert one["tokens_per_second"] is None
+    assert "tokens held" in result.stderr
+
+
+def test_eval_perplexity(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", "8,2", "--window", 256, "--windows", 2, "--prefill", 150)
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "perplexity", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    assert 0 < rows["8"]["kl"]["mean"] < rows["2"]["kl"]["mean"]
+    assert rows["2"]["scored_tokens"] == 2 * 105
+    assert f"{rows['2']['perplexity']:.3f}" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", "4", "--lengths", "300,400", "--depths", "0,1", "--documents", 1)
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    run("eval", "niah", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    assert rows["16"]["asked"] == rows["4"]["asked"] == 4
+    assert [cell["tokens"] for cell in rows["4"]["cells"]] == [300, 300, 400, 400]
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_distortion(tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "distortion", "--dims", 32, "--bits", "1,2", "--vectors", 64, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    assert [row["bits"] for row in rows] == [1] * 5 + [2] * 5
+    assert "prod-gaussian" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
+def test_demo_measures_every_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> tuple[Any, Any]:
+        loaded.append(name)
+        return tiny_model(), tiny_tokenizer()
+
+    monkeypatch.setattr(demo_command, "load_model", load)
+    monkeypatch.setattr(demo_command, "NEEDLES", 2)
+    monkeypatch.setattr(demo_command, "WINDOW", 256)
+    monkeypatch.setattr(demo_command, "PREFILL", 150)
+    options = ("--bits", "4,2.5", "--context", 300, "--documents", 1, "--windows", 1)
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("demo", *options, *files)
+    assert loaded == ["embedded"]
+    document = read(tmp_path / "out.json")
+    plain, four, low = document["rows"]
+    assert [row["bits"] for row in document["rows"]] == [16, 4, 2.5]
+    assert [row["needles_asked"] for row in document["rows"]] == [2, 2, 2]
+    assert plain["kl"] == 0 < four["kl"] < low["kl"]
+    assert plain["nbytes"] > four["nbytes"] > low["nbytes"]
+    assert four["compression_ratio"] == pytest.approx(plain["nbytes"] / four["nbytes"])
+    assert document["perplexity_windows"] == [1, 256]
+    assert "Limits:" in result.stdout
+    assert_png(tmp_path / "out.png")

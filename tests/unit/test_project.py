@@ -1,0 +1,81 @@
+"""The project as a whole: what importing loads, and that the README states measured numbers."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import sixfold
+from tools import render_results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def imported_modules() -> set[str]:
+    command = [sys.executable, "-X", "importtime", "-c", "import sixfold"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_import_loads_no_host_framework() -> None:
+    modules = imported_modules()
+    assert {"torch", "sixfold.quantizers.mse"} <= modules
+    roots = {name.partition(".")[0] for name in modules}
+    assert roots.isdisjoint({"transformers", "triton", "vllm", "typer", "rich", "matplotlib"})
+
+
+def test_every_public_name_exists() -> None:
+    for name in sixfold.__all__:
+        assert getattr(sixfold, name) is not None
+    assert sixfold.TurboQuantCache.__module__.startswith("sixfold.integrations.transformers")
+    name = "TurboQuant"
+    with pytest.raises(AttributeError, match="'sixfold' has no attribute 'TurboQuant'"):
+        getattr(sixfold, name)
+
+
+def test_without_transformers_the_cache_says_what_to_install() -> None:
+    code = "import sys; sys.modules['transformers'] = None; from sixfold import TurboQuantCache"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "pip install 'sixfold[transformers]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("block", render_results.BLOCKS, ids=lambda block: block.name)
+def test_documents_state_the_committed_results(block: render_results.Block) -> None:
+    assert block.rendered() == block.document.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", render_results.BLOCKS, ids=lambda block: block.name)
+def test_rendering_replaces_the_block_and_nothing_else(
+    block: render_results.Block, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    begin, end = f"<!-- {block.name}:begin -->", f"<!-- {block.name}:end -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    once = replace(block, document=page).rendered()
+    rows = json.loads(block.results.read_text(encoding="utf-8"))["rows"]
+    assert once.startswith(f"before\n{begin}\n| ")
+    assert once.endswith(f"\n{end}\nafter\n")
+    assert "old" not in once
+    assert once.count("\n|") == len(rows) + 2
+    page.write_text("no block", encoding="utf-8")
+    with pytest.raises(SystemExit, match="must hold the markers"):
+        replace(block, document=page).rendered()
+
+
+def test_results_name_no_machine_but_its_processor() -> None:
+    text = (ROOT / "docs/results/demo.json").read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|work|tmp|opt)\b", text)
+
+
+def test_benchmarks_print_and_write(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.run", "--op", "scores", "--tokens", "64"]
+    command += ["--repeats", "1", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == len(done.stdout.splitlines()) - 1 == 6
+    assert {row["tokens"] for row in rows} == {64}
