@@ -55,12 +55,12 @@ def test_rendering_replaces_the_block_and_nothing_else(
 ) -> None:
     page = tmp_path / "page.md"
     begin, end = f"<!-- {block.name}:begin -->", f"<!-- {block.name}:end -->"
-    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{begin}\nSTALE\n{end}\nafter\n", encoding="utf-8")
     once = replace(block, document=page).rendered()
     rows = json.loads(block.results.read_text(encoding="utf-8"))["rows"]
     assert once.startswith(f"before\n{begin}\n| ")
     assert once.endswith(f"\n{end}\nafter\n")
-    assert "old" not in once
+    assert "STALE" not in once
     assert once.count("\n|") == len(rows) + 2
     page.write_text("no block", encoding="utf-8")
     with pytest.raises(SystemExit, match="must hold the markers"):
