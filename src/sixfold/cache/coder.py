@@ -1,7 +1,6 @@
 """How the vectors of one side of the cache, keys or values, become pages."""
 
 import dataclasses
-import functools
 from typing import Literal
 
 import torch
@@ -42,7 +41,7 @@ class Coder:
 
     def centroids(self, device: torch.device) -> Float32[Tensor, "..."]:
         """The codebook."""
-        return _codebook(self.dim, self.bits, device)
+        return centroids(self.dim, self.bits, device)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
@@ -113,11 +112,6 @@ def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Co
         Coder("key", key_dim, policy.key_bits, policy.seed),
         Coder("value", value_dim, policy.value_bits, policy.seed),
     )
-
-
-@functools.lru_cache
-def _codebook(dim: int, bits: Bits, device: torch.device) -> Tensor:
-    return centroids(dim, bits).to(device)
 
 
 def _valid(lengths: Int64[Tensor, " pages"]) -> Int64[Tensor, " tokens"]:
