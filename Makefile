@@ -33,6 +33,7 @@ bench: setup
 results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json
 	$(BIN)/python -m benchmarks.key_map --json docs/results/key_map.json
+	$(BIN)/python -m benchmarks.rotation --json docs/results/rotation.json
 	$(BIN)/python tools/render_results.py
 
 clean:

@@ -12,6 +12,7 @@ from sixfold.cache.coder import Coder, coders
 from sixfold.kernels.decode import decode
 from sixfold.kernels.encode import encode
 from sixfold.packing import PAGE_TOKENS
+from tests.memory import storage_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ def recode(coder: Coder, x: Tensor, mean: Tensor | None, scale: Tensor | None) -
     """What the codes of `x` stand for, by the vector quantizer's kernels: no pages anywhere."""
     mapped = x.float() if mean is None else x.float() - mean[:, :, None]
     mapped = mapped if scale is None else mapped * scale[:, :, None]
-    signs, factor, centroids = coder.tables(x.device)
+    turns, factor, centroids = coder.tables(x.device)
     kind = "unbiased" if coder.layout == "key" else "optimal"
-    codes, scales = encode(mapped, signs, factor, centroids, bits=coder.bits, scale=kind)
-    found = decode(codes, scales, signs, factor, centroids, dim=coder.dim, bits=coder.bits)
+    codes, scales = encode(mapped, turns, factor, centroids, bits=coder.bits, scale=kind)
+    found = decode(codes, scales, turns, factor, centroids, dim=coder.dim, bits=coder.bits)
     found = found if scale is None else found / scale[:, :, None]
     found = found if mean is None else found + mean[:, :, None]
     return found.to(x.dtype)
@@ -192,3 +193,55 @@ class Shadow:
         twin = copy.copy(self)
         twin.page_lengths = list(self.page_lengths)
         return twin
+
+
+def filled(
+    tokens: int = 300,
+    policy: CachePolicy | None = None,
+    shape: Shape | None = None,
+    sliding_window: int | None = None,
+) -> CompressedLayer:
+    shape = shape or Shape()
+    layer = shape.layer(policy, sliding_window)
+    feed(layer, shape.tokens(tokens))
+    return layer
+
+
+def nbytes(layer: CompressedLayer) -> int:
+    return storage_bytes(layer.tensors())
+
+
+def pages(layer: CompressedLayer) -> list[Tensor]:
+    """Codes and scales in token order, [batch, pages, ...] each."""
+    runs = layer.history.runs
+    return [torch.cat([run.slab.tensors[i][run.slots] for run in runs], 1) for i in range(4)]
+
+
+def attends_like(
+    layer: CompressedLayer, keys: Tensor, values: Tensor, new: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """`new` tokens after a history of `keys` and `values` give float64's attention output."""
+    expected = oracle(
+        new[0],
+        torch.cat([keys, new[1]], 2),
+        torch.cat([values, new[2]], 2),
+        keys.shape[-1] ** -0.5,
+        sliding_window=layer.sliding_window,
+    )
+    torch.testing.assert_close(feed(layer, new).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def padded(
+    padding: list[int], tokens: int = 220, garbage: float = 50.0
+) -> tuple[CompressedLayer, tuple[Tensor, Tensor, Tensor]]:
+    """A left-padded prefill; the padding holds `garbage`."""
+    shape = Shape(batch=len(padding))
+    query, keys, values = shape.tokens(tokens)
+    for row, count in enumerate(padding):
+        for x in (query, keys, values):
+            x[row, :, :count] = garbage
+    layer = shape.layer()
+    layer.append(keys, values)
+    mask = padding_mask(torch.tensor(padding), tokens, tokens)
+    layer.attend(query, scaling=shape.scaling, mask=mask)
+    return layer, (query, keys, values)

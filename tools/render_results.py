@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROTATION_DIMS = (32, 128)
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     *("bits a value", "needles found", "perplexity", "mean KL, nats"),
@@ -69,6 +70,24 @@ def key_map_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rotation_table(results: dict[str, Any]) -> str:
+    """One row for every kind of vector, dimension and width; a column for every round."""
+    lines = [
+        _joined(["vectors", "dim", "bits", "1 round", "2 rounds", "3 rounds"]),
+        _joined(["---", *["---:"] * 5]),
+    ]
+    for row in (row for row in results["rows"] if row["dim"] in ROTATION_DIMS):
+        pairs = zip(row["error"], row["standard_error"], strict=True)
+        cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in pairs]
+        lines.append(_joined([row["vectors"], str(row["dim"]), f"{row['bits']:g}", *cells]))
+    lines += [
+        "",
+        f"{results['seeds']} rotations a row, a vector each; ± one standard error. More in "
+        "docs/results/rotation.json.",
+    ]
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a document that is written from a file of results."""
@@ -90,9 +109,11 @@ class Block:
         return f"{before}{begin}\n{self.table(results)}\n{end}{after}"
 
 
+ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 BLOCKS = (
     Block(ROOT / "README.md", ROOT / "docs/results/demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", ROOT / "docs/results/key_map.json", "key_map", key_map_table),
+    Block(ROTATE, ROOT / "docs/results/rotation.json", "rotation", rotation_table),
 )
 
 

@@ -68,12 +68,12 @@ def _paley(order: int) -> _Matrix | None:
 
 
 @lru_cache
-def hadamard_factor(dim: int) -> npt.NDArray[np.float64] | None:
-    """The factor of order m of a Hadamard matrix of order dim = m·2^k, divided by sqrt(m).
+def hadamard_factor(dim: int) -> npt.NDArray[np.int64] | None:
+    """The factor F of order m of a Hadamard matrix of order dim = m·2^k.
 
     Returns:
-        Orthonormal float64[m, m] with the least m that a construction is known for here (1 for
-        powers of two), or None if there is none.
+        ±1 matrix int64[m, m], F·Fᵀ = m·I, with the least m that a construction is known for here
+        (1 for powers of two), or None if there is none.
 
     Source: R. Paley, On orthogonal matrices, J. Math. Phys. 12 (1933).
     """
@@ -83,6 +83,6 @@ def hadamard_factor(dim: int) -> npt.NDArray[np.float64] | None:
         if matrix is not None:
             if not np.array_equal(matrix @ matrix.T, order * np.eye(order)):
                 raise AssertionError(f"not a Hadamard matrix of order {order}")
-            return matrix / math.sqrt(order)
+            return matrix
         order *= 2
     return None

@@ -19,13 +19,13 @@ RotationKind: TypeAlias = Literal["hadamard", "orthogonal"]
 
 _Array: TypeAlias = npt.NDArray[np.floating]
 
-# One round leaves a one-hot vector at ±1/sqrt(dim) in every coordinate, and two leave it on a
-# lattice that four-bit levels resonate with; after three, all vectors that were tried lose what
-# they lose under a uniformly random rotation (kernels/rotate/README.md).
+# After one round a one-hot vector has two magnitudes, after two its law has tails too heavy for the
+# codebook; after three, all vectors that were tried lose what they lose under a uniformly random
+# rotation (kernels/rotate/README.md).
 _ROUNDS = 3
 
 # Last part of the generator's key: other draws of the same seed and dimension differ in it.
-_SIGN_STREAM, _DENSE_STREAM = 0, 1
+_TURN_STREAM, _DENSE_STREAM = 0, 1
 
 
 def check_seed(seed: int) -> None:
@@ -63,26 +63,37 @@ def haar(dim: int, seed: int, *key: int) -> _Array:
     return q * np.where(np.diag(r) < 0, -1.0, 1.0)
 
 
+def _random_turns(dim: int, seed: int) -> _Array:
+    """Cosines and sines [rounds, 2, dim / 2] of independent angles.
+
+    Points of a square, scaled to length 1: every operation is one that IEEE 754 rounds correctly,
+    so that all machines get the same numbers (libm's cosines differ in the last bit). The angles
+    have the symmetry of the square, which is all the mixing needs.
+    """
+    raw = random_bits(_ROUNDS * dim, seed, dim, _TURN_STREAM).reshape(_ROUNDS, 2, dim // 2)
+    points = ((raw >> np.uint64(12)) + 0.5) * 2.0**-51 - 1
+    turns: _Array = points / np.sqrt((points * points).sum(1, keepdims=True))
+    return turns
+
+
+def _arrays(dim: int, kind: RotationKind, seed: int) -> tuple[_Array, _Array]:
+    factor = hadamard_factor(dim) if kind == "hadamard" and dim > 1 else None
+    if factor is None:
+        return np.ones((0, 2, dim // 2)), haar(dim, seed, dim, _DENSE_STREAM)
+    return _random_turns(dim, seed), factor.astype(np.float64)
+
+
 @lru_cache(maxsize=64)
 def _tensors(
     dim: int, kind: RotationKind, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    signs, factor = _arrays(dim, kind, seed)
     # Tensors made in inference mode would stay barred from autograd for every later caller.
     with torch.inference_mode(False):
-        return (
-            torch.tensor(signs, dtype=torch.float32, device=device),
-            torch.tensor(factor, dtype=torch.float32, device=device),
+        turns, factor = (
+            torch.tensor(array, dtype=torch.float32, device=device)
+            for array in _arrays(dim, kind, seed)
         )
-
-
-def _arrays(dim: int, kind: RotationKind, seed: int) -> tuple[_Array, _Array]:
-    # In one dimension the signs are all there is: kernels skip a factor of order 1.
-    factor = hadamard_factor(dim) if kind == "hadamard" or dim == 1 else None
-    if factor is None:
-        return np.ones((1, dim)), haar(dim, seed, dim, _DENSE_STREAM)
-    bits = random_bits(_ROUNDS * dim, seed, dim, _SIGN_STREAM) >> np.uint64(63)
-    return 1.0 - 2.0 * bits.reshape(_ROUNDS, dim), factor
+        return turns, factor
 
 
 @dataclass(frozen=True)
@@ -91,15 +102,17 @@ class Rotation:
 
     Attributes:
         dim: Coordinates per vector.
-        kind: `"hadamard"`: three rounds of random signs and a Hadamard matrix, O(dim·log dim);
-            where no Hadamard matrix of order `dim` is at hand, silently the other kind.
+        kind: `"hadamard"`: three rounds of random plane rotations and a Hadamard matrix,
+            O(dim·log dim); where no Hadamard matrix of order `dim` is at hand, silently the other
+            kind.
             `"orthogonal"`: a uniformly random (Haar) dense matrix, as in the paper.
         seed: Rotations of different seeds are independent.
 
     Raises:
         SixfoldError: `dim` is below 1, `kind` unknown, or `seed` negative.
 
-    Source: arXiv:2504.19874 Algorithm 1; Hadamard rounds as in arXiv:2404.00456 (QuaRot).
+    Source: arXiv:2504.19874 Algorithm 1; Hadamard rounds as in arXiv:2404.00456 (QuaRot), with
+    plane rotations for its random signs (kernels/rotate/README.md).
     """
 
     dim: int
@@ -114,16 +127,16 @@ class Rotation:
             raise SixfoldError(f"rotation must be one of {kinds}, got {self.kind!r}")
         check_seed(self.seed)
 
-    def signs(self, device: torch.device) -> Float32[Tensor, "rounds {self.dim}"]:
-        """±1 flips of each round, as `kernels.rotate` takes them. Cached: do not modify."""
+    def turns(self, device: torch.device) -> Float32[Tensor, "rounds 2 half"]:
+        """Plane rotations of each round, as `kernels.rotate` takes them. Cached: do not modify."""
         return _tensors(self.dim, self.kind, self.seed, device)[0]
 
     def factor(self, device: torch.device) -> Float32[Tensor, "m m"]:
-        """The orthonormal factor, as `kernels.rotate` takes it. Cached: do not modify."""
+        """±1 or dense factor, as `kernels.rotate` takes it. Cached: do not modify."""
         return _tensors(self.dim, self.kind, self.seed, device)[1]
 
     def rotate(
         self, x: Float[Tensor, "*b {self.dim}"], inverse: bool = False
     ) -> Float32[Tensor, "*b {self.dim}"]:
         """R·x for every vector, or R⁻¹·x; norms and inner products stay."""
-        return rotate(x, self.signs(x.device), self.factor(x.device), inverse)
+        return rotate(x, self.turns(x.device), self.factor(x.device), inverse)

@@ -92,9 +92,14 @@ def rotation(dim: int, seed: int) -> Array:
     while len(hadamard) < dim:
         hadamard = np.kron([[1, 1], [1, -1]], hadamard)
     raw = np.random.Philox(np.random.SeedSequence([seed, dim, 0])).random_raw(3 * dim)
+    points = ((raw >> np.uint64(12)) + 0.5) / 2.0**51 - 1
     matrix = np.eye(dim)
-    for signs in (1.0 - 2.0 * (raw >> np.uint64(63))).reshape(3, dim):
-        matrix = hadamard @ np.diag(signs) @ matrix
+    for x, y in points.reshape(3, 2, dim // 2):
+        cosine, sine = x / np.hypot(x, y), y / np.hypot(x, y)
+        low, high = matrix[: dim // 2], matrix[dim // 2 :]
+        turned = cosine[:, None] * low - sine[:, None] * high
+        matrix = np.concatenate([turned, sine[:, None] * low + cosine[:, None] * high])
+        matrix = hadamard @ matrix
     return matrix / dim**1.5
 
 

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from sixfold.hadamard import hadamard_factor
 from sixfold.packing import Bits, is_paired, n_symbols, symbol_bits, unpack
 
 
@@ -16,17 +15,17 @@ def walsh(order: int) -> Tensor:
     return matrix
 
 
-def rotation_matrix(signs: Tensor, factor: Tensor) -> Tensor:
-    """The orthogonal matrix R [dim, dim] that `rotate` applies, with an exact factor."""
-    dim = signs.shape[-1]
-    exact = hadamard_factor(dim)
-    if exact is not None and torch.equal(torch.tensor(exact, dtype=torch.float32), factor):
-        factor = torch.tensor(exact)
-    order = dim // len(factor)
-    step = torch.kron(walsh(order) / math.sqrt(order), factor.double())
+def rotation_matrix(turns: Tensor, factor: Tensor) -> Tensor:
+    """The orthogonal matrix R [dim, dim] that `rotate` applies."""
+    if len(turns) == 0:
+        return factor.double()
+    dim = 2 * turns.shape[-1]
+    hadamard = torch.kron(walsh(dim // len(factor)), factor.double()) / math.sqrt(dim)
     matrix = torch.eye(dim, dtype=torch.float64)
-    for sign in signs.double():
-        matrix = step @ torch.diag(sign) @ matrix
+    for cosine, sine in turns.double():
+        turn = torch.diag(torch.cat((cosine, cosine)))
+        turn = turn + torch.diag(sine, -(dim // 2)) - torch.diag(sine, dim // 2)
+        matrix = hadamard @ turn @ matrix
     return matrix
 
 

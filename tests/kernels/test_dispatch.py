@@ -34,7 +34,9 @@ def name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[-1]
 
 
-@pytest.mark.parametrize("operation", ["rotate", "encode", "decode", "scores", "attention"])
+@pytest.mark.parametrize(
+    "operation", ["rotate", "encode", "decode", "scores", "attention", "cached_attention"]
+)
 def test_every_operation_has_a_reference(operation: str) -> None:
     assert available_backends(operation)[0] == "reference"
 

@@ -34,21 +34,21 @@ SCALES: list[Scale] = ["norm", "optimal", "unbiased"]
 
 def tables(dim: int, bits: Bits, kind: RotationKind = "hadamard") -> tuple[Tensor, Tensor, Tensor]:
     rotation = Rotation(dim, kind, seed=1)
-    return rotation.signs(CPU), rotation.factor(CPU), centroids(dim, bits)
+    return rotation.turns(CPU), rotation.factor(CPU), centroids(dim, bits)
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 @pytest.mark.parametrize("dim", [*DIMS, 96, 384])
 @pytest.mark.parametrize("shape", [(), (1,), (63,), (2, 0, 3), (5, 7)])
 def test_rotate_is_the_matrix(shape: tuple[int, ...], dim: int, kind: RotationKind) -> None:
-    signs, factor, _ = tables(dim, 1, kind)
-    matrix = oracle.rotation_matrix(signs, factor)
+    turns, factor, _ = tables(dim, 1, kind)
+    matrix = oracle.rotation_matrix(turns, factor)
     x = torch.randn(*shape, dim, generator=torch.Generator().manual_seed(2))
     exact = x.double() @ matrix.mT
     # Rounding of one float32 operation per butterfly level, on vectors of norm sqrt(dim).
     tolerance = 2**-23 * (2 + math.log2(dim)) * 3
-    torch.testing.assert_close(rotate(x, signs, factor).double(), exact, rtol=0, atol=tolerance)
-    back = rotate(exact.float(), signs, factor, inverse=True)
+    torch.testing.assert_close(rotate(x, turns, factor).double(), exact, rtol=0, atol=tolerance)
+    back = rotate(exact.float(), turns, factor, inverse=True)
     torch.testing.assert_close(back, x, rtol=0, atol=tolerance)
 
 
@@ -58,12 +58,12 @@ def test_rotate_is_the_matrix(shape: tuple[int, ...], dim: int, kind: RotationKi
 def test_encode_finds_the_nearest_codeword_and_its_scale(
     dim: int, bits: Bits, scale: Scale
 ) -> None:
-    signs, factor, book = tables(dim, bits)
+    turns, factor, book = tables(dim, bits)
     x = gaussian(63, dim, seed=dim)
-    rows, stored = encode(x, signs, factor, book, bits=bits, scale=scale)
+    rows, stored = encode(x, turns, factor, book, bits=bits, scale=scale)
     assert rows.shape == (63, row_bytes(n_symbols(dim, bits), symbol_bits(bits)))
     norm = x.double().norm(dim=-1)
-    u = (x.double() / norm[:, None]) @ oracle.rotation_matrix(signs, factor).mT * math.sqrt(dim)
+    u = (x.double() / norm[:, None]) @ oracle.rotation_matrix(turns, factor).mT * math.sqrt(dim)
     q = oracle.codewords(rows, book, dim, bits)
     distance = (u - q).square().sum(-1)
     if bits in (2.5, 3.5) and dim % 2:
@@ -82,13 +82,13 @@ def unpaired_padding(rows: Tensor, book: Tensor, dim: int, bits: Bits) -> Tensor
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_decode_rotates_scaled_codewords_back(dim: int, bits: Bits) -> None:
-    signs, factor, book = tables(dim, bits)
+    turns, factor, book = tables(dim, bits)
     rows, stored = encode(
-        gaussian(500, dim, seed=3), signs, factor, book, bits=bits, scale="optimal"
+        gaussian(500, dim, seed=3), turns, factor, book, bits=bits, scale="optimal"
     )
     q = oracle.codewords(rows, book, dim, bits) * decode_scale(stored).double()[:, None]
-    exact = q @ oracle.rotation_matrix(signs, factor)
-    decoded = decode(rows, stored, signs, factor, book, dim=dim, bits=bits)
+    exact = q @ oracle.rotation_matrix(turns, factor)
+    decoded = decode(rows, stored, turns, factor, book, dim=dim, bits=bits)
     torch.testing.assert_close(decoded.double(), exact, rtol=0, atol=1e-5)
 
 
@@ -99,12 +99,12 @@ def test_decode_rotates_scaled_codewords_back(dim: int, bits: Bits) -> None:
 def test_scores_are_inner_products_with_codewords(
     dim: int, n: int, n_queries: int, bits: Bits
 ) -> None:
-    signs, factor, book = tables(dim, bits)
+    turns, factor, book = tables(dim, bits)
     x = gaussian(2 * n, dim, seed=4).view(2, n, dim)
-    rows, stored = encode(x, signs, factor, book, bits=bits, scale="unbiased")
+    rows, stored = encode(x, turns, factor, book, bits=bits, scale="unbiased")
     queries = gaussian(2 * n_queries, dim, seed=5).view(2, n_queries, dim)
-    estimates = scores(rotate(queries, signs, factor), rows, stored, book, bits=bits)
-    decoded = decode(rows, stored, signs, factor, book, dim=dim, bits=bits)
+    estimates = scores(rotate(queries, turns, factor), rows, stored, book, bits=bits)
+    decoded = decode(rows, stored, turns, factor, book, dim=dim, bits=bits)
     torch.testing.assert_close(estimates, queries @ decoded.mT, rtol=0, atol=3e-5)
 
 
@@ -142,10 +142,10 @@ def affine_map(dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [7, 60, 64])
 def test_pages_hold_the_codes_of_their_vectors(dim: int, bits: Bits, layout: Layout) -> None:
-    signs, factor, book = tables(dim, bits)
+    turns, factor, book = tables(dim, bits)
     x = gaussian(2 * 3 * 128, dim, seed=6).view(2, 3, 128, dim)
     pages, stored = encoded_pages(x, (None, None), bits, layout)
-    rows, expected = encode(x, signs, factor, book, bits=bits, scale="optimal")
+    rows, expected = encode(x, turns, factor, book, bits=bits, scale="optimal")
     assert torch.equal(stored[SLOTS].transpose(1, 2).flatten(2), expected)
     symbols = n_symbols(dim, bits), symbol_bits(bits)
     in_order = from_pages(pages[SLOTS], *symbols, layout).transpose(1, 2).flatten(2, 3)
@@ -153,9 +153,9 @@ def test_pages_hold_the_codes_of_their_vectors(dim: int, bits: Bits, layout: Lay
     assert (pages[UNTOUCHED] == 7).all()
     assert (stored[UNTOUCHED] == 7).all()
 
-    plain = decode(rows, expected, signs, factor, book, dim=dim, bits=bits)
+    plain = decode(rows, expected, turns, factor, book, dim=dim, bits=bits)
     expanded = expand_pages(pages[SLOTS], stored[SLOTS], book, dim=dim, bits=bits, layout=layout)
-    rotated_back = rotate(expanded, signs, factor, inverse=True)
+    rotated_back = rotate(expanded, turns, factor, inverse=True)
     assert torch.equal(rotated_back.transpose(1, 2).flatten(2, 3), plain)
 
 
@@ -201,8 +201,8 @@ def test_results_do_not_depend_on_the_tile(elements: int, monkeypatch: pytest.Mo
 
 
 def test_ties_go_to_the_lower_level() -> None:
-    signs, factor, book = torch.ones(1, 2), torch.eye(2), torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    turns, factor, book = torch.ones(0, 2, 1), torch.eye(2), torch.tensor([-1.5, -0.5, 0.5, 1.5])
     # u = sqrt(2)·x/‖x‖: the boundary 0 exactly, and its neighbours in float32.
     x = torch.tensor([[0.0, 1.0], [1e-30, 1.0], [-1e-30, 1.0]])
-    rows, _ = encode(x, signs, factor, book, bits=2, scale="norm")
+    rows, _ = encode(x, turns, factor, book, bits=2, scale="norm")
     assert [row & 3 for row in rows[:, 0].tolist()] == [1, 2, 1]

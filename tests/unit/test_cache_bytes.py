@@ -65,8 +65,8 @@ def counted_from_outside(cache: TurboQuantCache) -> int:
         if layer.store is not None and layer.store.prefix is not None:
             for side in (layer.store.key_coder, layer.store.value_coder):
                 rotation, device = side.rotation, torch.device("cpu")
-                tensors += [rotation.signs(device), rotation.factor(device)]
-                tensors.append(side.centroids(device))
+                tensors += [rotation.turns(device), rotation.factor(device)]
+                tensors.append(side.coding(device).centroids)
     return storage_bytes(tensors)
 
 

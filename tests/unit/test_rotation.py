@@ -22,14 +22,14 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("dim", FACTORS)
-def test_hadamard_factor_has_the_least_known_order_and_equal_entries(dim: int) -> None:
+def test_hadamard_factor_has_the_least_known_order_and_orthogonal_rows(dim: int) -> None:
     factor, order = hadamard_factor(dim), FACTORS[dim]
     if factor is None or order is None:
         assert (factor is None) == (order is None)
         return
     assert factor.shape == (order, order)
-    assert np.allclose(np.abs(factor), order**-0.5)
-    assert np.allclose(factor @ factor.T, np.eye(order))
+    assert (np.abs(factor) == 1).all()
+    assert np.array_equal(factor @ factor.T, order * np.eye(order))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,11 +58,21 @@ def test_random_bits_are_the_same_everywhere() -> None:
         "0xa1fa746b7bcf88a7",
         "0x551717d4bb928db2",
     ]
-    assert Rotation(8, seed=3).signs(CPU).tolist() == [
-        [-1, 1, -1, 1, 1, -1, 1, -1],
-        [1, -1, 1, 1, -1, 1, 1, 1],
-        [1, 1, 1, 1, -1, 1, -1, 1],
+    assert Rotation(4, seed=3).turns(CPU).tolist() == [
+        [[0.5906184911727905, 0.9998758435249329], [-0.8069509267807007, -0.015757044777274132]],
+        [[-0.37554922699928284, 0.30011484026908875], [0.9268024563789368, 0.953903079032898]],
+        [[0.8230694532394409, -0.7037754058837891], [0.5679407715797424, -0.7104225158691406]],
     ]
+
+
+def test_turns_are_rotations_of_all_angles() -> None:
+    cosine, sine = Rotation(4096).turns(CPU).double().unbind(1)
+    torch.testing.assert_close(cosine**2 + sine**2, torch.ones_like(sine), rtol=0, atol=2e-7)
+    # Four-fold symmetry: the first three harmonics of a uniform angle, and no two alike.
+    angles = torch.atan2(sine, cosine).flatten()
+    for harmonic in (1, 2, 3):
+        assert abs(torch.exp(1j * harmonic * angles).mean()) < 0.04
+    assert len(angles.unique()) == len(angles)
 
 
 def test_gaussian_has_the_moments_of_one() -> None:

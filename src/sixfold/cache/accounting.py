@@ -84,7 +84,7 @@ def _layer_nbytes(shape: LayerShape, tokens: int, batch: int, element_size: int)
         energy = batch * shape.kv_heads * shape.key_dim * FLOAT32
         return held * dense + batch * INT64 + energy
     codes = sum(coder.page_bytes + PAGE_TOKENS * FLOAT16 for coder in _coders(shape))
-    table = (batch + 1) * INT64
+    table = (batch + 2) * INT64
     key_map = 2 * batch * shape.kv_heads * shape.key_dim * FLOAT32
     return (
         (held - pages * PAGE_TOKENS + shape.sinks) * dense

@@ -28,15 +28,6 @@ class KeyMap:
     mean: Float32[Tensor, "batch kv_heads dim"]
     scale: Float32[Tensor, "batch kv_heads dim"]
 
-    def to_query(
-        self, query: Float32[Tensor, "batch heads queries dim"]
-    ) -> tuple[Float32[Tensor, "batch heads queries dim"], Float32[Tensor, "batch heads queries"]]:
-        """The query that meets mapped keys, and the logit offset q·mean that completes it."""
-        groups = query.shape[1] // self.mean.shape[1]
-        mean = self.mean.repeat_interleave(groups, 1).unsqueeze(-1)
-        scale = self.scale.repeat_interleave(groups, 1).unsqueeze(2)
-        return query / scale, (query @ mean).squeeze(-1)
-
     def select(self, rows: Tensor) -> Self:
         """The maps of other sequences of the batch."""
         return type(self)(self.mean[rows], self.scale[rows])

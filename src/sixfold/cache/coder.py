@@ -10,6 +10,7 @@ from torch import Tensor
 from sixfold.cache.pages import Run
 from sixfold.cache.policy import CachePolicy
 from sixfold.codebooks import centroids
+from sixfold.kernels.cached_attention import Coding
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import encode_pages
 from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
@@ -39,14 +40,15 @@ class Coder:
         """The rotation shared by all heads, layers and sequences."""
         return Rotation(self.dim, "hadamard", self.seed)
 
-    def centroids(self, device: torch.device) -> Float32[Tensor, "..."]:
-        """The codebook."""
-        return centroids(self.dim, self.bits, device)
+    def coding(self, device: torch.device) -> Coding:
+        """The tables and numbers that kernels code with."""
+        rotation, book = self.rotation, centroids(self.dim, self.bits, device)
+        return Coding(rotation.turns(device), rotation.factor(device), book, self.bits, self.dim)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
-        rotation = self.rotation
-        return [rotation.signs(device), rotation.factor(device), self.centroids(device)]
+        coding = self.coding(device)
+        return [coding.turns, coding.factor, coding.centroids]
 
     def write(
         self,
@@ -57,12 +59,12 @@ class Coder:
     ) -> None:
         """Encode whole pages of vectors, mapped by ``(x - mean)·channel_scale``, into `run`."""
         pages, scales = self._storage(run)
-        signs, factor, codebook = self.tables(x.device)
+        turns, factor, codebook = self.tables(x.device)
         encode_pages(
             x,
             mean,
             channel_scale,
-            signs,
+            turns,
             factor,
             codebook,
             bits=self.bits,
@@ -82,14 +84,14 @@ class Coder:
     ) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Decode the valid tokens of `run` and undo the map."""
         pages, scales = self._storage(run)
-        signs, factor, codebook = self.tables(run.slots.device)
+        turns, factor, codebook = self.tables(run.slots.device)
         dense = decode_pages(
             pages,
             scales,
             run.slots,
             mean,
             channel_scale,
-            signs,
+            turns,
             factor,
             codebook,
             dim=self.dim,

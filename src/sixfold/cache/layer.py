@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
-from sixfold.cache.attend import Mask, Request, attend_codes, attend_tokens, fit_mask
+from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.attention import exact_attention, merge_partials, with_sinks
+from sixfold.kernels.attention import exact_attention
+from sixfold.kernels.cached_attention import cached_attention
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -125,13 +126,23 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            own = torch.arange(self.held - query.shape[2], self.held, device=query.device)
-            request = Request(query, own, scaling, mask, self.sliding_window, softcap)
-            parts = [attend_tokens(request, self.prefix, self.window, self.history.tokens)]
-            if self.history.runs:
-                sides = self.key_coder, self.value_coder
-                parts.append(attend_codes(request, self.prefix, self.history, *sides))
-            out = with_sinks(merge_partials(parts), sink_logits).out.to(query.dtype)
+            device = query.device
+            out = cached_attention(
+                query,
+                dense_parts(self.prefix, self.window, self.history.tokens),
+                coded_parts(self.history),
+                self.key_coder.coding(device),
+                self.value_coder.coding(device),
+                mean=self.prefix.key_map.mean,
+                channel_scale=self.prefix.key_map.scale,
+                position=self.held - query.shape[2],
+                start=self.prefix.end,
+                scaling=scaling,
+                mask=mask,
+                sliding_window=self.sliding_window,
+                softcap=softcap,
+                sink_logits=sink_logits,
+            )
         self.compress()
         return out
 

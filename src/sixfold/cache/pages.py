@@ -86,32 +86,41 @@ class Slab:
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """Consecutive pages of every sequence that lie in one slab. Never changed, only replaced."""
+    """Consecutive pages of every sequence that lie in one slab. Never changed, only replaced.
+
+    Attributes:
+        slab: Where the pages are.
+        slots: Which they are.
+        lengths: Valid tokens of each page.
+        tokens: Their sum.
+        starts: Each page's first token, counted from the run's first.
+    """
 
     slab: Slab
     slots: Int64[Tensor, "batch pages"]
     lengths: Int64[Tensor, " pages"]
     tokens: int
+    starts: Int64[Tensor, " pages"]
 
     def __post_init__(self) -> None:
         self.slab.runs.add(self)
 
-    def starts(self, first: int) -> Int64[Tensor, " pages"]:
-        """Position of each page's first token when the run begins at position `first`."""
-        return first + self.lengths.cumsum(0) - self.lengths
+    @classmethod
+    def of(
+        cls, slab: Slab, slots: Int64[Tensor, "batch pages"], lengths: Int64[Tensor, " pages"]
+    ) -> Self:
+        """A run of pages of these lengths."""
+        ends = lengths.cumsum(0)
+        return cls(slab, slots, lengths, int(ends[-1]) if len(ends) else 0, ends - lengths)
 
     def rows(self, slots: Int64[Tensor, "batch pages"]) -> "Run":
         """The same pages for other sequences."""
-        return Run(self.slab, slots, self.lengths, self.tokens)
+        return Run(self.slab, slots, self.lengths, self.tokens, self.starts)
 
     def extend(self, run: "Run") -> "Run":
         """Both runs' pages as one run."""
-        return Run(
-            self.slab,
-            torch.cat([self.slots, run.slots], 1),
-            torch.cat([self.lengths, run.lengths]),
-            self.tokens + run.tokens,
-        )
+        slots = torch.cat([self.slots, run.slots], 1)
+        return Run.of(self.slab, slots, torch.cat([self.lengths, run.lengths]))
 
     def keep_first(self, tokens: int) -> "Run":
         """The run's first `tokens` tokens; its last page may become partly valid."""
@@ -119,13 +128,12 @@ class Run:
         pages = int((ends < tokens).sum()) + 1
         lengths = self.lengths[:pages].clone()
         lengths[-1] -= int(ends[pages - 1]) - tokens
-        return Run(self.slab, self.slots[:, :pages], lengths, tokens)
+        return Run.of(self.slab, self.slots[:, :pages].contiguous(), lengths)
 
     def drop_first(self, tokens: int) -> "Run":
         """The run without the whole pages among its first `tokens` tokens."""
         pages = int((self.lengths.cumsum(0) <= tokens).sum())
-        lengths = self.lengths[pages:]
-        return Run(self.slab, self.slots[:, pages:], lengths, int(lengths.sum()))
+        return Run.of(self.slab, self.slots[:, pages:].contiguous(), self.lengths[pages:])
 
 
 class PagedHistory:
@@ -151,7 +159,7 @@ class PagedHistory:
         slab, slots = self._room(batch * pages, device)
         table = slots.view(pages, batch).T.contiguous()
         lengths = torch.full((pages,), PAGE_TOKENS, device=device)
-        return Run(slab, table, lengths, pages * PAGE_TOKENS)
+        return Run.of(slab, table, lengths)
 
     def push(self, run: Run) -> None:
         """Append reserved pages that have been written."""
@@ -211,7 +219,8 @@ class PagedHistory:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, unused slots of slabs included."""
-        return [x for run in self.runs for x in (run.slots, run.lengths, *run.slab.tensors)]
+        tables = [x for run in self.runs for x in (run.slots, run.lengths, run.starts)]
+        return tables + [x for run in self.runs for x in run.slab.tensors]
 
     def to(self, device: torch.device) -> None:
         """Move every page that is referred to."""
@@ -233,4 +242,4 @@ def _gathered(run: Run, device: torch.device | None) -> Run:
     for new, old in zip(slab.tensors, run.slab.tensors, strict=True):
         new.copy_(old[used])
     slab.used = len(used)
-    return Run(slab, slots.to(target), run.lengths.to(target), run.tokens)
+    return Run.of(slab, slots.to(target), run.lengths.to(target))

@@ -92,7 +92,7 @@ def _run(tensors: Mapping[str, Tensor], lengths: Tensor) -> Run:
     batch, pages = tensors["key_codes"].shape[:2]
     slab = Slab.full([tensors[name].flatten(0, 1) for name in _PAGE_TENSORS])
     slots = torch.arange(batch * pages).view(batch, pages)
-    return Run(slab, slots, lengths, int(lengths.sum()))
+    return Run.of(slab, slots, lengths)
 
 
 def _count(description: Mapping[str, Any], name: str) -> int:

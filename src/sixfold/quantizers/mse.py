@@ -61,7 +61,7 @@ class TurboQuantMSE:
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         rotation, book = self._rotation, centroids(self.dim, self.bits, device)
-        return rotation.signs(device), rotation.factor(device), book
+        return rotation.turns(device), rotation.factor(device), book
 
     def encode(self, x: Float[Tensor, "*batch dim"]) -> MSECodes:
         """Compress vectors to `bits` bits per coordinate and one 16-bit scale.

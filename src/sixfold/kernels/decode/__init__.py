@@ -11,7 +11,7 @@ from sixfold.packing import Bits, Layout
 def decode(
     rows: UInt8[Tensor, "*b row_bytes"],
     scales: Float16[Tensor, "*b"],
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -23,7 +23,7 @@ def decode(
     Source: arXiv:2504.19874 Algorithm 1.
     """
     kernel = implementation("decode", rows.device)
-    vectors: Tensor = kernel.decode(rows, scales, signs, factor, centroids, dim=dim, bits=bits)
+    vectors: Tensor = kernel.decode(rows, scales, turns, factor, centroids, dim=dim, bits=bits)
     return vectors
 
 
@@ -33,7 +33,7 @@ def decode_pages(
     slots: Int64[Tensor, "batch n_pages"],
     mean: Float[Tensor, "batch heads dim"] | None,
     channel_scale: Float[Tensor, "batch heads dim"] | None,
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -50,7 +50,7 @@ def decode_pages(
         slots: The pages of each sequence, in order.
         mean: As given to `encode_pages`.
         channel_scale: As given to `encode_pages`.
-        signs: See `rotate`.
+        turns: See `rotate`.
         factor: See `rotate`.
         centroids: See `encode`.
         dim: Coordinates per vector.
@@ -68,7 +68,7 @@ def decode_pages(
         slots,
         mean,
         channel_scale,
-        signs,
+        turns,
         factor,
         centroids,
         dim=dim,

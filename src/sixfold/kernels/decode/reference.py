@@ -21,7 +21,7 @@ from sixfold.packing import (
 def decode(
     rows: UInt8[Tensor, "*b row_bytes"],
     scales: Float16[Tensor, "*b"],
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -34,7 +34,7 @@ def decode(
     vectors = torch.empty(len(flat_rows), dim, dtype=torch.float32, device=rows.device)
     for tile in tiles(len(vectors), dim):
         expanded = _scaled(flat_rows[tile], flat_scales[tile], centroids, dim, bits)
-        vectors[tile] = rotate(expanded, signs, factor, inverse=True)
+        vectors[tile] = rotate(expanded, turns, factor, inverse=True)
     return vectors.view(*scales.shape, dim)
 
 
@@ -44,7 +44,7 @@ def decode_pages(
     slots: Int64[Tensor, "batch n_pages"],
     mean: Float[Tensor, "batch heads dim"] | None,
     channel_scale: Float[Tensor, "batch heads dim"] | None,
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -61,7 +61,7 @@ def decode_pages(
         expanded = expand_pages(
             pages[where], scales[where], centroids, dim=dim, bits=bits, layout=layout
         )
-        tile = rotate(expanded, signs, factor, inverse=True)
+        tile = rotate(expanded, turns, factor, inverse=True)
         if channel_scale is not None:
             tile = tile / channel_scale[rows, None, :, None].float()
         if mean is not None:

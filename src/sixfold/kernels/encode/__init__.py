@@ -13,7 +13,7 @@ Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
 
 def encode(
     x: Float[Tensor, "*b dim"],
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -27,14 +27,14 @@ def encode(
     float32 midpoints of neighbouring centroids; for pairs, the first of the nearest points.
 
     Args:
-        x: Vectors, any floating dtype. float64 is normalised in float64, others in float32.
-        signs: See `rotate`.
+        x: Vectors, any floating dtype; computed in float32.
+        turns: See `rotate`.
         factor: See `rotate`.
         centroids: See `sixfold.codebooks.centroids`.
         bits: Width in bits per coordinate.
         scale: What is stored in place of the norm, in units of ‖x‖/sqrt(dim). `"norm"`: 1, as
             in the paper. `"optimal"`: ⟨u,q⟩/⟨q,q⟩, the least squared error. `"unbiased"`:
-            ⟨u,u⟩/⟨u,q⟩, for which E⟨y, x̂⟩ = ⟨y, x⟩ over rotations.
+            dim/⟨u,q⟩, for which E⟨y, x̂⟩ = ⟨y, x⟩ over rotations.
 
     Returns:
         Packed codes and scales (see `sixfold.packing`). A zero vector has scale 0, a vector
@@ -44,7 +44,7 @@ def encode(
     """
     kernel = implementation("encode", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
-        x, signs, factor, centroids, bits=bits, scale=scale
+        x, turns, factor, centroids, bits=bits, scale=scale
     )
     return codes
 
@@ -53,7 +53,7 @@ def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
     mean: Float[Tensor, "batch heads dim"] | None,
     channel_scale: Float[Tensor, "batch heads dim"] | None,
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -72,7 +72,7 @@ def encode_pages(
         x: Vectors; tokens = n_pages · 64.
         mean: Subtracted per channel, if given.
         channel_scale: Multiplied per channel after that, if given.
-        signs: See `rotate`.
+        turns: See `rotate`.
         factor: See `rotate`.
         centroids: See `encode`.
         bits: See `encode`.
@@ -86,7 +86,7 @@ def encode_pages(
         x,
         mean,
         channel_scale,
-        signs,
+        turns,
         factor,
         centroids,
         bits=bits,

@@ -3,14 +3,13 @@
 import math
 
 import torch
-from jaxtyping import Float, Float16, Float32, Int64, UInt8
+from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._codewords import lookup
-from sixfold.kernels._normalize import normalize
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.encode import Scale
-from sixfold.kernels.rotate.reference import rotate
+from sixfold.kernels.rotate.reference import unnormalized
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -28,7 +27,7 @@ from sixfold.pair_grids import PAIR_MIRRORS
 
 def encode(
     x: Float[Tensor, "*b dim"],
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -43,7 +42,7 @@ def encode(
     scales = torch.empty(len(vectors), dtype=torch.float16, device=x.device)
     for tile in tiles(len(vectors), dim):
         rows[tile], scales[tile] = _encode(
-            vectors[tile], signs, factor, centroids, bits=bits, scale=scale
+            vectors[tile], turns, factor, centroids, bits=bits, scale=scale
         )
     return rows.view(*batch, size), scales.view(batch)
 
@@ -52,7 +51,7 @@ def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
     mean: Float[Tensor, "batch heads dim"] | None,
     channel_scale: Float[Tensor, "batch heads dim"] | None,
-    signs: Float[Tensor, "rounds dim"],
+    turns: Float[Tensor, "rounds 2 half"],
     factor: Float[Tensor, "m m"],
     centroids: Float32[Tensor, " levels *pair"],
     *,
@@ -74,21 +73,56 @@ def encode_pages(
             tile = tile - mean[rows, None, :, None].float()
         if channel_scale is not None:
             tile = tile * channel_scale[rows, None, :, None].float()
-        codes, stored = _encode(tile, signs, factor, centroids, bits=bits, scale=scale)
+        codes, stored = _encode(tile, turns, factor, centroids, bits=bits, scale=scale)
         where = slots[rows, columns]
         pages[where] = to_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
         scales[where] = stored
 
 
 def _encode(
-    x: Tensor, signs: Tensor, factor: Tensor, centroids: Tensor, *, bits: Bits, scale: Scale
+    x: Tensor, turns: Tensor, factor: Tensor, centroids: Tensor, *, bits: Bits, scale: Scale
 ) -> tuple[Tensor, Tensor]:
     dim = x.shape[-1]
-    norm, unit = normalize(x)
-    u = rotate(unit, signs, factor) * math.sqrt(dim)
+    x, power = _moderate(x)
+    norm = fold_sum(x * x).sqrt()
+    valid = norm.isfinite() & (norm > 0)
+    # The stretch of the unnormalised rotation and the variance of the codebook, in one product.
+    stretch = torch.full_like(norm, math.pow(dim, 1 / 2 - len(turns) / 2)) / norm
+    rotated = torch.where(valid[..., None], unnormalized(x, turns, factor), 0)
+    u = (rotated * torch.where(valid, stretch, 0)[..., None]).contiguous()
     indices = _nearest_pairs(u, centroids, bits) if is_paired(bits) else _nearest(u, centroids)
-    stored = norm / math.sqrt(dim) * _correction(u, lookup(indices, centroids, dim), scale)
+    unit = norm.double() / power * dim**-0.5
+    stored = unit * _correction(u, lookup(indices, centroids, dim), scale)
     return pack(indices, symbol_bits(bits)), encode_scale(stored)
+
+
+def _moderate(
+    x: Float[Tensor, "*b dim"],
+) -> tuple[Float32[Tensor, "*b dim"], Float64[Tensor, "*b"]]:
+    """Multiply by a power of two, which is returned too, so that no square over- or underflows."""
+    # Codes are discrete: there is no gradient to keep a graph for.
+    x = x.detach()
+    if x.dtype is torch.float64:
+        exponent = torch.frexp(x.abs().amax(-1)).exponent.clamp(-1000, 1000)
+        power = torch.ldexp(torch.ones_like(x[..., 0]), -exponent)
+        return (x * power[..., None]).float(), power
+    x = x.float()
+    biased_exponent = x.abs().amax(-1).view(torch.int32) >> 23
+    power = ((254 - biased_exponent).clamp(min=1) << 23).view(torch.float32)
+    return x * power[..., None], power.double()
+
+
+def fold_sum(x: Float32[Tensor, "*b dim"]) -> Float32[Tensor, "*b"]:
+    """Sum in an order that every backend keeps: halves are added until one number is left.
+
+    Vectors are padded with zeros to a power of two.
+    """
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x.squeeze(-1)
 
 
 def _nearest(u: Tensor, centroids: Tensor) -> Tensor:
@@ -120,8 +154,9 @@ def _correction(u: Tensor, q: Tensor, scale: Scale) -> Tensor:
     """What multiplies ‖x‖/sqrt(dim), in float64; 1 or finite for a zero vector."""
     if scale == "norm":
         return torch.ones((), dtype=torch.float64, device=u.device)
-    u, q = u.double(), q.double()
-    product = (u * q).sum(-1)
+    product = fold_sum(u * q).double()
     if scale == "optimal":
-        return product / q.square().sum(-1)
-    return u.square().sum(-1) / torch.where(product > 0, product, 1)
+        return product / fold_sum(q * q).double()
+    # ⟨u,u⟩ is dim but for rounding.
+    product = torch.where(product > 0, product, 1)
+    return torch.full_like(product, u.shape[-1]) / product

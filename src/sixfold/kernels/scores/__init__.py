@@ -18,7 +18,7 @@ def scores(
     """scale·⟨R·query, codeword⟩: rotations keep inner products, so codes stay rotated.
 
     Args:
-        queries: Already rotated (`rotate` with the signs and factor of the codes).
+        queries: Already rotated (`rotate` with the turns and factor of the codes).
         rows: Packed codes.
         scales: Their scales.
         centroids: See `encode`.

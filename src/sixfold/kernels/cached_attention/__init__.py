@@ -1,0 +1,75 @@
+"""Attention over all a compressed layer holds: uncompressed tokens and pages of codes."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from sixfold.kernels._dispatch import implementation
+from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
+
+__all__ = ["Coding", "Pages", "Tokens", "cached_attention"]
+
+
+def cached_attention(
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    pages: Sequence[Pages],
+    keys: Coding,
+    values: Coding,
+    *,
+    mean: Float32[Tensor, "batch kv_heads key_dim"],
+    channel_scale: Float32[Tensor, "batch kv_heads key_dim"],
+    position: int,
+    start: Int64[Tensor, " batch"],
+    scaling: float,
+    mask: Bool[Tensor, "#batch #heads queries kv"]
+    | Float[Tensor, "#batch #heads queries kv"]
+    | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Softmax attention of consecutive queries over a layer's tokens, compressed and not.
+
+    Compressed keys k are held as k' = (k - mean)·channel_scale, coded in a rotated domain: the
+    query is mapped, scaled and rotated once, the values' part of the output rotated back once, and
+    no key or value is decoded. All parts are merged exactly by log-sum-exp.
+
+    Args:
+        query: Queries as the model made them; `heads` is a multiple of `kv_heads` (GQA).
+        tokens: Uncompressed parts, of one dtype.
+        pages: Compressed parts; every token in them comes before every query.
+        keys: How the keys in `pages` were coded.
+        values: How the values in `pages` were coded.
+        mean: Of the keys in `pages` (docs/key_map.md).
+        channel_scale: Of the keys in `pages`.
+        position: Position of the first query; the others follow.
+        start: Tokens of `pages` at earlier positions are hidden.
+        scaling: Factor of the logits.
+        mask: True, or 0 and -inf added, where a token is attended; columns are positions. Without
+            one attention is causal.
+        sliding_window: Without a mask, only the last so many positions are attended.
+        softcap: Logits become ``softcap·tanh(logit/softcap)`` (Gemma 2).
+        sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
+
+    Returns:
+        The output in the dtype of `query`; zero where no token is attended.
+    """
+    out: Tensor = implementation("cached_attention", query.device).cached_attention(
+        query,
+        tokens,
+        pages,
+        keys,
+        values,
+        mean=mean,
+        channel_scale=channel_scale,
+        position=position,
+        start=start,
+        scaling=scaling,
+        mask=mask,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    return out
