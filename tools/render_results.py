@@ -88,6 +88,60 @@ def rotation_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def benchmark_table(results: dict[str, Any]) -> str:
+    """One line for every row of `python -m benchmarks.run --json`, losers included."""
+    rows, machine = results["rows"], results["machine"]
+    wanted = {name: any(row.get(name) is not None for row in rows) for name in OPTIONAL_COLUMNS}
+    columns = ["", "tokens", "threads", "median (quartiles)"]
+    columns += [title for name, title in OPTIONAL_COLUMNS.items() if wanted[name]]
+    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    for row in rows:
+        name = " ".join(part for part in (row.get("model"), row["contender"]) if part)
+        cells = [name, f"{row['tokens']:,}", str(row["threads"]), _time(row["seconds"])]
+        cells += [_optional(name, row.get(name)) for name in OPTIONAL_COLUMNS if wanted[name]]
+        lines.append(_joined(cells))
+    reads = " and ".join(
+        f"{speed / 1e9:.1f} GB/s with {count} threads"
+        for count, speed in results["read_bandwidth"].items()
+    )
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['isa'] or 'plain PyTorch'} kernels, torch "
+        f"{machine['versions']['torch']}. It reads {reads}. Medians of {results['repeats']} calls "
+        "in turn; error against float64.",
+    ]
+    return "\n".join(lines)
+
+
+OPTIONAL_COLUMNS = {
+    "error": "error",
+    "nbytes": "bytes moved",
+    "share_of_read_bandwidth": "of read bandwidth",
+    "prefill_seconds": "prefill",
+    "tokens_per_second": "tokens/s",
+    "held_bytes": "cache holds",
+}
+
+
+def _optional(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in ("nbytes", "held_bytes"):
+        return f"{value / 1e6:.1f} MB"
+    if name == "prefill_seconds":
+        return f"{value:.1f} s"
+    if name == "tokens_per_second":
+        return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.1e}" if name == "error" else f"{value:.0%}"
+
+
+def _time(seconds: dict[str, float]) -> str:
+    unit, factor = ("ms", 1e3) if seconds["median"] >= 1e-3 else ("µs", 1e6)
+    first, median, third = (factor * seconds[name] for name in ("first", "median", "third"))
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:.{digits}f} {unit} ({first:.{digits}f} to {third:.{digits}f})"
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a document that is written from a file of results."""
@@ -109,11 +163,18 @@ class Block:
         return f"{before}{begin}\n{self.table(results)}\n{end}{after}"
 
 
+RESULTS = ROOT / "docs/results"
+# As soon as a benchmark's results are there, the README must show them.
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
+CPU_BLOCKS = tuple(
+    Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
+    for name in ("attention", "step")
+)
 BLOCKS = (
-    Block(ROOT / "README.md", ROOT / "docs/results/demo.json", "demo", demo_table),
-    Block(ROOT / "docs/key_map.md", ROOT / "docs/results/key_map.json", "key_map", key_map_table),
-    Block(ROTATE, ROOT / "docs/results/rotation.json", "rotation", rotation_table),
+    Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
+    Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
+    Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
+    *(block for block in CPU_BLOCKS if block.results.exists()),
 )
 
 

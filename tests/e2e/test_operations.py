@@ -21,7 +21,7 @@ PROMPTS = (248, 203, 150)
 EXACT = 1e-4
 
 # The other end-to-end tests check shapes; here that would take longer than the models do.
-pytestmark = pytest.mark.usefixtures("unhooked")
+pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
 
 names = pytest.mark.parametrize("name", ["llama-64", "mistral"])
 fused = pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])

@@ -34,6 +34,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every test of pages runs on every backend of this install."""
     name = str(request.param)
     monkeypatch.setenv("SIXFOLD_BACKEND", name)
+    monkeypatch.setenv("SIXFOLD_CPU_EXACT", "1")
     return name
 
 

@@ -8,7 +8,6 @@ from types import ModuleType
 import pytest
 import torch
 
-import sixfold.kernels.rotate
 from sixfold.errors import BackendError
 from sixfold.kernels import _dispatch
 from sixfold.kernels._dispatch import available_backends, implementation, missing_backends
@@ -18,16 +17,19 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def rotate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules count as backends of `rotate`."""
-    folder = sixfold.kernels.rotate.__path__
-    monkeypatch.setattr(sixfold.kernels.rotate, "__path__", [*folder, str(tmp_path)])
+    """A folder whose modules are the backends of `rotate`: at first the reference alone."""
+    folder = tmp_path / "made_up_kernels" / "rotate"
+    folder.mkdir(parents=True)
+    for module in (folder.parent / "__init__.py", folder / "__init__.py", folder / "reference.py"):
+        module.touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(_dispatch, "__package__", "made_up_kernels")
     monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
-    before = set(sys.modules)
     _dispatch._load.cache_clear()
-    yield tmp_path
+    yield folder
     _dispatch._load.cache_clear()
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+    for found in [name for name in sys.modules if name.startswith("made_up_kernels")]:
+        del sys.modules[found]
 
 
 def name(module: ModuleType) -> str:

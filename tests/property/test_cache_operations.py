@@ -146,4 +146,4 @@ class Operations(RuleBasedStateMachine):
 
 
 Operations.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
-TestOperations = pytest.mark.usefixtures("unhooked")(Operations.TestCase)
+TestOperations = pytest.mark.usefixtures("unhooked", "exact_arithmetic")(Operations.TestCase)

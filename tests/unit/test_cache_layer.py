@@ -24,6 +24,8 @@ from tests.layers import (
 # For tests of many steps, where checking shapes would take most of the time.
 unhooked = pytest.mark.usefixtures("unhooked")
 
+pytestmark = pytest.mark.usefixtures("exact_arithmetic")
+
 NO_WINDOWS = CachePolicy(sink_tokens=0, recent_window=0)
 
 

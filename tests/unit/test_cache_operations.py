@@ -23,6 +23,8 @@ from tests.memory import storage_bytes
 # For tests of many steps, where checking shapes would take most of the time.
 unhooked = pytest.mark.usefixtures("unhooked")
 
+pytestmark = pytest.mark.usefixtures("exact_arithmetic")
+
 NO_WINDOWS = CachePolicy(sink_tokens=0, recent_window=0)
 
 

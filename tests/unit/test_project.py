@@ -70,12 +70,3 @@ def test_rendering_replaces_the_block_and_nothing_else(
 def test_results_name_no_machine_but_its_processor() -> None:
     text = (ROOT / "docs/results/demo.json").read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|work|tmp|opt)\b", text)
-
-
-def test_benchmarks_print_and_write(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.run", "--op", "scores", "--tokens", "64"]
-    command += ["--repeats", "1", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert len(rows) == len(done.stdout.splitlines()) - 1 == 6
-    assert {row["tokens"] for row in rows} == {64}

@@ -14,9 +14,12 @@ from types import ModuleType
 import torch
 
 from sixfold.errors import BackendError
+from sixfold.kernels import _native
 
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
+
+OPERATIONS = ("rotate", "encode", "decode", "scores", "attention", "cached_attention")
 
 _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
@@ -30,7 +33,9 @@ def _load(operation: str, backend: str) -> ModuleType | str:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        return str(error)
+        # "Cannot import name" is no help where the name is the extension's.
+        reason = _native.extension() if backend == "cpu" else error
+        return reason if isinstance(reason, str) else str(error)
 
 
 def available_backends(operation: str) -> tuple[str, ...]:

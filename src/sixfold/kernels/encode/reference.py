@@ -84,7 +84,8 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     dim = x.shape[-1]
     x, power = _moderate(x)
-    norm = fold_sum(x * x).sqrt()
+    # In float64, because vector libraries round a float32 root to one of its two neighbours.
+    norm = fold_sum(x * x).double().sqrt().float()
     valid = norm.isfinite() & (norm > 0)
     # The stretch of the unnormalised rotation and the variance of the codebook, in one product.
     stretch = torch.full_like(norm, math.pow(dim, 1 / 2 - len(turns) / 2)) / norm

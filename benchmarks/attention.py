@@ -1,0 +1,59 @@
+"""A layer's decode attention: one query a head over the whole context."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import vllm_peer
+from benchmarks.harness import Case, Contender
+from benchmarks.ours import Options, variants
+from sixfold.cache import CachePolicy, CompressedLayer
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+TOKENS = (1024, 4096, 32768, 131072)
+SCALING = HEAD_DIM**-0.5
+
+
+def case(tokens: int, options: Options) -> Case:
+    """Ours against attention of PyTorch, and of vLLM where there is one, on the same bfloat16."""
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(1, HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
+    size = (1, KV_HEADS, tokens, HEAD_DIM)
+    keys, values = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))
+    contenders = []
+    for bits in options.bits:
+        contenders += variants("attention", _codes(query, keys, values, bits), options)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        tensors = [x.to(dtype) for x in (query, keys, values)]
+        size_bytes = tensors[1].nbytes + tensors[2].nbytes
+        contenders += [
+            Contender(f"torch sdpa {name}", partial(_sdpa, *tensors), size_bytes),
+            Contender(f"torch matmul {name}", partial(_grouped, *tensors), size_bytes),
+        ]
+    if options.vllm_python is not None:
+        contenders += vllm_peer.contenders(options.vllm_python, query, keys, values)
+    return Case(contenders, _grouped(query.double(), keys.double(), values.double()))
+
+
+def _codes(query: Tensor, keys: Tensor, values: Tensor, bits: float) -> Contender:
+    """A real cache layer: sinks, window, mapping and rotation of the query are included."""
+    layer = CompressedLayer(keys, values, CachePolicy(key_bits=bits, value_bits=bits))
+    layer.append(keys, values)
+    layer.compress()
+    held = sum(tensor.nbytes for tensor in layer.tensors())
+    call: Callable[[], Tensor] = partial(layer.attend, query, scaling=SCALING)
+    return Contender(f"sixfold {bits:g} bits", call, held, notes={"bits": bits})
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def _grouped(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Queries that share a key head as the rows of one matrix product."""
+    grouped = query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+    weights = (grouped @ keys.mT * SCALING).softmax(-1)
+    return torch.matmul(weights, values).view(query.shape)

@@ -1,0 +1,139 @@
+"""Tokens a second of whole models, uncompressed and compressed, and what the prefill takes.
+
+The embedded model reads text. The other has the shape of eight layers of Llama 3 8B and random
+weights: its prompt of 1k tokens is run through the model; a longer one would take minutes, so
+random keys and values are put into the caches instead (`filled` in the results says which).
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks.harness import Case, Contender
+from benchmarks.ours import Options, variants
+from benchmarks.peers import cache_bytes, installed_peers
+from sixfold.eval.caches import MakeCache, compressed, uncompressed
+from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+
+TOKENS = (1024, 32768)
+LONGEST_PROMPT = 2048
+CHUNK = 4096
+BITS = (4,)
+
+
+def cases(tokens: int, options: Options) -> dict[str, Callable[[], Case]]:
+    """A case for each model that can be asked about `tokens` tokens."""
+    made = {"random": partial(_random_case, tokens, options)}
+    # What the embedded model was trained for.
+    if tokens <= LONGEST_PROMPT:
+        made["embedded"] = partial(_embedded_case, tokens, options)
+    chosen = made if options.model == "both" else {options.model: made.get(options.model)}
+    return {name: make for name, make in chosen.items() if make is not None}
+
+
+def random_llama(layers: int = 8, width: int = 4096) -> LlamaForCausalLM:
+    """Layers of Llama 3 8B (32 query and 8 key heads of 128) with random bfloat16 weights."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_attention_heads=width // 128,
+        num_key_value_heads=max(width // 512, 1),
+        head_dim=128,
+        vocab_size=4096,
+        max_position_embeddings=2**18,
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    # As a plain module: transformers wraps `to` in a type that hides its argument.
+    module: torch.nn.Module = model
+    module.to(torch.bfloat16).to_empty(device="cpu").eval()
+    # Its frequencies are a buffer that no weight file would have filled either.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.uniform_(parameter, -0.03, 0.03, generator=generator)
+    return model
+
+
+def _random_case(tokens: int, options: Options) -> Case:
+    model = random_llama()
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=_seeded(tokens))
+    return _case(model, ids, options)
+
+
+def _embedded_case(tokens: int, options: Options) -> Case:
+    model, tokenizer = load_embedded(torch.bfloat16)
+    ids = tokenizer(haystack(), return_tensors="pt", verbose=False)["input_ids"]
+    ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    return _case(model, ids, options)
+
+
+def _case(model: PreTrainedModel, ids: Tensor, options: Options) -> Case:
+    caches: dict[str, MakeCache] = {"transformers DynamicCache, sdpa": uncompressed}
+    caches |= installed_peers()
+    contenders = [_contender(model, name, make, ids, options) for name, make in caches.items()]
+    for bits in options.bits:
+        one = _contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
+        contenders += variants("attention", one, options)
+    return Case(contenders)
+
+
+def _contender(
+    model: PreTrainedModel, name: str, make: MakeCache, ids: Tensor, options: Options
+) -> Contender:
+    cache, start = make(model), time.perf_counter()
+    real = ids.shape[1] <= LONGEST_PROMPT
+    if real:
+        _forward(model, ids, cache)
+    else:
+        _fill(cache, model, ids.shape[1])
+    prefill = time.perf_counter() - start if real else None
+    held = cache_bytes(cache)
+
+    def generate() -> None:
+        for _ in range(options.steps):
+            _forward(model, ids[:, -1:], cache)
+
+    notes = {
+        "held_bytes": held,
+        "filled": "by the model" if real else "random keys and values",
+        "prefill_seconds": prefill,
+    }
+    return Contender(name, generate, steps=options.steps, notes=notes)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def _fill(cache: Cache, model: PreTrainedModel, tokens: int) -> None:
+    """Put random keys and values into every layer, as many at a time as a prefill in chunks."""
+    config = model.config
+    for index in range(config.num_hidden_layers):
+        generator = _seeded(index)
+        for first in range(0, tokens, CHUNK):
+            size = (1, config.num_key_value_heads, min(CHUNK, tokens - first), config.head_dim)
+            keys, values = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))
+            held = cache.update(keys, values, index)
+            layer = cache.layers[index]
+            if isinstance(layer, TurboQuantLayer) and layer.fused:
+                # Tokens enter a fused layer when they are attended, which nobody needs here.
+                assert layer.store is not None
+                layer.store.append(keys, values)
+                layer.store.compress()
+            del held
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,147 @@
+"""How contenders are timed: in turn, cold or settled, with the error beside every time."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sixfold.eval.speed import relative_error
+from sixfold.eval.timing import time_once
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to do what all contenders of a case do.
+
+    Attributes:
+        name: In the table.
+        call: Timed.
+        nbytes: Bytes that a call has to read and write, weights of a model left out.
+        result: What `call` returned, made comparable to the exact result; None: no error is stated.
+        prepare: Called before every timed call.
+        timed: Times itself and returns seconds (another process); `call` is then for the error.
+        steps: What one call does so many of: times are per step.
+        environment: Variables set while it runs.
+        notes: Further columns of its row.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    nbytes: int = 0
+    result: Callable[[Any], Tensor] | None = lambda result: result
+    prepare: Callable[[], object] | None = None
+    timed: Callable[[], float] | None = None
+    steps: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Contenders for one task, and what the task's exact result is."""
+
+    contenders: Sequence[Contender]
+    exact: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quartiles:
+    """Seconds a step: a quarter of the calls were faster than `first`, half than `median`."""
+
+    first: float
+    median: float
+    third: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Quartiles":
+        """Summarize calls."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(first, median, third, len(seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender's result."""
+
+    name: str
+    seconds: Quartiles
+    error: float | None
+    nbytes: int
+    notes: Mapping[str, Any]
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes that had to move over the median time."""
+        return self.nbytes / self.seconds.median / 1e9
+
+
+def measure(case: Case, *, repeats: int, settle: float, warmup: int = 2) -> Iterator[Row]:
+    """Time every contender of `case` `repeats` times, in turn.
+
+    Args:
+        case: What is compared. All contenders are alive at once.
+        repeats: Timed calls of each.
+        settle: Seconds of sleep before every timed call. Threads of OpenMP spin for a few
+            milliseconds after their work, in the way of contenders that have other threads.
+        warmup: Calls of each that are not counted.
+    """
+    seconds: list[list[float]] = [[] for _ in case.contenders]
+    for turn in range(warmup + repeats):
+        for index, one in enumerate(case.contenders):
+            elapsed = _time(one, settle)
+            if turn >= warmup:
+                seconds[index].append(elapsed / one.steps)
+    for one, values in zip(case.contenders, seconds, strict=True):
+        yield Row(one.name, Quartiles.of(values), _error(one, case.exact), one.nbytes, one.notes)
+
+
+def _time(one: Contender, settle: float) -> float:
+    with variables(one.environment):
+        if one.prepare is not None:
+            one.prepare()
+        time.sleep(settle)
+        return time_once(one.call) if one.timed is None else one.timed()
+
+
+def _error(one: Contender, exact: Tensor | None) -> float | None:
+    if exact is None or one.result is None:
+        return None
+    with variables(one.environment):
+        if one.prepare is not None:
+            one.prepare()
+        return relative_error(one.result(one.call()), exact)
+
+
+@contextmanager
+def variables(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the block."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch, and all that asks torch, use `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,59 @@
+"""Our own contenders: every bit width, on every instruction set that is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.harness import Contender
+from sixfold.kernels._dispatch import available_backends, implementation
+from sixfold.packing import Bits
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line chose.
+
+    Attributes:
+        bits: Widths of our contenders.
+        isas: Values of SIXFOLD_ISA to compare; empty for the default alone.
+        vllm_python: An interpreter that has vllm, or None.
+        model: For `generate`: embedded, random or both.
+        steps: Decode steps a sample of `step` and `generate`.
+    """
+
+    bits: Sequence[Bits] = (4, 3, 2, 3.5, 2.5)
+    isas: Sequence[str] = ()
+    vllm_python: str | None = None
+    model: str = "both"
+    steps: int = 32
+
+
+def variants(operation: str, one: Contender, options: Options) -> list[Contender]:
+    """A contender on each instruction set asked for."""
+    backend = implementation(operation, torch.device("cpu")).__name__.split(".")[-1]
+    if not options.isas or backend != "cpu":
+        return [replace(one, notes={**one.notes, "backend": backend})]
+    return [
+        replace(
+            one,
+            name=f"{one.name} ({isa})",
+            environment={**one.environment, "SIXFOLD_ISA": isa},
+            notes={**one.notes, "backend": backend, "isa": isa},
+        )
+        for isa in options.isas
+    ]
+
+
+def on_the_reference(operation: str, one: Contender) -> list[Contender]:
+    """The same on the plain PyTorch reference, if that is not what runs anyway."""
+    if "cpu" not in available_backends(operation):
+        return []
+    return [
+        replace(
+            one,
+            name=f"{one.name}, reference",
+            environment={**one.environment, "SIXFOLD_BACKEND": "reference"},
+            notes={**one.notes, "backend": "reference"},
+        )
+    ]

@@ -1,0 +1,200 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "attention_codec-inl.h"
+#include "pool.h"
+
+namespace sixfold {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Enough to keep many threads busy; fewer pages than this would not pay for preparing the queries.
+constexpr std::int64_t kItems = 128, kSplitPages = 8;
+// About what waking a thread costs.
+constexpr std::int64_t kPagesPerThread = 32;
+constexpr std::int64_t kKeptBytes = std::int64_t{8} << 20;
+
+constexpr std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Memory of a call, kept for the calling thread's next one.
+class Arena {
+public:
+    std::byte* reserve(std::int64_t bytes) {
+        if (bytes > size_) {
+            memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+    void trim() {
+        if (size_ <= kKeptBytes) return;
+        memory_.reset();
+        size_ = 0;
+    }
+
+private:
+    struct Delete {
+        void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<std::byte, Delete> memory_;
+    std::int64_t size_ = 0;
+};
+
+// How a task is cut: rows into chunks, pages into splits. Not a function of the threads.
+struct Plan {
+    std::int64_t chunks, chunk_rows, splits, heads, width;
+    std::int64_t state_bytes, scratch_bytes;
+
+    Plan(const AttentionKernels& kernels, const AttentionTask& task) {
+        const std::int64_t wanted = (task.rows + kMaxRows - 1) / kMaxRows;
+        chunk_rows = ((task.rows + wanted - 1) / wanted + 7) / 8 * 8;
+        chunk_rows = std::min<std::int64_t>(chunk_rows, kMaxRows);
+        chunks = (task.rows + chunk_rows - 1) / chunk_rows;
+        heads = task.batch * task.kv_heads;
+        const std::int64_t most =
+            std::max<std::int64_t>((task.pages + kSplitPages - 1) / kSplitPages, 1);
+        splits = std::clamp<std::int64_t>((kItems + heads * chunks - 1) / (heads * chunks), 1, most);
+        width = static_cast<std::int64_t>(task.values.codec->strips) * kLanes;
+        const std::int64_t rows = std::min(chunk_rows, task.rows);
+        state_bytes = padded(rows * static_cast<std::int64_t>(sizeof(float)) * (width + 2));
+        scratch_bytes = padded(kernels.scratch_bytes(task));
+    }
+    std::int64_t groups() const { return heads * chunks; }
+};
+
+AttentionState state_at(std::byte* memory, std::int64_t rows, std::int64_t width) {
+    float* out = reinterpret_cast<float*>(memory);
+    return {out + rows * width, out + rows * (width + 1), out};
+}
+
+// Merges a row's states (README.md, "Merge") into `out`, whose coordinates lie in up to two parts.
+void finish_row(const AttentionTask& task, const AttentionState* states, std::int64_t splits,
+                std::int64_t row, std::int64_t width, std::int64_t target) {
+    float top = -kInfinity;
+    for (std::int64_t s = 0; s < splits; ++s) top = std::max(top, states[s].maximum[row]);
+    const float anchor = top == -kInfinity ? 0.0f : top;
+    const Codec& codec = *task.values.codec;
+    float* out = task.out + target * codec.dim;
+    std::memset(out, 0, sizeof(float) * static_cast<std::size_t>(codec.dim));
+    double total = 0;
+    for (std::int64_t s = 0; s < splits; ++s)
+        total += std::exp2(states[s].maximum[row] - anchor) * states[s].total[row];
+    // What no part attended is a row of zeros.
+    task.lse[target] =
+        total == 0 ? -kInfinity : static_cast<float>(anchor * std::log(2.0) + std::log(total));
+    if (total == 0) return;
+    const int first = codec.axes == 2 ? (codec.dim + 1) / 2 : codec.dim;
+    for (std::int64_t s = 0; s < splits; ++s) {
+        const float weight = static_cast<float>(std::exp2(states[s].maximum[row] - anchor) / total);
+        const float factor = codec.arithmetic == Arithmetic::floats ? weight : weight * codec.scale;
+        const float* from = states[s].out + row * width;
+        for (int d = 0; d < first; ++d) out[d] += factor * from[d];
+        const float* second = from + width / 2;
+        for (int d = first; d < codec.dim; ++d) out[d] += factor * second[d - first];
+    }
+}
+
+class Run {
+public:
+    Run(const AttentionKernels& kernels, const AttentionTask& task, int threads, Arena& arena)
+        : kernels_(kernels), task_(task), plan_(kernels, task), threads_(threads) {
+        const std::int64_t states = plan_.groups() * plan_.splits;
+        const std::int64_t counters = padded(plan_.groups() * sizeof(int));
+        scratch_ = arena.reserve(threads * (plan_.scratch_bytes) + states * plan_.state_bytes +
+                                 counters);
+        states_ = scratch_ + threads * plan_.scratch_bytes;
+        pending_ = reinterpret_cast<int*>(states_ + states * plan_.state_bytes);
+        std::fill_n(pending_, plan_.groups(), static_cast<int>(plan_.splits));
+    }
+
+    void operator()() {
+        parallel_for(plan_.groups() * plan_.splits, threads_,
+                     [this](std::int64_t item, int worker) { attend_item(item, worker); });
+    }
+
+private:
+    std::byte* state_memory(std::int64_t group, std::int64_t split) const {
+        return states_ + (group * plan_.splits + split) * plan_.state_bytes;
+    }
+
+    // Neighbouring items are chunks of rows on the same pages, which are then in a shared cache.
+    void attend_item(std::int64_t item, int worker) {
+        const std::int64_t chunk = item % plan_.chunks;
+        const std::int64_t split = item / plan_.chunks % plan_.splits;
+        const std::int64_t head = item / plan_.chunks / plan_.splits;
+        const std::int64_t group = head * plan_.chunks + chunk;
+        const std::int64_t first = chunk * plan_.chunk_rows;
+        const std::int64_t rows = std::min(plan_.chunk_rows, task_.rows - first);
+        kernels_.attend({&task_, head / task_.kv_heads, head % task_.kv_heads, first,
+                         split * task_.pages / plan_.splits,
+                         (split + 1) * task_.pages / plan_.splits, static_cast<int>(rows),
+                         state_at(state_memory(group, split), rows, plan_.width),
+                         scratch_ + worker * plan_.scratch_bytes});
+        // Whoever comes last merges: no second round of threads.
+        if (std::atomic_ref(pending_[group]).fetch_sub(1, std::memory_order_acq_rel) == 1)
+            finish(group, head * task_.rows + first, rows);
+    }
+
+    void finish(std::int64_t group, std::int64_t target, std::int64_t rows) const {
+        AttentionState states[kItems];
+        for (std::int64_t s = 0; s < plan_.splits; ++s)
+            states[s] = state_at(state_memory(group, s), rows, plan_.width);
+        for (std::int64_t r = 0; r < rows; ++r)
+            finish_row(task_, states, plan_.splits, r, plan_.width, target + r);
+    }
+
+    const AttentionKernels& kernels_;
+    const AttentionTask& task_;
+    const Plan plan_;
+    const int threads_;
+    std::byte *scratch_, *states_;
+    int* pending_;
+};
+
+}  // namespace
+
+void check_bounds(const AttentionTask& task) {
+    auto refuse = [](const std::string& message) { throw std::invalid_argument(message); };
+    for (std::int64_t i = 0; i < task.batch * task.pages; ++i)
+        if (task.block_table[i] < 0 || task.block_table[i] >= task.slots)
+            refuse("block_table: expected slots 0 to " + std::to_string(task.slots - 1) +
+                   ", got " + std::to_string(task.block_table[i]) +
+                   "; pass the pools that the table was made for");
+    for (std::int64_t i = 0; i < task.pages; ++i) {
+        const std::int64_t start = task.starts[i], length = task.lengths[i];
+        if (length < 1 || length > kPageTokens)
+            refuse("page_lengths: expected 1 to 64 tokens a page, got " + std::to_string(length) +
+                   "; leave out pages without tokens");
+        if (start < 0 || start > INT64_MAX - kPageTokens)
+            refuse("page_starts: expected positions from 0, got " + std::to_string(start));
+        if (task.mask_kind != Mask::none && start + length > task.mask_columns)
+            refuse("mask: expected a column for every position up to " +
+                   std::to_string(start + length - 1) + ", got " +
+                   std::to_string(task.mask_columns) + " columns; pass a mask that covers the pages");
+    }
+}
+
+void attend(const AttentionKernels& kernels, AttentionTask task, int threads) {
+    if (task.batch == 0 || task.kv_heads == 0 || task.rows == 0) return;
+    const auto keys = find_codec(task.keys.key), values = find_codec(task.values.key);
+    task.keys.codec = keys.get();
+    task.values.codec = values.get();
+    const std::int64_t work = task.batch * task.kv_heads * task.pages * ((task.rows + 7) / 8);
+    threads = static_cast<int>(
+        std::clamp<std::int64_t>(work / kPagesPerThread, 1, std::max(threads, 1)));
+    static thread_local Arena arena;
+    Run(kernels, task, threads, arena)();
+    arena.trim();
+}
+
+}  // namespace sixfold

@@ -1,0 +1,69 @@
+// Attention over all a compressed layer holds (src/sixfold/kernels/cached_attention/README.md).
+//
+// | tensor              | type             | shape                                  |
+// | ------------------- | ---------------- | -------------------------------------- |
+// | query, out          | f32, bf16 or f16 | [batch, heads, queries, dim]           |
+// | mean, channel_scale | float            | [batch, kv_heads, key_dim]             |
+// | start               | int64            | [batch]                                |
+// | segment.keys        | as query         | [batch, kv_heads, tokens, key_dim]     |
+// | segment.first, ...  | int64            | [batch]                                |
+// | sink_logits         | float            | [heads], or null                       |
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "tokens.h"
+#include "vectors.h"
+
+namespace sixfold {
+
+struct Kernels;
+
+// Tokens in full precision; those at positions outside start <= p < stop are hidden.
+struct TokenSegment {
+    const char *keys, *values;
+    std::int64_t tokens;
+    const std::int64_t *first, *start, *stop;
+};
+
+// Pages in one pool. `starts` count from `first`, the position of the first page's first token.
+struct PageSegment {
+    const std::uint8_t* key_pages;
+    const std::uint16_t* key_scales;
+    const std::uint8_t* value_pages;
+    const std::uint16_t* value_scales;
+    std::int64_t slots;
+    const std::int64_t *block_table, *starts, *lengths;
+    std::int64_t pages, first;
+};
+
+struct CachedTask {
+    std::int64_t batch, heads, kv_heads, queries;
+    vectors::Dtype dtype;
+    const char* query;
+    char* out;
+    std::vector<TokenSegment> tokens;
+    std::vector<PageSegment> pages;
+    CodecKey keys, values;
+    vectors::Rotation key_rotation, value_rotation;
+    const float *mean, *channel_scale;
+    std::int64_t position;  // of the first query
+    const std::int64_t* start;
+    std::int64_t sliding_window;  // 0: none
+    float scaling;
+    Mask mask_kind;
+    const void* mask;
+    std::int64_t mask_strides[3], mask_columns;
+    float never, softcap;
+    const float* sink_logits;
+
+    std::int64_t rows() const { return heads / kv_heads * queries; }
+};
+
+// Throws std::invalid_argument if tables or masks lead outside of their tensors.
+void check_bounds(const CachedTask& task);
+
+void attend(const Kernels& kernels, const CachedTask& task, int threads);
+
+}  // namespace sixfold

@@ -1,0 +1,221 @@
+"""Attention over all a layer holds: the compiled kernel against the reference."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache.attend import coded_parts, dense_parts
+from sixfold.errors import SixfoldError
+from sixfold.kernels._dispatch import available_backends
+from sixfold.kernels.cached_attention import cached_attention
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in available_backends("cached_attention"), reason="no compiled extension"
+)
+
+HEADS, KV_HEADS = 6, 2
+
+
+@dataclasses.dataclass
+class Held:
+    """A compressed layer, and the arguments that attend on it."""
+
+    layer: CompressedLayer
+    dims: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        tokens: int,
+        *,
+        dims: tuple[int, int] = (64, 48),
+        dtype: torch.dtype = torch.float32,
+        sinks: int = 4,
+        window: int = 40,
+        batch: int = 2,
+        bits: float = 4,
+    ) -> "Held":
+        """Two growths, so that pages lie in two slabs; the second sequence is padded."""
+        random = torch.Generator().manual_seed(tokens)
+
+        def numbers(heads: int, count: int, dim: int) -> Tensor:
+            x = torch.randn(batch, heads, count, dim, generator=random)
+            return (x + torch.linspace(-2, 2, dim)).to(dtype)
+
+        policy = CachePolicy(bits, bits, sink_tokens=sinks, recent_window=window)
+        keys, values = numbers(KV_HEADS, tokens, dims[0]), numbers(KV_HEADS, tokens, dims[1])
+        layer = CompressedLayer(keys, values, policy)
+        mask = torch.ones(batch, 1, tokens // 2, tokens // 2, dtype=torch.bool).tril()
+        mask[1:, :, :, :3] = False
+        for chunk, chunk_mask in (
+            (slice(0, tokens // 2), mask),
+            (slice(tokens // 2, tokens), None),
+        ):
+            query = numbers(HEADS, keys[:, :, chunk].shape[2], dims[0])
+            layer.append(keys[:, :, chunk], values[:, :, chunk])
+            layer.attend(query, scaling=0.1, mask=chunk_mask)
+        return cls(layer, dims, dtype)
+
+    def queries(self, count: int) -> Tensor:
+        random = torch.Generator().manual_seed(count)
+        batch = len(self.layer.padding)
+        x = torch.randn(batch, HEADS, count, self.dims[0], generator=random)
+        return 2 * x.to(self.dtype)
+
+    def attend(self, query: Tensor, **options: Any) -> Tensor:
+        """As `CompressedLayer.attend` does; the queries are those of the last tokens held."""
+        layer, prefix = self.layer, self.layer.prefix
+        assert prefix is not None
+        arguments: dict[str, Any] = {
+            "tokens": dense_parts(prefix, layer.window, layer.history.tokens),
+            "pages": coded_parts(layer.history),
+            "mean": prefix.key_map.mean,
+            "channel_scale": prefix.key_map.scale,
+            "position": layer.held - query.shape[2],
+            "start": prefix.end,
+            "scaling": self.dims[0] ** -0.5,
+            **options,
+        }
+        tokens, pages = arguments.pop("tokens"), arguments.pop("pages")
+        coding = [coder.coding(query.device) for coder in (layer.key_coder, layer.value_coder)]
+        return cached_attention(query, tokens, pages, *coding, **arguments)
+
+
+def both(
+    held: Held, query: Tensor, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The kernel's output, with its exact arithmetic, and the reference's."""
+    monkeypatch.setenv("SIXFOLD_CPU_EXACT", "1")
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    found = held.attend(query, **options)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    return found, held.attend(query, **options)
+
+
+def random_mask(held: Held, queries: int, kind: str) -> Tensor:
+    random = torch.Generator().manual_seed(7)
+    shape = len(held.layer.padding), 1, queries, held.layer.held
+    seen = torch.rand(shape, generator=random) < 0.7
+    seen[0, :, 0] = False  # sees nothing at all
+    if kind == "bool":
+        return seen
+    bias = torch.randn(shape, generator=random).masked_fill(~seen, -torch.inf)
+    if kind == "lowest":
+        return bias.clamp(min=torch.finfo(torch.float32).min)
+    return bias.to(torch.bfloat16)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 90},
+    {"sliding_window": 20},
+    {"softcap": 3.0},
+    {"sink_logits": torch.linspace(-2, 4, HEADS)},
+    {"mask": "bool"},
+    {"mask": "lowest", "softcap": 5.0, "sink_logits": torch.zeros(HEADS)},
+    {"mask": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_kernel_is_the_reference(
+    queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held.of(300)
+    assert len(held.layer.history.runs) > 1
+    query = held.queries(queries)
+    if "mask" in options:
+        options = {**options, "mask": random_mask(held, queries, options["mask"])}
+    found, expected = both(held, query, monkeypatch, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 33), (20, 128), (7, 1)])
+def test_every_dtype_and_dim(
+    dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held.of(200, dims=dims, dtype=dtype)
+    found, expected = both(held, held.queries(2), monkeypatch)
+    assert found.dtype is dtype
+    # Both round the same float32 number, but for its own error, to the dtype.
+    tolerance = max(2e-5, torch.finfo(dtype).eps)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=2e-5)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("window", [0, 1, 63, 150])
+def test_parts_may_be_empty(sinks: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(256, sinks=sinks, window=window)
+    found, expected = both(held, held.queries(1), monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2.5, 3.5, 8])
+def test_integer_arithmetic_stays_close(bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(300, bits=bits)
+    _, expected = both(held, held.queries(1), monkeypatch)
+    monkeypatch.setenv("SIXFOLD_CPU_EXACT", "0")
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    fast = held.attend(held.queries(1))
+    assert (fast - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_token_that_is_no_number_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(300)
+    held.layer.history.runs[0].slab.value_scales[0, 0, 10] = torch.nan
+    found, expected = both(held, held.queries(1), monkeypatch)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert found.isnan().any()
+    assert not found.isnan().all()
+
+
+def test_threads_do_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, threads = Held.of(2_000, batch=1), torch.get_num_threads()
+    query, found = held.queries(1), []
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(held.attend(query))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_gradients_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(200)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    expected = held.queries(1).requires_grad_()
+    held.attend(expected).sum().backward()
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    query = held.queries(1).requires_grad_()
+    held.attend(query).sum().backward()
+    assert query.grad is not None
+    assert expected.grad is not None
+    torch.testing.assert_close(query.grad, expected.grad)
+
+
+def test_tables_that_lead_outside_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(300)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    query, pages = held.queries(1), coded_parts(held.layer.history)
+    beyond = pages[0].block_table.clone()
+    beyond[0, 0] = len(pages[0].key_pages)
+    with pytest.raises(SixfoldError, match="block_table"):
+        held.attend(query, pages=[pages[0]._replace(block_table=beyond)])
+    with pytest.raises(SixfoldError, match="lengths"):
+        held.attend(query, pages=[pages[0]._replace(lengths=pages[0].lengths + 1)])
+    narrow = torch.ones(1, 1, 1, held.layer.held - 1, dtype=torch.bool)
+    with pytest.raises(SixfoldError, match="mask"):
+        held.attend(query, mask=narrow)
+    wrong = pages[0].key_scales.float()
+    with pytest.raises(SixfoldError, match="key_scales"):
+        held.attend(query, pages=[pages[0]._replace(key_scales=wrong)])

@@ -1,0 +1,412 @@
+"""The compiled rotate, encode, decode and scores against the references, bit for bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold.codebooks import centroids
+from sixfold.errors import ShapeError
+from sixfold.kernels.decode import reference as decode_reference
+from sixfold.kernels.encode import Scale
+from sixfold.kernels.encode import reference as encode_reference
+from sixfold.kernels.rotate import reference as rotate_reference
+from sixfold.kernels.scores import reference as scores_reference
+from sixfold.packing import (
+    BITS,
+    PAGE_TOKENS,
+    Bits,
+    Layout,
+    decode_scale,
+    n_symbols,
+    row_bytes,
+    symbol_bits,
+)
+from sixfold.rotation import Rotation, RotationKind
+from tests.vectors import gaussian, generator, one_hot, spiky
+
+_cpu = pytest.importorskip("sixfold._cpu")
+rotate_cpu = pytest.importorskip("sixfold.kernels.rotate.cpu")
+encode_cpu = pytest.importorskip("sixfold.kernels.encode.cpu")
+decode_cpu = pytest.importorskip("sixfold.kernels.decode.cpu")
+scores_cpu = pytest.importorskip("sixfold.kernels.scores.cpu")
+
+CPU = torch.device("cpu")
+# Powers of two, orders 12, 20, 36 and 100 with and without butterflies, and dense ones.
+DIMS = [1, 2, 4, 20, 33, 64, 80, 92, 96, 128, 200, 256, 576]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALES: list[Scale] = ["norm", "optimal", "unbiased"]
+
+
+@pytest.fixture(autouse=True, params=_cpu.available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on every instruction set of this processor."""
+    monkeypatch.setenv("SIXFOLD_ISA", request.param)
+    # What the references call must not be what they are compared with.
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    return str(request.param)
+
+
+def tables(dim: int, bits: Bits, kind: RotationKind = "hadamard") -> tuple[Tensor, Tensor, Tensor]:
+    rotation = Rotation(dim, kind, seed=1)
+    return rotation.turns(CPU), rotation.factor(CPU), centroids(dim, bits)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    integers = {2: torch.int16, 4: torch.int32}
+    if expected.is_floating_point():
+        got, expected = (x.contiguous().view(integers[x.element_size()]) for x in (got, expected))
+    differing = (got != expected).nonzero()
+    assert differing.numel() == 0, f"{len(differing)} differ, first at {differing[0].tolist()}"
+
+
+def assert_same_codes(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert_same_bits(got[0], expected[0])
+    # A zero vector's scale is plus zero by docs/format.md.
+    assert_same_bits(got[1], torch.where(expected[1] == 0, 0, expected[1]))
+
+
+def mixed(n: int, dim: int, seed: int) -> Tensor:
+    """Vectors of every kind and magnitude that float16 has, among them all that are special."""
+    x = torch.cat((gaussian(n, dim, seed), spiky(n, dim, seed) if dim > 6 else gaussian(n, dim, 3)))
+    x = x * torch.exp2(torch.randint(-14, 10, (len(x), 1), generator=generator(seed)))
+    special = one_hot(6, dim, seed)
+    special[1] *= 0
+    special[2] *= torch.nan
+    special[3] *= torch.inf
+    special[4] *= 3e-8
+    special[5] = 1
+    return torch.cat((x, special))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dim", [*DIMS, 12, 192, 384, 1024, 3072])
+def test_rotate(dim: int, inverse: bool, kind: RotationKind) -> None:
+    if kind == "orthogonal" and dim > 600:
+        pytest.skip("a dense rotation of that size is slow to make")
+    turns, factor, _ = tables(dim, 1, kind)
+    x = gaussian(37, dim, seed=dim)
+    got = rotate_cpu.rotate(x, turns, factor, inverse)
+    expected = rotate_reference.rotate(x, turns, factor, inverse)
+    if len(turns):
+        assert_same_bits(got, expected)
+    else:
+        # Sums in float64 in another order, rounded to float32.
+        torch.testing.assert_close(got, expected, rtol=2**-23, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 0), (3, 17)])
+def test_rotate_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    turns, factor, _ = tables(96, 1)
+    x = torch.randn(*shape, 96, generator=generator(1)).to(dtype)
+    assert_same_bits(rotate_cpu.rotate(x, turns, factor), rotate_reference.rotate(x, turns, factor))
+
+
+def test_rotate_has_gradients() -> None:
+    turns, factor, _ = tables(64, 1)
+    x = gaussian(3, 64, seed=1).requires_grad_()
+    rotate_cpu.rotate(x, turns, factor).square().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_encode(dim: int, bits: Bits, dtype: torch.dtype, scale: Scale) -> None:
+    arguments = (mixed(40, dim, seed=dim).to(dtype), *tables(dim, bits))
+    assert_same_codes(
+        encode_cpu.encode(*arguments, bits=bits, scale=scale),
+        encode_reference.encode(*arguments, bits=bits, scale=scale),
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_encode_large_batches(bits: Bits) -> None:
+    arguments = (gaussian(20_000, 64, seed=3), *tables(64, bits))
+    assert_same_codes(
+        encode_cpu.encode(*arguments, bits=bits, scale="optimal"),
+        encode_reference.encode(*arguments, bits=bits, scale="optimal"),
+    )
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-40, 1e-38, 1e-20, 1e20, 1e38, 3.4e38])
+@pytest.mark.parametrize("scale", SCALES)
+def test_encode_any_magnitude(magnitude: float, scale: Scale) -> None:
+    x = gaussian(50, 128, seed=2).clamp(-1, 1) * magnitude
+    arguments = (x, *tables(128, 4))
+    assert_same_codes(
+        encode_cpu.encode(*arguments, bits=4, scale=scale),
+        encode_reference.encode(*arguments, bits=4, scale=scale),
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_ties_and_their_neighbours(bits: Bits) -> None:
+    # u = x·(sqrt(2)/‖x‖)·F: coordinates at a boundary, and one float32 to either side of it.
+    book = centroids(1024, bits)
+    boundaries = ((book[1:] + book[:-1]) / 2).tolist()
+    turns, factor = torch.zeros(0, 2, 1), torch.eye(2)
+    for level in boundaries[:: max(1, len(boundaries) // 16)]:
+        angle = torch.tensor([[level, max(2 - level * level, 0) ** 0.5]], dtype=torch.float64)
+        steps = (1 + torch.arange(-300, 300) * 2.0**-24)[:, None]
+        x = torch.cat((angle[:, :1] * steps, angle[:, 1:].expand(600, 1)), 1).float()
+        arguments = (x, turns, factor, book)
+        assert_same_codes(
+            encode_cpu.encode(*arguments, bits=bits, scale="norm"),
+            encode_reference.encode(*arguments, bits=bits, scale="norm"),
+        )
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [-1.5, -0.5, 0.5, 1.5],  # x = (0, 1) is a tie
+        [-1.0, -1.0, -1.0, 2.0],  # equal boundaries
+        [0.0, 1e-30, 1.0, 1.4],  # far from uniform
+        [0.0, 0.0, 0.0, 0.0],
+    ],
+)
+def test_codebooks_of_any_spacing(levels: list[float]) -> None:
+    x = torch.cat((gaussian(200, 2, seed=4), torch.eye(2), -torch.eye(2), 1e-30 + torch.eye(2)))
+    arguments = (x, torch.zeros(0, 2, 1), torch.eye(2), torch.tensor(levels))
+    assert_same_codes(
+        encode_cpu.encode(*arguments, bits=2, scale="norm"),
+        encode_reference.encode(*arguments, bits=2, scale="norm"),
+    )
+
+
+def test_float64_is_left_to_the_reference() -> None:
+    arguments = (gaussian(50, 64, seed=5).double() * 1e200, *tables(64, 4))
+    assert_same_codes(
+        encode_cpu.encode(*arguments, bits=4, scale="norm"),
+        encode_reference.encode(*arguments, bits=4, scale="norm"),
+    )
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_decode(dim: int, bits: Bits, kind: RotationKind) -> None:
+    turns, factor, book = tables(dim, bits, kind)
+    x = mixed(30, dim, seed=dim)
+    rows, stored = encode_reference.encode(x, turns, factor, book, bits=bits, scale="optimal")
+    arguments = rows, stored, turns, factor, book
+    got = decode_cpu.decode(*arguments, dim=dim, bits=bits)
+    expected = decode_reference.decode(*arguments, dim=dim, bits=bits)
+    assert torch.equal(got.isnan().all(-1), got.isnan().any(-1))
+    torch.testing.assert_close(got, expected, rtol=2**-22, atol=1e-12, equal_nan=True)
+    if len(turns):
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+def pages_of(dim: int, bits: Bits, heads: int = 2, slots: int = 5) -> tuple[Tensor, Tensor]:
+    size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbol_bits(bits))
+    return (
+        torch.full((slots, heads, size), 7, dtype=torch.uint8),
+        torch.full((slots, heads, PAGE_TOKENS), 7, dtype=torch.float16),
+    )
+
+
+def paged_vectors(dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[2, 2, 2 pages, dim], strided as models store it: tokens before heads."""
+    x = mixed(125, dim, seed=dim)[:256]
+    x = torch.cat((x, gaussian(512 - len(x), dim, seed=9)))
+    return x.view(2, 2 * PAGE_TOKENS, 2, dim).transpose(1, 2).to(dtype)
+
+
+def maps_of(dim: int) -> tuple[Tensor, Tensor]:
+    return gaussian(4, dim, seed=7).view(2, 2, dim), gaussian(4, dim, seed=8).view(2, 2, dim).exp()
+
+
+SLOTS = torch.tensor([[3, 0], [4, 1]])
+
+
+@pytest.mark.parametrize("mapped", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("layout", ["key", "value"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", [33, 64, 80, 128])
+def test_pages(dim: int, bits: Bits, layout: Layout, mapped: tuple[bool, bool]) -> None:
+    maps = [table if use else None for table, use in zip(maps_of(dim), mapped, strict=True)]
+    arguments = (paged_vectors(dim, torch.bfloat16), *maps, *tables(dim, bits))
+    options: dict[str, Any] = {"bits": bits, "layout": layout, "slots": SLOTS}
+    got, expected = pages_of(dim, bits), pages_of(dim, bits)
+    for backend, (pages, stored) in ((encode_cpu, got), (encode_reference, expected)):
+        backend.encode_pages(*arguments, scale="optimal", pages=pages, scales=stored, **options)
+    assert_same_codes(got, expected)
+
+    arguments = (*expected, SLOTS, *maps, *tables(dim, bits))
+    for dtype in (*DTYPES, torch.float64):
+        options = {"dim": dim, "bits": bits, "layout": layout, "dtype": dtype}
+        decoded = decode_cpu.decode_pages(*arguments, **options)
+        reference = decode_reference.decode_pages(*arguments, **options)
+        assert decoded.dtype == dtype
+        assert torch.equal(decoded.isnan(), reference.isnan())
+        if dim != 33:
+            assert torch.equal(decoded.nan_to_num(), reference.nan_to_num())
+        close = torch.finfo(dtype).eps * 2
+        torch.testing.assert_close(decoded, reference, rtol=close, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x,
+        lambda x: x.contiguous(),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x[:, :1].expand(-1, 2, -1, -1),
+        lambda x: torch.nn.functional.pad(x, (3, 2))[..., 3:-2],
+    ],
+)
+def test_pages_of_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
+    x = strided(paged_vectors(64, torch.float16))
+    got, expected = pages_of(64, 3), pages_of(64, 3)
+    for backend, (pages, stored) in ((encode_cpu, got), (encode_reference, expected)):
+        options: dict[str, Any] = {
+            "pages": pages,
+            "scales": stored,
+            "slots": SLOTS.mT.contiguous().mT,
+        }
+        backend.encode_pages(
+            x, None, None, *tables(64, 3), bits=3, scale="unbiased", layout="key", **options
+        )
+    assert_same_codes(got, expected)
+
+
+@pytest.mark.parametrize("slots", [[[0, 5]], [[-1, 0]], [[0, 2**40]]])
+@pytest.mark.usefixtures("unhooked")
+def test_slots_out_of_range_touch_nothing(slots: list[list[int]]) -> None:
+    pages, stored = pages_of(64, 4)
+    x = paged_vectors(64)[:1]
+    options: dict[str, Any] = {"bits": 4, "layout": "key"}
+    with pytest.raises(ShapeError, match=r"slots must be at least 0 and below 5.*got.*sequence 0"):
+        encode_cpu.encode_pages(
+            x,
+            None,
+            None,
+            *tables(64, 4),
+            scale="norm",
+            pages=pages,
+            scales=stored,
+            slots=torch.tensor(slots),
+            **options,
+        )
+    assert (pages == 7).all()
+    with pytest.raises(ShapeError, match="slots must be"):
+        decode_cpu.decode_pages(
+            pages,
+            stored,
+            torch.tensor(slots),
+            None,
+            None,
+            *tables(64, 4),
+            dim=64,
+            dtype=torch.float32,
+            **options,
+        )
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    turns, factor, book = tables(64, 4)
+    x = gaussian(5, 64, seed=1)
+    with pytest.raises(ShapeError, match=r"dim = m·2\^k.*Rotation\(60\)"):
+        rotate_cpu.rotate(gaussian(5, 60, seed=1), turns, factor)
+    with pytest.raises(ShapeError, match="turns: expected a contiguous"):
+        rotate_cpu.rotate(gaussian(5, 128, seed=1), turns, factor)
+    with pytest.raises(ShapeError, match="centroids: expected"):
+        encode_cpu.encode(x, turns, factor, book, bits=5, scale="norm")
+    rows, stored = encode_cpu.encode(x, turns, factor, book, bits=4, scale="norm")
+    with pytest.raises(ShapeError, match="rows: expected"):
+        decode_cpu.decode(rows[:, :-4], stored, turns, factor, book, dim=64, bits=4)
+    with pytest.raises(ShapeError, match="rows: expected"):
+        scores_cpu.scores(x[None], rows, stored, book, bits=4)
+    pages, page_scales = pages_of(64, 4)
+    with pytest.raises(ShapeError, match="pages: expected"):
+        decode_cpu.decode_pages(
+            pages[:, :, 1:],
+            page_scales,
+            SLOTS,
+            None,
+            None,
+            turns,
+            factor,
+            book,
+            dim=64,
+            bits=4,
+            layout="key",
+            dtype=torch.float32,
+        )
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("dim", "batch", "n", "n_queries"),
+    [(1, (), 1, 1), (20, (2,), 33, 3), (80, (), 500, 9), (64, (3,), 0, 3), (128, (2, 2), 40, 0)],
+)
+def test_scores(dim: int, batch: tuple[int, ...], n: int, n_queries: int, bits: Bits) -> None:
+    turns, factor, book = tables(dim, bits)
+    count = torch.Size(batch).numel() * n
+    x = gaussian(count, dim, seed=4).view(*batch, n, dim)
+    rows, stored = encode_reference.encode(x, turns, factor, book, bits=bits, scale="unbiased")
+    stored[..., n // 2 : n // 2 + 1] = torch.nan
+    queries = gaussian(torch.Size(batch).numel() * n_queries, dim, seed=5)
+    queries = queries.view(*batch, n_queries, dim)
+    got = scores_cpu.scores(queries, rows, stored, book, bits=bits)
+    exact = queries.double() @ expanded(rows, book, dim, bits).double().mT
+    exact = exact * decode_scale(stored)[..., None, :]
+    # Rounding of sums of dim products.
+    bound = queries.norm(dim=-1)[..., None] * decode_scale(stored)[..., None, :] * dim**0.5
+    close = (got - exact).abs() <= 2**-22 * bound
+    assert (close | exact.isnan()).all()
+    assert torch.equal(got.isnan(), exact.isnan())
+
+
+def expanded(rows: Tensor, book: Tensor, dim: int, bits: Bits) -> Tensor:
+    ones = torch.ones(rows.shape[:-1], dtype=torch.float16)
+    turns, factor = torch.zeros(0, 2, dim // 2), torch.eye(dim)
+    return decode_reference.decode(rows, ones, turns, factor, book, dim=dim, bits=bits)
+
+
+def test_scores_do_not_depend_on_the_batch() -> None:
+    turns, factor, book = tables(96, 4)
+    x, queries = gaussian(100, 96, seed=1), gaussian(7, 96, seed=2)
+    rows, stored = encode_reference.encode(x, turns, factor, book, bits=4, scale="norm")
+    whole = scores_cpu.scores(queries, rows, stored, book, bits=4)
+    one = scores_cpu.scores(queries[3:4], rows[50:51], stored[50:51], book, bits=4)
+    assert torch.equal(whole[3:4, 50:51], one)
+    reference = scores_reference.scores(queries, rows, stored, book, bits=4)
+    torch.testing.assert_close(whole, reference, rtol=0, atol=1e-4)
+
+
+def test_number_of_threads_does_not_show() -> None:
+    turns, factor, book = tables(128, 4)
+    x = gaussian(5000, 128, seed=1)
+
+    def everything() -> list[Tensor]:
+        rows, stored = encode_cpu.encode(x, turns, factor, book, bits=4, scale="optimal")
+        return [
+            rotate_cpu.rotate(x, turns, factor),
+            rows,
+            stored,
+            decode_cpu.decode(rows, stored, turns, factor, book, dim=128, bits=4),
+            scores_cpu.scores(x[:5], rows, stored, book, bits=4),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(5)
+        together = everything()
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_bits(other, one)

