@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,15 @@ def extension() -> ModuleType | str:
         return importlib.import_module(EXTENSION)
     except ImportError as error:
         return f"the compiled extension {EXTENSION} cannot be loaded ({error}): reinstall sixfold"
+
+
+def compiled() -> Any:
+    """The compiled extension.
+
+    Raises:
+        ImportError: There is none; the message says why.
+    """
+    found = extension()
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found

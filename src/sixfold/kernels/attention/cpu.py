@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
-import sixfold._cpu as _cpu
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._native import address
+from sixfold.kernels._native import address, compiled
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.merge import Partial
 from sixfold.packing import PAGE_TOKENS, Bits, is_paired, n_symbols, row_bytes, symbol_bits
+
+_cpu = compiled()
 
 _NO_MASK = (0, 0, 0, 0, 0, 0, 0.0)
 

@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-import sixfold._cpu as _cpu
 from sixfold.errors import SixfoldError
-from sixfold.kernels._native import address
+from sixfold.kernels._native import address, compiled
 from sixfold.kernels.attention.cpu import mask_arguments, page_sizes
 from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
 from sixfold.packing import PAGE_TOKENS
+
+_cpu = compiled()
 
 # Long chunks are matrix products: the matrix library's for what is not compressed.
 MAX_QUERIES = 16

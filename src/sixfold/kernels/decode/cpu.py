@@ -4,12 +4,13 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-import sixfold._cpu as _cpu
-from sixfold.kernels._native import address
+from sixfold.kernels._native import address, compiled
 from sixfold.kernels.decode.reference import expand_pages
 from sixfold.kernels.encode.cpu import affine_group, affine_maps, code_group, pages_group
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
+
+_cpu = compiled()
 
 __all__ = ["decode", "decode_pages", "expand_pages"]
 

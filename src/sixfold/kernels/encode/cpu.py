@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-import sixfold._cpu as _cpu
 from sixfold.errors import ShapeError
-from sixfold.kernels._native import address
+from sixfold.kernels._native import address, compiled
 from sixfold.kernels.encode import Scale, reference
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
 from sixfold.packing import (
@@ -18,6 +17,8 @@ from sixfold.packing import (
     row_bytes,
     symbol_bits,
 )
+
+_cpu = compiled()
 
 # As csrc/vectors.h numbers them.
 _SCALES = {"norm": 0, "optimal": 1, "unbiased": 2}

@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-import sixfold._cpu as _cpu
 from sixfold.errors import ShapeError
-from sixfold.kernels._native import address
+from sixfold.kernels._native import address, compiled
 from sixfold.kernels.rotate import reference
+
+_cpu = compiled()
 
 # As csrc/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
