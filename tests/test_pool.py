@@ -21,6 +21,8 @@ PATH = getattr(_native.extension(), "__file__", "")
 # The extension alone: importing torch takes seconds, and its threads do not survive a fork.
 PRELUDE = f"""
 import array, importlib.util, os, signal, sys, threading, time
+# A shell that starts a job in the background makes it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 spec = importlib.util.spec_from_file_location("_cpu", {PATH!r})
 _cpu = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_cpu)
