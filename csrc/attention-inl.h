@@ -18,11 +18,12 @@ constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t unit) {
 // One thread's memory: tiles of the page at hand, and what the rows carry from page to page.
 struct Scratch {
     std::uint8_t *key_tile, *value_tile;
+    // Below, rows are those of all heads, head by head.
     std::int32_t* queries;  // [kMaxRows, query_stride]: operands
     std::int64_t query_stride;
     float* padded;  // one query in the order of the tile
     RowView* rows;
-    float *factor, *carry;
+    float *factor, *slack, *carry, *totals;  // [kMaxRows] each, [kMaxRows, 16] each
     std::int32_t *start, *scores, *weights, *fine;
     std::int64_t bytes;
 
@@ -42,6 +43,8 @@ struct Scratch {
         take(rows, kMaxRows);
         take(factor, kMaxRows);
         take(carry, kMaxRows * kLanes);
+        take(totals, kMaxRows * kLanes);
+        take(slack, kMaxRows);
         take(start, kMaxRows);
         take(scores, kRowBlock * kPageTokens);
         take(weights, kRowBlock * kPageTokens);
@@ -88,16 +91,21 @@ float quantize_query(const Codec& codec, const float* padded, int length, std::i
     return inverse > 0.0f ? codec.scale / inverse : 0.0f;
 }
 
+// Where row `r` of the work lies in the task.
+std::int64_t source_row(const AttentionWork& work, int r) {
+    const std::int64_t head = work.batch * work.task->kv_heads + work.first_head + r / work.rows;
+    return head * work.task->rows + work.first_row + r % work.rows;
+}
+
 void prepare_queries(const AttentionWork& work, const Scratch& scratch) {
     const AttentionTask& task = *work.task;
     const Codec& codec = *task.keys.codec;
     const int length = 4 * codec.steps / codec.parts;
     const int padded_length = static_cast<int>(rounded_up(length, kLanes));
     const int first_axis = codec.axes == 2 ? (codec.dim + 1) / 2 : codec.dim;
-    const std::int64_t row = (work.batch * task.kv_heads + work.kv_head) * task.rows;
     for (int i = 0; i < padded_length; ++i) scratch.padded[i] = 0.0f;
-    for (int r = 0; r < work.rows; ++r) {
-        const float* query = task.query + (row + work.first_row + r) * codec.dim;
+    for (int r = 0; r < work.heads * work.rows; ++r) {
+        const float* query = task.query + source_row(work, r) * codec.dim;
         std::int32_t* operands = scratch.queries + r * scratch.query_stride;
         __builtin_memcpy(scratch.padded, query, first_axis * sizeof(float));
         if (codec.axes == 2)
@@ -115,37 +123,39 @@ void prepare_queries(const AttentionWork& work, const Scratch& scratch) {
 
 void reset(const AttentionWork& work, const Scratch& scratch) {
     const std::int64_t width = work.task->values.codec->strips * kLanes;
-    for (int r = 0; r < work.rows; ++r) {
+    const int rows = work.heads * work.rows;
+    for (int r = 0; r < rows; ++r) {
         work.state.maximum[r] = -kInfinity;
-        work.state.total[r] = 0.0f;
+        scratch.slack[r] = -1.0f;
     }
-    for (std::int64_t i = 0; i < work.rows * width; ++i) work.state.out[i] = 0.0f;
-    for (int i = 0; i < work.rows * kLanes; ++i) scratch.carry[i] = 0.0f;
+    for (std::int64_t i = 0; i < rows * width; ++i) work.state.out[i] = 0.0f;
+    for (int i = 0; i < rows * kLanes; ++i) scratch.carry[i] = scratch.totals[i] = 0.0f;
 }
 
 RowView view_row(const AttentionWork& work, const Scratch& scratch, int r) {
     const AttentionTask& task = *work.task;
-    const std::int64_t row = work.first_row + r, groups = task.rows / task.queries;
+    const std::int64_t row = work.first_row + r % work.rows, groups = task.rows / task.queries;
     const std::int64_t query = row % task.queries;
-    const std::int64_t head = work.kv_head * groups + row / task.queries;
-    const std::int64_t flat = (work.batch * task.kv_heads + work.kv_head) * task.rows + row;
+    const std::int64_t kv_head = work.first_head + r / work.rows;
+    const std::int64_t head = kv_head * groups + row / task.queries;
     const int width = task.values.codec->strips * kLanes;
     const std::int64_t columns = work.batch * task.mask_strides[0] +
                                  head * task.mask_strides[1] + query * task.mask_strides[2];
     const int bytes = task.mask_kind == Mask::additive ? 4 : 1;
     const float unit = task.softcap != 0.0f ? 1.0f : kLog2E;
     return {scratch.factor[r] * unit,
-            task.logit_offset ? task.logit_offset[flat] * unit : 0.0f,
+            task.logit_offset ? task.logit_offset[source_row(work, r)] * unit : 0.0f,
             task.softcap,
             task.first_token[work.batch * task.queries + query],
             task.mask_kind,
             static_cast<const std::uint8_t*>(task.mask) + columns * bytes,
             task.never,
             work.state.maximum + r,
-            work.state.total + r,
+            scratch.totals + r * kLanes,
             work.state.out + static_cast<std::int64_t>(r) * width,
             width,
-            scratch.carry + r * kLanes};
+            scratch.carry + r * kLanes,
+            scratch.slack + r};
 }
 
 // Scales in 16 bits (docs/format.md, section 4).
@@ -183,6 +193,7 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
                  const Method& key_method, const Method& value_method, int first, int rows) {
     const Codec &keys = *work.task->keys.codec, &values = *work.task->values.codec;
     const std::int64_t width = values.strips * kLanes;
+    const bool fetches = first % work.rows == 0;
     Products products{page.keys,
                       scratch.queries + first * scratch.query_stride,
                       scratch.query_stride,
@@ -192,7 +203,7 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
                       width,
                       nullptr,
                       page.next_keys,
-                      first == 0 ? keys.page_bytes : 0};
+                      fetches ? keys.page_bytes : 0};
     key_method.multiply<false>(rows)(keys, products);
     Weights weights{scratch.weights, scratch.fine, {}, {}, false};
     const RowView* views = scratch.rows + first;
@@ -207,7 +218,7 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
     products.operands = weights.operands;
     products.step = weights.step;
     products.next = page.next_values;
-    products.next_bytes = first == 0 ? values.page_bytes : 0;
+    products.next_bytes = fetches ? values.page_bytes : 0;
     const Multiply multiply = value_method.multiply<true>(rows);
     multiply(values, products);
     if (!weights.any_fine) return;
@@ -217,16 +228,40 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
     multiply(values, products);
 }
 
-void attend_pages(const AttentionWork& work) {
+// One head of one page: `next` is the block that follows.
+void attend_block(const AttentionWork& work, const Scratch& scratch, const Method& key_method,
+                  const Method& value_method, int head, std::int64_t block, std::int64_t next,
+                  PageView& page) {
     const AttentionTask& task = *work.task;
     const Codec &keys = *task.keys.codec, &values = *task.values.codec;
+    for (int half = 0; half < 2; ++half) {
+        const std::int64_t scale = next * kPageTokens + half * kPageTokens / 2;
+        __builtin_prefetch(task.keys.scales + scale);
+        __builtin_prefetch(task.values.scales + scale);
+    }
+    page.next_keys = task.keys.pages + next * keys.page_bytes;
+    page.next_values = task.values.pages + next * values.page_bytes;
+    page.keys = key_method.levels(task.keys.pages + block * keys.page_bytes, scratch.key_tile);
+    page.values =
+        value_method.levels(task.values.pages + block * values.page_bytes, scratch.value_tile);
+    decode_scales(task.keys.scales + block * kPageTokens, page.key_scales);
+    decode_scales(task.values.scales + block * kPageTokens, page.value_scales);
+    const int end = (head + 1) * work.rows;
+    for (int rows, r = head * work.rows; r < end; r += rows) {
+        rows = rows_at_once(end - r);
+        attend_rows(work, scratch, page, key_method, value_method, r, rows);
+    }
+}
+
+void attend_pages(const AttentionWork& work) {
+    const AttentionTask& task = *work.task;
     const Scratch scratch(task, work.scratch);
     const std::int64_t* slots = task.block_table + work.batch * task.pages;
-    const Method key_method(keys, work.rows), value_method(values, work.rows);
+    const Method key_method(*task.keys.codec, work.rows), value_method(*task.values.codec, work.rows);
     reset(work, scratch);
     prepare_queries(work, scratch);
     std::int64_t first_token = INT64_MAX;
-    for (int r = 0; r < work.rows; ++r) {
+    for (int r = 0; r < work.heads * work.rows; ++r) {
         const RowView row = scratch.rows[r] = view_row(work, scratch, r);
         first_token = row.first_token < first_token ? row.first_token : first_token;
     }
@@ -235,25 +270,15 @@ void attend_pages(const AttentionWork& work) {
         page.start = task.starts[i];
         page.length = task.lengths[i];
         if (page.start + page.length <= first_token) continue;
-        const std::int64_t block = slots[i] * task.kv_heads + work.kv_head;
-        const std::int64_t next = slots[i + 1 < work.last_page ? i + 1 : i];
-        const std::int64_t next_block = next * task.kv_heads + work.kv_head;
-        for (int half = 0; half < 2; ++half) {
-            const std::int64_t scale = next_block * kPageTokens + half * kPageTokens / 2;
-            __builtin_prefetch(task.keys.scales + scale);
-            __builtin_prefetch(task.values.scales + scale);
-        }
-        page.next_keys = task.keys.pages + next_block * keys.page_bytes;
-        page.next_values = task.values.pages + next_block * values.page_bytes;
-        page.keys = key_method.levels(task.keys.pages + block * keys.page_bytes, scratch.key_tile);
-        page.values = value_method.levels(task.values.pages + block * values.page_bytes,
-                                          scratch.value_tile);
-        decode_scales(task.keys.scales + block * kPageTokens, page.key_scales);
-        decode_scales(task.values.scales + block * kPageTokens, page.value_scales);
-        for (int r = 0; r < work.rows; r += kRowBlock)
-            attend_rows(work, scratch, page, key_method, value_method, r,
-                        work.rows - r < kRowBlock ? work.rows - r : kRowBlock);
+        const std::int64_t block = slots[i] * task.kv_heads + work.first_head;
+        const std::int64_t after = slots[i + 1 < work.last_page ? i + 1 : i];
+        const std::int64_t next = after * task.kv_heads + work.first_head;
+        for (int head = 0; head < work.heads; ++head)
+            attend_block(work, scratch, key_method, value_method, head, block + head,
+                         head + 1 < work.heads ? block + head + 1 : next, page);
     }
+    for (int r = 0; r < work.heads * work.rows; ++r)
+        work.state.total[r] = sum(load(scratch.totals + r * kLanes));
 }
 
 constexpr AttentionKernels attention_kernels{attend_pages, attention_scratch_bytes};

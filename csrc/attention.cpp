@@ -19,12 +19,15 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Enough to keep many threads busy; fewer pages than this would not pay for preparing the queries.
-constexpr std::int64_t kItems = 128, kSplitPages = 8;
+constexpr std::int64_t kItems = 128, kFewItems = 32, kSplitPages = 16;
+// So many rows of a head and fewer are bound by memory: several heads follow one another.
+constexpr std::int64_t kFewRows = 8;
 // About what waking a thread costs.
 constexpr std::int64_t kPagesPerThread = 32;
 constexpr std::int64_t kKeptBytes = std::int64_t{8} << 20;
 
-constexpr std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+constexpr std::int64_t ceil_divide(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
+constexpr std::int64_t padded(std::int64_t bytes) { return ceil_divide(bytes, 64) * 64; }
 
 // Memory of a call, kept for the calling thread's next one.
 class Arena {
@@ -50,32 +53,33 @@ private:
     std::int64_t size_ = 0;
 };
 
-// How a task is cut: rows into chunks, pages into splits. Not a function of the threads.
+// How a task is cut: rows into chunks, heads into groups, pages into splits. Not a function of the
+// threads.
 struct Plan {
-    std::int64_t chunks, chunk_rows, splits, heads, width;
+    std::int64_t batch, chunks, chunk_rows, splits, groups, group_heads, width;
     std::int64_t state_bytes, scratch_bytes;
 
-    Plan(const AttentionKernels& kernels, const AttentionTask& task) {
-        const std::int64_t wanted = (task.rows + kMaxRows - 1) / kMaxRows;
-        chunk_rows = ((task.rows + wanted - 1) / wanted + 7) / 8 * 8;
-        chunk_rows = std::min<std::int64_t>(chunk_rows, kMaxRows);
-        chunks = (task.rows + chunk_rows - 1) / chunk_rows;
-        heads = task.batch * task.kv_heads;
-        const std::int64_t most =
-            std::max<std::int64_t>((task.pages + kSplitPages - 1) / kSplitPages, 1);
-        splits = std::clamp<std::int64_t>((kItems + heads * chunks - 1) / (heads * chunks), 1, most);
+    Plan(const AttentionKernels& kernels, const AttentionTask& task) : batch(task.batch) {
+        const std::int64_t wanted = ceil_divide(task.rows, kMaxRows);
+        chunk_rows = ceil_divide(ceil_divide(task.rows, wanted), 8) * 8;
+        chunk_rows = std::min<std::int64_t>(chunk_rows, std::min<std::int64_t>(kMaxRows, task.rows));
+        chunks = ceil_divide(task.rows, chunk_rows);
+        const std::int64_t most = std::max<std::int64_t>(ceil_divide(task.pages, kSplitPages), 1);
+        group_heads = task.rows > kFewRows ? 1 : std::min(task.kv_heads, kMaxRows / task.rows);
+        groups = ceil_divide(task.kv_heads, group_heads);
+        while (group_heads > 1 && batch * groups * most < kFewItems) {
+            group_heads = ceil_divide(group_heads, 2);
+            groups = ceil_divide(task.kv_heads, group_heads);
+        }
+        splits = std::clamp<std::int64_t>(ceil_divide(kItems, row_sets()), 1, most);
         width = static_cast<std::int64_t>(task.values.codec->strips) * kLanes;
-        const std::int64_t rows = std::min(chunk_rows, task.rows);
-        state_bytes = padded(rows * static_cast<std::int64_t>(sizeof(float)) * (width + 2));
+        state_bytes = padded(group_heads * chunk_rows * static_cast<std::int64_t>(sizeof(float)) *
+                             (width + 2));
         scratch_bytes = padded(kernels.scratch_bytes(task));
     }
-    std::int64_t groups() const { return heads * chunks; }
+    // Rows that one item works on; each of their splits is another item.
+    std::int64_t row_sets() const { return batch * groups * chunks; }
 };
-
-AttentionState state_at(std::byte* memory, std::int64_t rows, std::int64_t width) {
-    float* out = reinterpret_cast<float*>(memory);
-    return {out + rows * width, out + rows * (width + 1), out};
-}
 
 // Merges a row's states (README.md, "Merge") into `out`, whose coordinates lie in up to two parts.
 void finish_row(const AttentionTask& task, const AttentionState* states, std::int64_t splits,
@@ -108,49 +112,56 @@ class Run {
 public:
     Run(const AttentionKernels& kernels, const AttentionTask& task, int threads, Arena& arena)
         : kernels_(kernels), task_(task), plan_(kernels, task), threads_(threads) {
-        const std::int64_t states = plan_.groups() * plan_.splits;
-        const std::int64_t counters = padded(plan_.groups() * sizeof(int));
-        scratch_ = arena.reserve(threads * (plan_.scratch_bytes) + states * plan_.state_bytes +
-                                 counters);
+        const std::int64_t sets = plan_.row_sets(), states = sets * plan_.splits;
+        scratch_ = arena.reserve(threads * plan_.scratch_bytes + states * plan_.state_bytes +
+                                 padded(sets * static_cast<std::int64_t>(sizeof(int))));
         states_ = scratch_ + threads * plan_.scratch_bytes;
         pending_ = reinterpret_cast<int*>(states_ + states * plan_.state_bytes);
-        std::fill_n(pending_, plan_.groups(), static_cast<int>(plan_.splits));
+        std::fill_n(pending_, sets, static_cast<int>(plan_.splits));
     }
 
     void operator()() {
-        parallel_for(plan_.groups() * plan_.splits, threads_,
+        parallel_for(plan_.row_sets() * plan_.splits, threads_,
                      [this](std::int64_t item, int worker) { attend_item(item, worker); });
     }
 
 private:
-    std::byte* state_memory(std::int64_t group, std::int64_t split) const {
-        return states_ + (group * plan_.splits + split) * plan_.state_bytes;
-    }
-
     // Neighbouring items are chunks of rows on the same pages, which are then in a shared cache.
     void attend_item(std::int64_t item, int worker) {
         const std::int64_t chunk = item % plan_.chunks;
         const std::int64_t split = item / plan_.chunks % plan_.splits;
-        const std::int64_t head = item / plan_.chunks / plan_.splits;
-        const std::int64_t group = head * plan_.chunks + chunk;
+        const std::int64_t group = item / plan_.chunks / plan_.splits;
+        const std::int64_t head = group % plan_.groups * plan_.group_heads;
+        const std::int64_t heads = std::min(plan_.group_heads, task_.kv_heads - head);
         const std::int64_t first = chunk * plan_.chunk_rows;
         const std::int64_t rows = std::min(plan_.chunk_rows, task_.rows - first);
-        kernels_.attend({&task_, head / task_.kv_heads, head % task_.kv_heads, first,
-                         split * task_.pages / plan_.splits,
-                         (split + 1) * task_.pages / plan_.splits, static_cast<int>(rows),
-                         state_at(state_memory(group, split), rows, plan_.width),
-                         scratch_ + worker * plan_.scratch_bytes});
+        const std::int64_t set = group * plan_.chunks + chunk;
+        const AttentionWork work{&task_, group / plan_.groups, head, first,
+                                 split * task_.pages / plan_.splits,
+                                 (split + 1) * task_.pages / plan_.splits,
+                                 static_cast<int>(heads), static_cast<int>(rows),
+                                 state(set, split, heads * rows),
+                                 scratch_ + worker * plan_.scratch_bytes};
+        kernels_.attend(work);
         // Whoever comes last merges: no second round of threads.
-        if (std::atomic_ref(pending_[group]).fetch_sub(1, std::memory_order_acq_rel) == 1)
-            finish(group, head * task_.rows + first, rows);
+        if (std::atomic_ref(pending_[set]).fetch_sub(1, std::memory_order_acq_rel) == 1)
+            finish(work, set);
     }
 
-    void finish(std::int64_t group, std::int64_t target, std::int64_t rows) const {
+    AttentionState state(std::int64_t set, std::int64_t split, std::int64_t rows) const {
+        std::byte* memory = states_ + (set * plan_.splits + split) * plan_.state_bytes;
+        float* out = reinterpret_cast<float*>(memory);
+        return {out + rows * plan_.width, out + rows * (plan_.width + 1), out};
+    }
+
+    void finish(const AttentionWork& work, std::int64_t set) const {
+        const std::int64_t rows = std::int64_t{work.heads} * work.rows;
         AttentionState states[kItems];
-        for (std::int64_t s = 0; s < plan_.splits; ++s)
-            states[s] = state_at(state_memory(group, s), rows, plan_.width);
+        for (std::int64_t s = 0; s < plan_.splits; ++s) states[s] = state(set, s, rows);
+        const std::int64_t head = work.batch * task_.kv_heads + work.first_head;
         for (std::int64_t r = 0; r < rows; ++r)
-            finish_row(task_, states, plan_.splits, r, plan_.width, target + r);
+            finish_row(task_, states, plan_.splits, r, plan_.width,
+                       (head + r / work.rows) * task_.rows + work.first_row + r % work.rows);
     }
 
     const AttentionKernels& kernels_;

@@ -99,20 +99,22 @@ struct AttentionTask {
 
 // Rows that one thread works on together: their online softmax over a range of pages.
 struct AttentionState {
-    float* maximum;  // [rows], of the logits in units of ln 2
-    float* total;    // [rows], of 2^(logit - maximum)
-    float* out;      // [rows, strips * 16], in the order of the value tile
+    float* maximum;  // [heads * rows], of the logits in units of ln 2
+    float* total;    // [heads * rows], of 2^(logit - maximum)
+    float* out;      // [heads * rows, strips * 16], in the order of the value tile
 };
 
+// Some rows of some KV heads, over a range of pages. Heads of a page follow one another in memory:
+// the more of them in turn, the better hardware fetches ahead.
 struct AttentionWork {
     const AttentionTask* task;
-    std::int64_t batch, kv_head, first_row, first_page, last_page;
-    int rows;
+    std::int64_t batch, first_head, first_row, first_page, last_page;
+    int heads, rows;
     AttentionState state;
     std::byte* scratch;  // of scratch_bytes, aligned to 64
 };
 
-inline constexpr int kMaxRows = 64;
+inline constexpr int kMaxRows = 64;  // heads * rows, at most
 
 struct AttentionKernels {
     // Runs the online softmax of `work.rows` (at most kMaxRows) rows over its pages.

@@ -86,7 +86,9 @@ inline void multiply_value_units(const Codec& codec, const Products& p, int unit
 
 template <class Levels, int kBits, int kAxes, Words kWords, int kRows>
 void multiply_value_codes(const Codec& codec, const Products& p) {
-    constexpr int kStrips = strips_at_once(kRows), kUnits = kStrips > kAxes ? kStrips / kAxes : 1;
+    constexpr int kStrips = strips_at_once(kRows);
+    // Two tables of 128 entries leave registers for half as many sums.
+    constexpr int kUnits = kBits < 7 && kStrips > kAxes ? kStrips / kAxes : 1;
     int unit = 0;
     for (; unit + kUnits <= codec.units; unit += kUnits)
         multiply_value_units<Levels, kBits, kAxes, kWords, kRows, kUnits>(codec, p, unit);
@@ -107,23 +109,18 @@ Multiply direct_of_rows(const Codec& codec, Words words) {
 
 template <template <int> class Levels, int kBits, int kAxes>
 Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
-    constexpr int kMost = kRowBlock;
-    constexpr auto of = [](int n) { return n < kMost ? n : kMost; };
     switch (rows) {
         case 1: return direct_of_rows<Levels, kBits, kAxes, 1>(codec, words);
         case 2: return direct_of_rows<Levels, kBits, kAxes, 2>(codec, words);
         case 3: return direct_of_rows<Levels, kBits, kAxes, 3>(codec, words);
         case 4: return direct_of_rows<Levels, kBits, kAxes, 4>(codec, words);
-        case 5: return direct_of_rows<Levels, kBits, kAxes, of(5)>(codec, words);
-        case 6: return direct_of_rows<Levels, kBits, kAxes, of(6)>(codec, words);
-        case 7: return direct_of_rows<Levels, kBits, kAxes, of(7)>(codec, words);
-        default: return direct_of_rows<Levels, kBits, kAxes, kMost>(codec, words);
+        default: return direct_of_rows<Levels, kBits, kAxes, kRowBlock>(codec, words);
     }
 }
 
 // How to multiply `rows` with the codes of a page, or null if it takes a tile.
 Multiply direct_multiplier(const Codec& codec, int rows) {
-    if (codec.arithmetic == Arithmetic::floats || rows > kRowBlock) return nullptr;
+    if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
     const Words words = words_of(codec);
     switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
         case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);

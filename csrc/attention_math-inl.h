@@ -8,8 +8,8 @@ constexpr float kInfinity = __builtin_inff();
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x for x <= 0, within 1.2e-7 of it; 2^-125 stands in for what is less; NaN stays.
-inline F32x16 exp2_negative(F32x16 x) {
+// 2^x, within 1.2e-7 of it; 2^-125 stands in for what is less; NaN stays.
+inline F32x16 exp2(F32x16 x) {
     x = larger(set1(-125.0f), x);
     const F32x16 n = nearest(x), r = sub(x, n);
     F32x16 y = set1(1.535336188319500e-4f);

@@ -110,19 +110,20 @@ void multiply(const Codec& codec, const Products& p) {
 
 using Multiply = void (*)(const Codec&, const Products&);
 
+// How many of `left` rows to multiply at once: each number is code of its own, so not every one.
+inline int rows_at_once(int left) {
+    return left >= kRowBlock ? kRowBlock : left < 4 ? left : 4;
+}
+
 template <Arithmetic kArithmetic, bool kValues>
 Multiply multiplier(int rows) {
-    static constexpr Multiply by_rows[] = {
-        multiply<kArithmetic, kValues, 1>,
-        multiply<kArithmetic, kValues, 2>,
-        multiply<kArithmetic, kValues, 3>,
-        multiply<kArithmetic, kValues, 4>,
-        multiply<kArithmetic, kValues, (kRowBlock < 5 ? kRowBlock : 5)>,
-        multiply<kArithmetic, kValues, (kRowBlock < 6 ? kRowBlock : 6)>,
-        multiply<kArithmetic, kValues, (kRowBlock < 7 ? kRowBlock : 7)>,
-        multiply<kArithmetic, kValues, kRowBlock>,
-    };
-    return by_rows[rows - 1];
+    switch (rows) {
+        case 1: return multiply<kArithmetic, kValues, 1>;
+        case 2: return multiply<kArithmetic, kValues, 2>;
+        case 3: return multiply<kArithmetic, kValues, 3>;
+        case 4: return multiply<kArithmetic, kValues, 4>;
+        default: return multiply<kArithmetic, kValues, kRowBlock>;
+    }
 }
 
 template <bool kValues>

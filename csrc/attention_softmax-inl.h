@@ -31,10 +31,14 @@ struct RowView {
     Mask mask_kind;
     const void* mask;  // this row's columns
     float never;
-    float *maximum, *total;
+    float* maximum;
+    float* totals;  // [16], whose sum is the total
     float* out;
     int out_length;
     float* carry;  // [16]: what rounding weights to 8 bits has left over, see README.md
+    // How far above the maximum a logit may lie in a page that needs no second byte: below 0 as long
+    // as every page may need one. A bound: it is renewed with the maximum, while the total grows.
+    float* slack;
 };
 
 // What the values of a page are multiplied with, for up to kRowBlock rows:
@@ -90,7 +94,7 @@ inline float page_logits(const PageView& page, const RowView& row, float* scores
 }
 
 inline void rescale(const RowView& row, float by) {
-    *row.total *= by;
+    store(row.totals, mul(load(row.totals), set1(by)));
     store(row.carry, mul(load(row.carry), set1(by)));
     for (int i = 0; i < row.out_length; i += kLanes)
         store(row.out + i, mul(load(row.out + i), set1(by)));
@@ -108,7 +112,7 @@ inline void raise_maxima(const RowView* rows, int count, const float* peaks, flo
         x[kRowBlock + r] = top == -kInfinity ? 0.0f : peaks[r] - top;
         *rows[r].maximum = top;
     }
-    store(x, exp2_negative(load(x)));
+    store(x, exp2(load(x)));
     for (int r = 0; r < count; ++r) {
         if (x[r] != 1.0f) rescale(rows[r], x[r]);
         highest[r] = x[kRowBlock + r];
@@ -116,7 +120,7 @@ inline void raise_maxima(const RowView* rows, int count, const float* peaks, flo
 }
 
 struct PageMass {
-    float probabilities;
+    F32x16 probabilities;
     float weights;  // NaN if a weight is
     float top;      // the largest weight
 };
@@ -129,7 +133,7 @@ inline PageMass page_weights(const PageView& page, float maximum, float* x) {
     F32x16 probabilities = zero, weights = zero, top = zero;
     for (int t = 0; t < kPageTokens; t += kLanes) {
         const F32x16 logits = load(x + t);
-        F32x16 p = exp2_negative(sub(logits, anchor)), w = mul(p, load(page.value_scales + t));
+        F32x16 p = exp2(sub(logits, anchor)), w = mul(p, load(page.value_scales + t));
         if constexpr (kHides) {
             // Not a product: the scale of a hidden token may be NaN.
             const Lanes hidden = equal(logits, set1(-kInfinity));
@@ -141,7 +145,7 @@ inline PageMass page_weights(const PageView& page, float maximum, float* x) {
         top = larger(w, top);
         store(x + t, w);
     }
-    return {sum(probabilities), sum(weights), largest(top)};
+    return {probabilities, sum(weights), largest(top)};
 }
 
 // Rounds weights to multiples of `step`. What rounding leaves over is given to the token 16 further
@@ -160,48 +164,125 @@ inline void round_weights(const RowView& row, const float* weights, float step, 
     store(row.carry, mul(carry, set1(step)));
 }
 
+// The largest integer n with 2^n <= x; a negative one for all x < 1.
+inline float power_below(float x) {
+    return static_cast<float>((__builtin_bit_cast(std::int32_t, x) >> 23) - 127);
+}
+
+constexpr float kLeastWeight = 1e-30f;  // smaller ones change nothing; their inverse may be infinite
+
+inline void store_coarse(const RowView& row, const float* weights, float top, int r,
+                         Weights& stored) {
+    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (kByteWeight - 0.5f);
+    stored.fine_step[r] = 0.0f;
+    I32x16 rounded[kBlocks];
+    round_weights(row, weights, stored.step[r], rounded);
+    std::uint8_t* coarse = reinterpret_cast<std::uint8_t*>(stored.operands + r * kPageTokens);
+    for (int b = 0; b < kBlocks; ++b) store_bytes(coarse + b * kLanes, rounded[b]);
+}
+
+inline void store_fine(const RowView& row, const float* weights, float top, int r,
+                       Weights& stored) {
+    constexpr int kRange = kByteWeight + 1, kShift = kRange == 256 ? 8 : 7;
+    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (kByteWeight - 0.5f);
+    stored.fine_step[r] = stored.step[r] / kRange;
+    stored.any_fine = true;
+    I32x16 rounded[kBlocks];
+    round_weights(row, weights, stored.fine_step[r], rounded);
+    std::uint8_t* coarse = reinterpret_cast<std::uint8_t*>(stored.operands + r * kPageTokens);
+    std::uint8_t* fine = reinterpret_cast<std::uint8_t*>(stored.fine + r * kPageTokens);
+    for (int b = 0; b < kBlocks; ++b) {
+        store_bytes(fine + b * kLanes, keep(rounded[b], kRange - 1));
+        store_bytes(coarse + b * kLanes, shift_right<kShift>(rounded[b]));
+    }
+}
+
+inline void store_wide(const RowView& row, const float* weights, const PageMass& mass, int r,
+                        Weights& stored) {
+    const float top = mass.top > kLeastWeight ? mass.top : kLeastWeight;
+    const float by_top = top / (kWordOperand - 0.5f);
+    const float by_sum = mass.weights / (kWordSum[1] - kPageTokens);
+    stored.step[r] = by_sum > by_top ? by_sum : by_top;
+    std::int32_t* operands = stored.operands + r * kPageTokens;
+    I32x16 rounded[kBlocks];
+    round_weights(row, weights, stored.step[r], rounded);
+    for (int b = 0; b < kBlocks; ++b)
+        store_words(reinterpret_cast<std::int16_t*>(operands + b * kLanes / 2),
+                    swap_middle(rounded[b]));
+}
+
 template <Arithmetic kArithmetic>
 inline void store_weights(const RowView& row, const float* weights, const PageMass& mass,
                           float highest, int r, Weights& stored) {
-    std::int32_t* operands = stored.operands + r * kPageTokens;
     stored.step[r] = 1.0f;
-    stored.fine_step[r] = 0.0f;
-    // Weights this small change nothing, and their inverse could be infinite.
-    const float top = mass.top > 1e-30f ? mass.top : 1e-30f;
-    I32x16 rounded[kBlocks];
     if constexpr (kArithmetic == Arithmetic::floats) {
         for (int b = 0; b < kBlocks; ++b)
-            store(operands + b * kLanes, as_ints(load(weights + b * kLanes)));
+            store(stored.operands + r * kPageTokens + b * kLanes, as_ints(load(weights + b * kLanes)));
     } else if constexpr (kArithmetic == Arithmetic::words) {
-        const float by_top = top / (kWordOperand - 0.5f);
-        const float by_sum = mass.weights / (kWordSum[1] - kPageTokens);
-        stored.step[r] = by_sum > by_top ? by_sum : by_top;
-        round_weights(row, weights, stored.step[r], rounded);
-        for (int b = 0; b < kBlocks; ++b)
-            store_words(reinterpret_cast<std::int16_t*>(operands + b * kLanes / 2),
-                        swap_middle(rounded[b]));
+        store_wide(row, weights, mass, r, stored);
     } else {
-        constexpr int kRange = kByteWeight + 1, kShift = kRange == 256 ? 8 : 7;
-        const bool peaked = mass.probabilities < kPeakedTokens * highest &&
-                            *row.total < kMattering * highest;
-        stored.step[r] = top / (kByteWeight - 0.5f);
-        if (peaked) stored.fine_step[r] = stored.step[r] / kRange;
-        stored.any_fine = stored.any_fine || peaked;
-        round_weights(row, weights, peaked ? stored.fine_step[r] : stored.step[r], rounded);
-        std::uint8_t* coarse = reinterpret_cast<std::uint8_t*>(operands);
-        std::uint8_t* fine = reinterpret_cast<std::uint8_t*>(stored.fine + r * kPageTokens);
-        for (int b = 0; b < kBlocks; ++b) {
-            store_bytes(fine + b * kLanes, peaked ? keep(rounded[b], kRange - 1) : set1(0));
-            store_bytes(coarse + b * kLanes, peaked ? shift_right<kShift>(rounded[b]) : rounded[b]);
-        }
+        const float total = sum(load(row.totals));
+        *row.slack = power_below(total / kMattering);
+        const bool peaked = total < kMattering * highest &&
+                            sum(mass.probabilities) < kPeakedTokens * highest;
+        if (peaked) store_fine(row, weights, mass.top, r, stored);
+        else store_coarse(row, weights, mass.top, r, stored);
     }
     if (mass.weights != mass.weights) stored.step[r] = __builtin_nanf("");
+}
+
+inline bool is_plain(const PageView& page, const RowView* rows, int count) {
+    for (int r = 0; r < count; ++r)
+        if (*rows[r].slack < 0.0f || rows[r].softcap != 0.0f || hides_tokens(page, rows[r]))
+            return false;
+    F32x16 scales = set1(0.0f);
+    for (int t = 0; t < kPageTokens; t += kLanes) scales = add(scales, load(page.value_scales + t));
+    const float total = sum(scales);
+    return total == total;  // no NaN
+}
+
+// `weigh` for the usual page of bytes: nothing is hidden, and no logit so far above the maximum that
+// it would matter. So no maximum of lanes is waited for before the weights, and that of the row stays
+// as it is: any anchor will do. False, and nothing done, where it is not.
+inline bool weigh_plain(const PageView& page, const RowView* rows, int count, const float* scores,
+                        Weights& stored) {
+    if (!is_plain(page, rows, count)) return false;
+    alignas(64) float weights[kRowBlock * kPageTokens];
+    F32x16 totals[kRowBlock], tops[kRowBlock];
+    F32x16 excess = set1(0.0f);
+    for (int r = 0; r < count; ++r) {
+        const F32x16 maximum = set1(*rows[r].maximum), factor = set1(rows[r].factor);
+        const F32x16 offset = set1(rows[r].offset);
+        totals[r] = load(rows[r].totals);
+        tops[r] = set1(0.0f);
+        F32x16 above = set1(0.0f);
+        for (int t = 0; t < kPageTokens; t += kLanes) {
+            const F32x16 dots = to_floats(as_ints(load(scores + r * kPageTokens + t)));
+            const F32x16 x = fma(dots, mul(load(page.key_scales + t), factor), offset);
+            const F32x16 below = sub(x, maximum), p = exp2(below);
+            above = larger(below, above);
+            const F32x16 w = mul(p, load(page.value_scales + t));
+            totals[r] = add(totals[r], p);
+            tops[r] = larger(w, tops[r]);
+            store(weights + r * kPageTokens + t, w);
+        }
+        excess = larger(sub(above, set1(*rows[r].slack)), excess);
+    }
+    if (largest(excess) > 0.0f) return false;
+    for (int r = 0; r < count; ++r) {
+        store(rows[r].totals, totals[r]);
+        store_coarse(rows[r], weights + r * kPageTokens, largest(tops[r]), r, stored);
+    }
+    return true;
 }
 
 // One step of the online softmax of `count` rows; scores [rows, 64] are overwritten. Row by row
 // would be one long chain of dependent operations, so each step does all rows.
 template <Arithmetic kArithmetic>
 void weigh(const PageView& page, const RowView* rows, int count, float* scores, Weights& stored) {
+    stored.any_fine = false;
+    if constexpr (kArithmetic == Arithmetic::bytes)
+        if (weigh_plain(page, rows, count, scores, stored)) return;
     float peaks[kRowBlock], highest[kRowBlock];
     PageMass mass[kRowBlock];
     for (int r = 0; r < count; ++r)
@@ -211,9 +292,8 @@ void weigh(const PageView& page, const RowView* rows, int count, float* scores, 
     for (int r = 0; r < count; ++r) {
         const auto weights = hides_tokens(page, rows[r]) ? page_weights<true> : page_weights<false>;
         mass[r] = weights(page, *rows[r].maximum, scores + r * kPageTokens);
-        *rows[r].total += mass[r].probabilities;
+        store(rows[r].totals, add(load(rows[r].totals), mass[r].probabilities));
     }
-    stored.any_fine = false;
     for (int r = 0; r < count; ++r)
         store_weights<kArithmetic>(rows[r], scores + r * kPageTokens, mass[r], highest[r], r,
                                    stored);
