@@ -282,13 +282,14 @@ inline void store_scales(const EncodeTask& task, const Norms& norms, const float
     __builtin_memcpy(out.scales, halves, out.count * sizeof *halves);
 }
 
-// The next tile's vectors, if one follows. Vectors that come from memory take two thirds of the time
-// so; addresses behind the last are named but not touched.
-SIXFOLD_INLINE void prefetch_next(const VectorTile& in, int dim) {
-    const int bytes = dim * (in.dtype == Dtype::f32 ? 4 : 2);
-    for (int i = kLanes; i < 2 * kLanes; ++i)
+// A quarter of the next tile's vectors, if one follows: all at once would hold up what this tile
+// reads. Into the second-level cache, which has room for more misses under way. Addresses behind the
+// last vector are named but not touched.
+SIXFOLD_INLINE void prefetch_next(const VectorTile& in, int dim, int quarter) {
+    const int bytes = dim * (in.dtype == Dtype::f32 ? 4 : 2), first = kLanes + quarter * kLanes / 4;
+    for (int i = first; i < first + kLanes / 4; ++i)
         for (int byte = 0; byte < bytes; byte += 64)
-            __builtin_prefetch(in.base + in.stride * i + byte);
+            __builtin_prefetch(in.base + in.stride * i + byte, 0, 2);
 }
 
 template <class V>
@@ -300,16 +301,19 @@ void encode_tile(const EncodeTask& task, const Affine& affine, const VectorTile&
     float* symbols = squares + tile_floats(dim);
     Norms norms;
     V::load_tile(in, tile, dim);
-    prefetch_next(in, dim);
+    prefetch_next(in, dim, 0);
     if (affine.mean || affine.scale) map_channels<V>(affine, tile, dim);
     const Rotation& r = task.rotation;
     moderate<V>(r.rounds ? turn_of(r, 0) : Turn{}, tile, dim, sums, norms);
+    prefetch_next(in, dim, 1);
     find_norms<V>(tile, dim, sums, static_cast<float>(task.stretch), norms);
     if (r.rounds == 0)
         dense_pass<V>(r, false, tile, squares);
     else
         rotate_turned<V>(r, tile, squares);
+    prefetch_next(in, dim, 2);
     symbols = quantize_tile<V>(task, norms, tile, squares, symbols, sums);
+    prefetch_next(in, dim, 3);
     store_scales(task, norms, sums, out);
     for (int i = task.shape.symbols * kLanes; i < task.shape.symbol_rows * kLanes; ++i)
         symbols[i] = 0;
