@@ -1,13 +1,14 @@
-"""Tokens a second of whole models, uncompressed and compressed, and what the prefill takes.
+"""Whole models, uncompressed and compressed: tokens a second of generation, and the prefill.
 
 The embedded model reads text. The other has the shape of eight layers of Llama 3 8B and random
-weights: its prompt of 1k tokens is run through the model; a longer one would take minutes, so
-random keys and values are put into the caches instead (`filled` in the results says which).
+weights. Before generation a prompt of up to 2k tokens is run through the model; a longer one would
+take minutes, so random keys and values are put into the caches instead (`filled` in the results
+says which).
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,19 +22,33 @@ from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 TOKENS = (1024, 32768)
+PREFILL_TOKENS = (1024, 2048)
 LONGEST_PROMPT = 2048
 CHUNK = 4096
 BITS = (4,)
 
 
 def cases(tokens: int, options: Options) -> dict[str, Callable[[], Case]]:
-    """A case for each model that can be asked about `tokens` tokens."""
-    made = {"random": partial(_random_case, tokens, options)}
-    # What the embedded model was trained for.
-    if tokens <= LONGEST_PROMPT:
-        made["embedded"] = partial(_embedded_case, tokens, options)
-    chosen = made if options.model == "both" else {options.model: made.get(options.model)}
-    return {name: make for name, make in chosen.items() if make is not None}
+    """Generation after `tokens` tokens: a case for each model."""
+    return _by_model(tokens, options, _generation)
+
+
+def prefill_cases(tokens: int, options: Options) -> dict[str, Callable[[], Case]]:
+    """A prompt of `tokens` tokens into an empty cache: a case for each model."""
+    return _by_model(tokens, options, _prefill)
+
+
+ContenderOf: TypeAlias = Callable[[PreTrainedModel, str, MakeCache, Tensor, Options], Contender]
+
+
+def _by_model(
+    tokens: int, options: Options, contender: ContenderOf
+) -> dict[str, Callable[[], Case]]:
+    made = {
+        "embedded": partial(_embedded_case, tokens, options, contender),
+        "random": partial(_random_case, tokens, options, contender),
+    }
+    return made if options.model == "both" else {options.model: made[options.model]}
 
 
 def random_llama(layers: int = 8, width: int = 4096) -> LlamaForCausalLM:
@@ -64,51 +79,54 @@ def random_llama(layers: int = 8, width: int = 4096) -> LlamaForCausalLM:
     return model
 
 
-def _random_case(tokens: int, options: Options) -> Case:
+def _random_case(tokens: int, options: Options, contender: ContenderOf) -> Case:
     model = random_llama()
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=_seeded(tokens))
-    return _case(model, ids, options)
+    return _case(model, ids, options, contender)
 
 
-def _embedded_case(tokens: int, options: Options) -> Case:
+def _embedded_case(tokens: int, options: Options, contender: ContenderOf) -> Case:
     model, tokenizer = load_embedded(torch.bfloat16)
     ids = tokenizer(haystack(), return_tensors="pt", verbose=False)["input_ids"]
     ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
-    return _case(model, ids, options)
+    return _case(model, ids, options, contender)
 
 
-def _case(model: PreTrainedModel, ids: Tensor, options: Options) -> Case:
+def _case(model: PreTrainedModel, ids: Tensor, options: Options, contender: ContenderOf) -> Case:
     caches: dict[str, MakeCache] = {"transformers DynamicCache, sdpa": uncompressed}
     caches |= installed_peers()
-    contenders = [_contender(model, name, make, ids, options) for name, make in caches.items()]
+    contenders = [contender(model, name, make, ids, options) for name, make in caches.items()]
     for bits in options.bits:
-        one = _contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
+        one = contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
         contenders += variants("attention", one, options)
     return Case(contenders)
 
 
-def _contender(
+def _generation(
     model: PreTrainedModel, name: str, make: MakeCache, ids: Tensor, options: Options
 ) -> Contender:
-    cache, start = make(model), time.perf_counter()
+    cache = make(model)
     real = ids.shape[1] <= LONGEST_PROMPT
     if real:
         _forward(model, ids, cache)
     else:
         _fill(cache, model, ids.shape[1])
-    prefill = time.perf_counter() - start if real else None
-    held = cache_bytes(cache)
+    notes = {
+        "held_bytes": cache_bytes(cache),
+        "filled": "by the model" if real else "random keys and values",
+    }
 
     def generate() -> None:
         for _ in range(options.steps):
             _forward(model, ids[:, -1:], cache)
 
-    notes = {
-        "held_bytes": held,
-        "filled": "by the model" if real else "random keys and values",
-        "prefill_seconds": prefill,
-    }
     return Contender(name, generate, steps=options.steps, notes=notes)
+
+
+def _prefill(
+    model: PreTrainedModel, name: str, make: MakeCache, ids: Tensor, options: Options
+) -> Contender:
+    return Contender(name, lambda: _forward(model, ids, make(model)))
 
 
 @torch.no_grad()

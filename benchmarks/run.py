@@ -52,6 +52,9 @@ OPERATIONS = {
     "scores": Operation(partial(_one, vectors.scores_case), vectors.TOKENS),
     "step": Operation(partial(_one, step.case), step.TOKENS, settle=0, bits=(4,)),
     "generate": Operation(generate.cases, generate.TOKENS, repeats=5, settle=0, bits=(4,)),
+    "prefill": Operation(
+        generate.prefill_cases, generate.PREFILL_TOKENS, repeats=5, settle=0, bits=(4,)
+    ),
 }
 
 

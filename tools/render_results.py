@@ -115,7 +115,6 @@ OPTIONAL_COLUMNS = {
     "error": "error",
     "nbytes": "bytes moved",
     "share_of_read_bandwidth": "of read bandwidth",
-    "prefill_seconds": "prefill",
     "tokens_per_second": "tokens/s",
     "held_bytes": "cache holds",
 }
@@ -126,8 +125,6 @@ def _optional(name: str, value: Any) -> str:
         return "-"
     if name in ("nbytes", "held_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if name == "prefill_seconds":
-        return f"{value:.1f} s"
     if name == "tokens_per_second":
         return f"{value:.2f}" if value < 10 else f"{value:.0f}"
     return f"{value:.1e}" if name == "error" else f"{value:.0%}"
@@ -135,6 +132,8 @@ def _optional(name: str, value: Any) -> str:
 
 def _time(seconds: dict[str, float]) -> str:
     unit, factor = ("ms", 1e3) if seconds["median"] >= 1e-3 else ("µs", 1e6)
+    if seconds["median"] >= 1:
+        unit, factor = "s", 1.0
     first, median, third = (factor * seconds[name] for name in ("first", "median", "third"))
     digits = 0 if median >= 100 else 1 if median >= 10 else 2
     return f"{median:.{digits}f} {unit} ({first:.{digits}f} to {third:.{digits}f})"
@@ -162,11 +161,10 @@ class Block:
 
 
 RESULTS = ROOT / "docs/results"
-# As soon as a benchmark's results are there, the README must show them.
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
-    for name in ("attention", "step")
+    for name in ("attention", "encode", "scores", "step", "generate", "prefill")
 )
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),

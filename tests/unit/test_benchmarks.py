@@ -122,7 +122,13 @@ def test_every_operation_on_a_tiny_case(tmp_path: Path) -> None:
     words = ("--op", "generate", "--tokens", "300", "--bits", "4", "--steps", "2")
     generated = results(tmp_path, *words)["rows"]
     assert {row["model"] for row in generated} == {"random", "embedded"}
-    assert all(row["prefill_seconds"] > 0 for row in generated)
+    assert all(row["tokens_per_second"] > 0 for row in generated)
+    filled = results(tmp_path, "--op", "prefill", "--tokens", "200", "--bits", "4")["rows"]
+    assert [(row["model"], row["contender"].split()[0]) for row in filled][::2] == [
+        ("embedded", "transformers"),
+        ("random", "transformers"),
+    ]
+    assert all("tokens_per_second" not in row for row in filled)
 
 
 def test_a_long_context_is_filled_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +144,8 @@ def test_a_long_context_is_filled_at_random(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_quantized_caches_are_counted_whole() -> None:
     model = tiny_model()
-    case = generate._case(model, torch.zeros(1, 300, dtype=torch.int64), Options(bits=[4]))
+    ids = torch.zeros(1, 300, dtype=torch.int64)
+    case = generate._case(model, ids, Options(bits=[4]), generate._generation)
     held = {one.name: one.notes["held_bytes"] for one in case.contenders}
     plain = held["transformers DynamicCache, sdpa"]
     # A byte a value, of four, and a scale or two.
