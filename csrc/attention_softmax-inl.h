@@ -283,7 +283,7 @@ void weigh(const PageView& page, const RowView* rows, int count, float* scores, 
     stored.any_fine = false;
     if constexpr (kArithmetic == Arithmetic::bytes)
         if (weigh_plain(page, rows, count, scores, stored)) return;
-    float peaks[kRowBlock], highest[kRowBlock];
+    float peaks[kRowBlock] = {}, highest[kRowBlock];
     PageMass mass[kRowBlock];
     for (int r = 0; r < count; ++r)
         peaks[r] = page_logits<kArithmetic == Arithmetic::floats>(page, rows[r],
