@@ -44,7 +44,7 @@ ContenderOf: TypeAlias = Callable[[PreTrainedModel, str, MakeCache, Tensor, Opti
 def _by_model(
     tokens: int, options: Options, contender: ContenderOf
 ) -> dict[str, Callable[[], Case]]:
-    made = {
+    made: dict[str, Callable[[], Case]] = {
         "embedded": partial(_embedded_case, tokens, options, contender),
         "random": partial(_random_case, tokens, options, contender),
     }

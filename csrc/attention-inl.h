@@ -269,7 +269,7 @@ void attend_pages(const AttentionWork& work) {
     for (std::int64_t i = work.first_page; i < work.last_page; ++i) {
         page.start = task.starts[i];
         page.length = task.lengths[i];
-        if (page.start + page.length <= first_token) continue;
+        if (page.length == 0 || page.start + page.length <= first_token) continue;
         const std::int64_t block = slots[i] * task.kv_heads + work.first_head;
         const std::int64_t after = slots[i + 1 < work.last_page ? i + 1 : i];
         const std::int64_t next = after * task.kv_heads + work.first_head;

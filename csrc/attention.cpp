@@ -183,9 +183,8 @@ void check_bounds(const AttentionTask& task) {
                    "; pass the pools that the table was made for");
     for (std::int64_t i = 0; i < task.pages; ++i) {
         const std::int64_t start = task.starts[i], length = task.lengths[i];
-        if (length < 1 || length > kPageTokens)
-            refuse("page_lengths: expected 1 to 64 tokens a page, got " + std::to_string(length) +
-                   "; leave out pages without tokens");
+        if (length < 0 || length > kPageTokens)
+            refuse("page_lengths: expected 0 to 64 tokens a page, got " + std::to_string(length));
         if (start < 0 || start > INT64_MAX - kPageTokens)
             refuse("page_starts: expected positions from 0, got " + std::to_string(start));
         if (task.mask_kind != Mask::none && start + length > task.mask_columns)

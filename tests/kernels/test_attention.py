@@ -74,7 +74,7 @@ def test_head_groups(heads: tuple[int, int], queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths", [(64,), (1,), (63,), (17, 64, 1), (64, 64, 64, 64, 5), (1, 1, 1)]
+    "lengths", [(64,), (1,), (63,), (17, 64, 1), (64, 64, 64, 64, 5), (1, 1, 1), (0, 64, 0, 5)]
 )
 def test_partial_pages(lengths: tuple[int, ...]) -> None:
     check(make_case(lengths=lengths, queries=3))

@@ -25,9 +25,9 @@ def rotate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(_dispatch, "__package__", "made_up_kernels")
     monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
-    _dispatch._load.cache_clear()
+    _dispatch._loaded.clear()
     yield folder
-    _dispatch._load.cache_clear()
+    _dispatch._loaded.clear()
     for found in [name for name in sys.modules if name.startswith("made_up_kernels")]:
         del sys.modules[found]
 

@@ -139,8 +139,8 @@ def test_a_backend_without_its_extension_gives_the_extension_as_reason(
     monkeypatch.setattr(rotate, "__path__", [str(tmp_path)])
     monkeypatch.setattr(_native, "extension", lambda: "there is no compiler")
     monkeypatch.delitem(sys.modules, "sixfold.kernels.rotate.cpu", raising=False)
-    _dispatch._load.cache_clear()
+    _dispatch._loaded.clear()
     try:
         assert _dispatch._load("rotate", "cpu") == "there is no compiler"
     finally:
-        _dispatch._load.cache_clear()
+        _dispatch._loaded.clear()

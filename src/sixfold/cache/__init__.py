@@ -3,5 +3,13 @@
 from sixfold.cache.accounting import LayerShape, cache_nbytes, uncompressed_nbytes
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.policy import CachePolicy
+from sixfold.cache.static import StaticLayer
 
-__all__ = ["CachePolicy", "CompressedLayer", "LayerShape", "cache_nbytes", "uncompressed_nbytes"]
+__all__ = [
+    "CachePolicy",
+    "CompressedLayer",
+    "LayerShape",
+    "StaticLayer",
+    "cache_nbytes",
+    "uncompressed_nbytes",
+]

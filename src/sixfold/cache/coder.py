@@ -12,7 +12,7 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.codebooks import centroids
 from sixfold.kernels.cached_attention import Coding
 from sixfold.kernels.decode import decode_pages
-from sixfold.kernels.encode import encode_pages
+from sixfold.kernels.encode import Scale, encode_pages
 from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation
 
@@ -34,6 +34,11 @@ class Coder:
     def page_bytes(self) -> int:
         """Bytes of one head's codes of a page, without scales."""
         return PAGE_TOKENS * row_bytes(n_symbols(self.dim, self.bits), symbol_bits(self.bits))
+
+    @property
+    def scale(self) -> Scale:
+        """Which scale is stored with a vector."""
+        return "unbiased" if self.layout == "key" else "optimal"
 
     @property
     def rotation(self) -> Rotation:
@@ -68,7 +73,7 @@ class Coder:
             factor,
             codebook,
             bits=self.bits,
-            scale="unbiased" if self.layout == "key" else "optimal",
+            scale=self.scale,
             layout=self.layout,
             pages=pages,
             scales=scales,

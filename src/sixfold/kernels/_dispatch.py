@@ -8,7 +8,6 @@ counts as missing, and the reason is kept for error messages.
 import importlib
 import importlib.util
 import os
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -24,9 +23,19 @@ OPERATIONS = ("rotate", "encode", "decode", "scores", "attention", "cached_atten
 _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 
-@cache
+# A plain dictionary, which torch.compile can trace where it cannot import.
+_loaded: dict[tuple[str, str], ModuleType | str] = {}
+
+
 def _load(operation: str, backend: str) -> ModuleType | str:
     """The module of a backend, or why there is none."""
+    found = _loaded.get((operation, backend))
+    if found is None:
+        found = _loaded[operation, backend] = _import(operation, backend)
+    return found
+
+
+def _import(operation: str, backend: str) -> ModuleType | str:
     name = f"{__package__}.{operation}.{backend}"
     if importlib.util.find_spec(name) is None:
         return "not part of this install"
@@ -68,16 +77,15 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
 
 
 def _overridden(operation: str, backend: str) -> ModuleType:
-    available = ", ".join(available_backends(operation))
     if backend not in BACKENDS:
         raise BackendError(
-            f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)} (or unset), "
-            f"got {backend!r}; available for {operation!r}: {available}"
+            f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)} (or unset), got "
+            f"{backend!r}; available for {operation!r}: {', '.join(available_backends(operation))}"
         )
     module = _load(operation, backend)
     if isinstance(module, str):
         raise BackendError(
-            f"{ENVIRONMENT_VARIABLE}={backend}, but the {backend} backend of {operation!r} "
-            f"is missing ({module}); use one of: {available}"
+            f"{ENVIRONMENT_VARIABLE}={backend}, but the {backend} backend of {operation!r} is "
+            f"missing ({module}); use one of: {', '.join(available_backends(operation))}"
         )
     return module

@@ -1,6 +1,6 @@
 """The attention and mask functions that transformers calls under the name `sixfold`."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sixfold.cache import CompressedLayer
+from sixfold.cache import CompressedLayer, StaticLayer
 from sixfold.errors import UnsupportedModelError
 from sixfold.kernels.attention import exact_attention
 
@@ -49,6 +49,21 @@ class CodesHandle:
         raise UnsupportedModelError(_misuse(f"calls {getattr(func, '__name__', func)} on"))
 
 
+class StaticHandle:
+    """A `CodesHandle` of a static layer: one that torch.compile can trace, without the guards."""
+
+    def __init__(self, layer: StaticLayer, new: Tensor) -> None:
+        self.layer = layer
+        self.new = new
+
+    def attend(self, values: "StaticHandle", query: Tensor, **options: Any) -> Tensor:
+        """Add the new token to the layer; attend to all it holds."""
+        # The layer knows the padding of its prefill, and causality needs no mask.
+        del options["mask"]
+        self.layer.append(self.new, values.new)
+        return self.layer.attend(query, **options)
+
+
 def register() -> None:
     """Make `attn_implementation="sixfold"` known to transformers; safe to call again.
 
@@ -62,8 +77,8 @@ def register() -> None:
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | CodesHandle,
-    value: Tensor | CodesHandle,
+    key: Tensor | CodesHandle | StaticHandle,
+    value: Tensor | CodesHandle | StaticHandle,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -92,15 +107,14 @@ def attention_forward(
     """
     options: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux, "mask": attention_mask}
     options["scaling"] = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, CodesHandle) or isinstance(value, CodesHandle):
-        assert isinstance(key, CodesHandle)
-        assert isinstance(value, CodesHandle)
+    if not isinstance(key, Tensor) or not isinstance(value, Tensor):
         if kwargs.get("position_bias") is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} adds a learned position bias to its logits, which "
                 "attention on codes does not do: use TurboQuantCache(model.config, ...) instead."
             )
-        out = key.attend(value, query, **options)
+        # Of one update: keys' and values' handles are of one kind.
+        out = cast(Any, key).attend(value, query, **options)
     elif softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -21,6 +21,7 @@ from sixfold.integrations.transformers.config import (
     shared_layers,
 )
 from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
     fill,
     load_layers,
@@ -161,6 +162,25 @@ class TurboQuantCache(Cache):
         twin.layers = [_forked(layer) for layer in self.layers]
         return twin
 
+    def static(self, max_tokens: int) -> "TurboQuantCache":
+        """The same tokens in memory that never moves: for `torch.compile` and CUDA graphs.
+
+        The copy decodes one token of every sequence a step, up to `max_tokens` of them, all that is
+        held included, and can do nothing else. Its steps wait for nothing on the device; pass the
+        model `position_ids`, lest it ask for the length.
+
+        Args:
+            max_tokens: Tokens a sequence to make room for.
+
+        Raises:
+            SixfoldError: A layer has not compressed a page yet, is not attended on its codes, or
+                holds more tokens than that.
+        """
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [_static(layer, max_tokens) for layer in self.layers]
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A fork: what transformers' guides do with `copy.deepcopy` to reuse a prefix."""
         return self.fork()
@@ -174,6 +194,9 @@ class TurboQuantCache(Cache):
         Raises:
             FormatError: A layer is of a kind that cannot be stored.
         """
+        for layer in self.layers:
+            if isinstance(layer, StaticTurboQuantLayer):
+                layer.refuse()
         model = self._model() if self._model else None
         save_cache(self.layers, self.config, model, path)
 
@@ -210,6 +233,17 @@ class TurboQuantCache(Cache):
         for layer in self.layers:
             _move(layer, torch.device(device))
         return self
+
+
+def _static(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
+    if isinstance(layer, StaticTurboQuantLayer):
+        layer.refuse()
+    if not isinstance(layer, TurboQuantLayer):
+        raise UnsupportedModelError(
+            f"a static cache needs every layer compressed, this one has a {type(layer).__name__}: "
+            "skip no layers, or let the cache grow."
+        )
+    return StaticTurboQuantLayer(layer, max_tokens)
 
 
 def layer_policies(
@@ -255,7 +289,7 @@ _STATES = ("conv_states", "recurrent_states")
 
 def _tensors(layer: Any) -> list[Tensor]:
     if isinstance(layer, TurboQuantLayer):
-        return layer.store.tensors() if layer.store else []
+        return layer.tensors()
     held: list[Any] = []
     for attribute in vars(layer).values():
         held += attribute.values() if isinstance(attribute, dict) else [attribute]
@@ -263,11 +297,10 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def _move(layer: Any, device: torch.device) -> None:
-    layer.device = device
     if isinstance(layer, TurboQuantLayer):
-        if layer.store is not None:
-            layer.store.to(device)
+        layer.move(device)
         return
+    layer.device = device
     for name in ("keys", "values"):
         if isinstance(getattr(layer, name, None), Tensor):
             setattr(layer, name, getattr(layer, name).to(device))
@@ -280,13 +313,12 @@ def _uncompressed(layer: Any) -> int:
     """Bytes of a layer in 16 bits; states that are not keys and values count as they are."""
     if not isinstance(layer, TurboQuantLayer):
         return sum(2 * x.numel() if x.is_floating_point() else x.nbytes for x in _tensors(layer))
-    if layer.store is None:
+    held = layer.tokens
+    if held is None:
         return 0
-    window = layer.store.window
-    shape = LayerShape(
-        window.keys.shape[1], window.keys.shape[3], window.values.shape[3], layer.sliding_window
-    )
-    return uncompressed_nbytes([shape], tokens=layer.store.length, batch=window.keys.shape[0])
+    keys, values = held.window.keys, held.window.values
+    shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], layer.sliding_window)
+    return uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])
 
 
 def _forked(layer: Any) -> Any:

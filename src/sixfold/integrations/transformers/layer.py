@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.attention import CodesHandle
 
@@ -126,6 +126,21 @@ class TurboQuantLayer(CacheLayerMixin):
         """Move everything held back to the device of the model."""
         if self.store is not None:
             self.store.to(self.device)
+
+    def move(self, device: torch.device) -> None:
+        """Move everything held, for good."""
+        self.device = device
+        if self.store is not None:
+            self.store.to(device)
+
+    @property
+    def tokens(self) -> CompressedLayer | StaticLayer | None:
+        """What holds the tokens, if there are any."""
+        return self.store
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return self.tokens.tensors() if self.tokens is not None else []
 
     def fork(self) -> Self:
         """A layer that continues from the same tokens and shares their pages."""

@@ -56,7 +56,7 @@ def page_attention(
         value_scales: Scale of every value.
         block_table: Slot in the pools of every sequence's pages, in order.
         page_starts: Position of each page's first token: a column of `mask`.
-        page_lengths: Valid tokens of each page, 1 to 64.
+        page_lengths: Valid tokens of each page, 0 to 64.
         first_token: Tokens at earlier positions are ignored (padding, sinks kept elsewhere,
             tokens that left a sliding window).
         key_centroids: Codebook of the keys, [2^bits] or [2^(2·bits), 2] (pairs).

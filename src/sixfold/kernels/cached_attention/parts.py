@@ -36,7 +36,7 @@ class Pages(NamedTuple):
         value_scales: Scale of every value.
         block_table: Slot in the pools of every sequence's pages, in order.
         starts: Each page's first token, counted from the first page's.
-        lengths: Valid tokens of each page, 1 to 64.
+        lengths: Valid tokens of each page, 0 to 64.
         first: Position of the first page's first token.
     """
 

@@ -1,0 +1,257 @@
+"""A compressed layer whose tensors never change size or place: for compiled steps and CUDA graphs.
+
+Every step runs the same kernels on the same memory, whether or not it completes a page, and the
+host neither decides nor waits: what a step does depends on counters on the device.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from sixfold.cache.affine import KeyMap
+from sixfold.cache.coder import Coder
+from sixfold.cache.dense import DenseTokens
+from sixfold.cache.layer import CompressedLayer
+from sixfold.cache.pages import PagedHistory, Slab
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.cached_attention import Coding, Pages, Tokens, cached_attention
+from sixfold.kernels.encode import encode_pages
+from sixfold.packing import PAGE_TOKENS
+
+
+class StaticLayer:
+    """The tokens of a `CompressedLayer`, with room for a number of tokens fixed in advance.
+
+    Made after a prefill, for decoding one token of every sequence a step: `append`, then `attend`.
+    Both change tensors in place only. Left padding is as the prefill's masks showed it.
+
+    Attributes:
+        sliding_window: Tokens a query sees, itself included; None for all.
+        max_tokens: Tokens a sequence that can be held.
+        pages: Pages written so far.
+        coded: Tokens in them.
+        recent: Tokens in the window.
+    """
+
+    def __init__(self, layer: CompressedLayer, max_tokens: int) -> None:
+        """Copy what `layer` holds.
+
+        Args:
+            layer: A layer that has compressed its first page.
+            max_tokens: Tokens a sequence to make room for, those of `layer` included.
+
+        Raises:
+            SixfoldError: Nothing is compressed yet, or there are more tokens than that already.
+        """
+        if layer.prefix is None:
+            raise SixfoldError(
+                f"a static cache is made of codes, and this layer's {layer.held} tokens are still "
+                "too few: prefill a page and the recent window first, "
+                f"{layer.policy.recent_window + PAGE_TOKENS} tokens or more."
+            )
+        if max_tokens < layer.held:
+            raise SixfoldError(
+                f"max_tokens must be at least the {layer.held} tokens held, got {max_tokens}."
+            )
+        self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
+        self.prefix = layer.prefix
+        device = layer.padding.device
+        self.key_coder, self.value_coder = layer.key_coder, layer.value_coder
+        # Made once: what makes them cannot be traced.
+        self.key_coding = layer.key_coder.coding(device)
+        self.value_coding = layer.value_coder.coding(device)
+        room = max(max_tokens - layer.history.tokens - layer.policy.recent_window, 0)
+        self._take_pages(layer.history, len(layer.padding), -(-room // PAGE_TOKENS), device)
+        size = layer.policy.recent_window + PAGE_TOKENS
+        self.window_keys = _padded(layer.window.keys, size)
+        self.window_values = _padded(layer.window.values, size)
+        self.recent = torch.tensor([layer.window.tokens], device=device)
+        self.coded = torch.tensor([layer.history.tokens], device=device)
+
+    def _take_pages(
+        self, history: PagedHistory, batch: int, more: int, device: torch.device
+    ) -> None:
+        lengths = torch.cat([run.lengths for run in history.runs])
+        held = len(lengths)
+        total = held + more
+        # One page more than there are tokens for: where a step writes that completes none.
+        self.slab = Slab.allocate(
+            (total + 1) * batch,
+            history.kv_heads,
+            history.key_bytes,
+            history.value_bytes,
+            device,
+        )
+        for index, target in enumerate(self.slab.tensors):
+            parts = [run.slab.tensors[index][run.slots] for run in history.runs]
+            target[: held * batch] = torch.cat(parts, 1).transpose(0, 1).flatten(0, 1)
+            # Scales of no token yet: kernels may read them, and garbage could be NaN.
+            target[held * batch :] = 0
+        slots = torch.arange((total + 1) * batch, device=device).view(total + 1, batch).T
+        self.table, self.spare = slots[:, :total].contiguous(), slots[:, total:].contiguous()
+        later = torch.arange(more, device=device) * PAGE_TOKENS + history.tokens
+        self.starts = torch.cat([lengths.cumsum(0) - lengths, later])
+        self.lengths = torch.nn.functional.pad(lengths, (0, more))
+        self.pages = torch.tensor([held], device=device)
+
+    @torch.no_grad()
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens key_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """Add a token in full precision.
+
+        Beyond `max_tokens` the device fails an assertion.
+
+        Raises:
+            ShapeError: More than one token, or other sizes or dtypes than those of the tokens held.
+        """
+        for name, new, held in (
+            ("keys", keys, self.window_keys),
+            ("values", values, self.window_values),
+        ):
+            expected = (*held.shape[:2], 1, held.shape[3])
+            if new.shape != expected or new.dtype != held.dtype:
+                raise ShapeError(
+                    f"{name}: a static layer takes one {held.dtype} token a step, "
+                    f"{list(expected)}, got {new.dtype} {list(new.shape)}."
+                )
+        torch._assert_async(
+            self.coded + self.recent < self.max_tokens,
+            "the static cache is full: make it with a larger max_tokens",
+        )
+        self.window_keys.index_copy_(2, self.recent, keys)
+        self.window_values.index_copy_(2, self.recent, values)
+        self.recent += 1
+
+    @torch.no_grad()
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads 1 key_dim"],
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Float[Tensor, " heads"] | None = None,
+    ) -> Float[Tensor, "batch heads 1 value_dim"]:
+        """Attention of the newest token over everything held, then a page, if one is full.
+
+        Args:
+            query: The query of the token appended last.
+            scaling: Factor of the logits.
+            softcap: Logits become ``softcap·tanh(logit/softcap)``.
+            sink_logits: A learned logit a head without a value (GPT-OSS).
+        """
+        prefix = self.prefix
+        end = self.coded + self.recent
+        first = prefix.end
+        if self.sliding_window is not None:
+            first = torch.maximum(first, end - self.sliding_window)
+        batch = first.shape[0]
+        window = Tokens(
+            self.window_keys,
+            self.window_values,
+            self.coded.expand(batch).contiguous(),
+            first,
+            end.expand(batch).contiguous(),
+        )
+        sinks = Tokens(
+            prefix.sinks.keys, prefix.sinks.values, prefix.padding, prefix.padding, prefix.end
+        )
+        out = cached_attention(
+            query,
+            [sinks, window] if prefix.sinks.tokens else [window],
+            [Pages(*self.slab.tensors, self.table, self.starts, self.lengths, 0)],
+            self.key_coding,
+            self.value_coding,
+            mean=prefix.key_map.mean,
+            channel_scale=prefix.key_map.scale,
+            # Where it really is only the device knows; no token held is later.
+            position=self.max_tokens,
+            start=first,
+            scaling=scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+        self._compress()
+        return out
+
+    def _compress(self) -> None:
+        """Write the window's first page to its place if the window is full, else to the spare."""
+        full = self.recent == self.window_keys.shape[2]
+        page = self.pages.clamp(max=max(self.table.shape[1] - 1, 0))
+        own = self.table.index_select(1, page) if self.table.shape[1] else self.spare
+        slots = torch.where(full, own, self.spare)
+        key_map = self.prefix.key_map
+        _write_page(
+            self.key_coder,
+            self.key_coding,
+            self.window_keys,
+            self.slab.tensors[:2],
+            slots,
+            key_map,
+        )
+        _write_page(
+            self.value_coder, self.value_coding, self.window_values, self.slab.tensors[2:], slots
+        )
+        for window in (self.window_keys, self.window_values):
+            moved = torch.roll(window, -PAGE_TOKENS, 2)
+            window.copy_(torch.where(full, moved, window))
+        if self.table.shape[1]:
+            length = torch.where(full, PAGE_TOKENS, self.lengths.index_select(0, page))
+            self.lengths.index_copy_(0, page, length)
+        self.pages += full
+        self.coded += PAGE_TOKENS * full
+        self.recent -= PAGE_TOKENS * full
+
+    @property
+    def window(self) -> DenseTokens:
+        """The buffer of recent tokens, in part unused."""
+        return DenseTokens(self.window_keys, self.window_values)
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence held; waits for the device."""
+        return int(self.count)
+
+    @property
+    def count(self) -> Int64[Tensor, ""]:
+        """Tokens a sequence held, on the device."""
+        return (self.coded + self.recent).squeeze(0)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, shared coding tables included."""
+        own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
+        own += [self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
+        codings = (self.key_coding, self.value_coding)
+        tables = [x for one in codings for x in (one.turns, one.factor, one.centroids)]
+        return own + self.prefix.tensors() + tables
+
+
+def _write_page(
+    coder: Coder,
+    coding: Coding,
+    window: Tensor,
+    storage: tuple[Tensor, ...],
+    slots: Tensor,
+    key_map: KeyMap | None = None,
+) -> None:
+    pages, scales = storage
+    encode_pages(
+        window[:, :, :PAGE_TOKENS],
+        None if key_map is None else key_map.mean,
+        None if key_map is None else key_map.scale,
+        coding.turns,
+        coding.factor,
+        coding.centroids,
+        bits=coding.bits,
+        scale=coder.scale,
+        layout=coder.layout,
+        pages=pages,
+        scales=scales,
+        slots=slots,
+    )
+
+
+def _padded(x: Tensor, tokens: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, tokens - x.shape[2]))

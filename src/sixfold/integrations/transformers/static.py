@@ -1,0 +1,69 @@
+"""A static layer behind transformers' cache-layer interface."""
+
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from sixfold.cache import StaticLayer
+from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.attention import StaticHandle
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+
+
+class StaticTurboQuantLayer(TurboQuantLayer):
+    """One attention layer of fixed size: it decodes, a token a step."""
+
+    is_croppable = False
+
+    def __init__(self, layer: TurboQuantLayer, max_tokens: int) -> None:
+        """Copy the tokens of `layer`.
+
+        Raises:
+            SixfoldError: They cannot be held by a `StaticLayer`, or are not attended on codes.
+        """
+        super().__init__(layer.policy, layer.sliding_window, layer.fused)
+        if layer.store is None or not layer.fused:
+            raise SixfoldError(
+                "a static cache attends on codes: make the cache with TurboQuantCache.for_model, "
+                "for a model whose attention it replaces, and prefill it first."
+            )
+        self.static = StaticLayer(layer.store, max_tokens)
+        self.device = layer.store.padding.device
+        self.is_initialized = True
+
+    @property
+    def tokens(self) -> StaticLayer:
+        """What holds the tokens."""
+        return self.static
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Handles for the fused attention, which adds the tokens."""
+        return StaticHandle(self.static, key_states), StaticHandle(self.static, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As many columns as there can be tokens: masks are made, and not needed."""
+        return self.static.max_tokens, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen a sequence, on the device."""
+        return self.static.count
+
+    def get_max_length(self) -> int:
+        """The tokens there is room for."""
+        return self.static.max_tokens
+
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Say what to do instead.
+
+        Raises:
+            SixfoldError: Always.
+        """
+        raise SixfoldError(
+            "a static cache only decodes: crop, select, fork, move or save the cache it was made "
+            "from, then call .static(max_tokens) again."
+        )
+
+    adopt = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = refuse
+    offload = prefetch = move = fork = reset = activate_past_recording = refuse

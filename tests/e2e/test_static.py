@@ -1,0 +1,122 @@
+"""Caches of fixed size: the same logits as the growing cache, step by step, also compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold import TurboQuantCache
+from sixfold.errors import SixfoldError, UnsupportedModelError
+from tests.tiny import tiny_model
+
+# Integer arithmetic rounds by the pages a thread gets, which differ.
+pytestmark = pytest.mark.usefixtures("exact_arithmetic")
+
+PROMPT, STEPS = 250, 40
+
+
+def prompt() -> Tensor:
+    return torch.randint(2, 384, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def largest_difference(compiled: bool) -> float:
+    """Of the logits of steps that complete a page and of steps that do not."""
+    model, ids = tiny_model(), prompt()
+    growing = TurboQuantCache.for_model(model, bits=4)
+    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    static = growing.static(PROMPT + STEPS)
+    step = model.forward
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    worst = 0.0
+    for t in range(PROMPT, PROMPT + STEPS):
+        token = ids[:, t : t + 1]
+        expected = model(token, past_key_values=growing, use_cache=True).logits
+        got = step(
+            input_ids=token,
+            past_key_values=static,
+            use_cache=True,
+            position_ids=torch.full_like(token, t),
+        ).logits
+        worst = max(worst, float((got - expected).abs().max() / expected.std()))
+    return worst
+
+
+def test_a_static_cache_decodes_as_the_growing_one() -> None:
+    assert largest_difference(compiled=False) < 1e-4
+
+
+def test_a_compiled_step_has_no_graph_break() -> None:
+    # A process of its own: shape checks and what torch compiles do not mix.
+    code = "from tests.e2e.test_static import largest_difference as d; print(d(compiled=True))"
+    environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": "reference"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) < 1e-3
+
+
+@torch.no_grad()
+def test_generation_continues_in_a_static_cache() -> None:
+    model, ids = tiny_model(), prompt()
+    growing = TurboQuantCache.for_model(model, bits=8)
+    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    static = growing.static(PROMPT + STEPS)
+    expected, got = (
+        model.generate(
+            ids[:, : PROMPT + 1], past_key_values=cache, max_new_tokens=20, do_sample=False
+        )
+        for cache in (growing.fork(), static)
+    )
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_bytes_are_those_of_the_room() -> None:
+    model, ids = tiny_model(), prompt()
+    growing = TurboQuantCache.for_model(model, bits=4)
+    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    small, large = growing.static(300), growing.static(3000)
+    pages = -(-(3000 - 64) // 64) - -(-(300 - 64) // 64)
+    # Two layers, sequences and heads; 64 tokens of two rows of 16 bytes, and of two scales.
+    codes = 2 * 2 * 2 * 64 * 2 * (16 + 2)
+    assert 1 <= (large.nbytes - small.nbytes) / (pages * codes) < 1.05
+    assert small.uncompressed_nbytes == growing.uncompressed_nbytes
+
+
+@torch.no_grad()
+def test_what_a_static_cache_cannot_do_says_so(tmp_path: Path) -> None:
+    model, ids = tiny_model(), prompt()
+    growing = TurboQuantCache.for_model(model, bits=4)
+    with pytest.raises(SixfoldError, match="prefill it first"):
+        growing.static(100)
+    model(ids[:, :20], past_key_values=growing, use_cache=True)
+    with pytest.raises(SixfoldError, match="still too few"):
+        growing.static(100)
+    model(ids[:, 20:PROMPT], past_key_values=growing, use_cache=True)
+    static = growing.static(400)
+    for attempt in (
+        lambda: static.crop(-1),
+        lambda: static.fork(),
+        lambda: static.to("cpu"),
+        lambda: static.reorder_cache(torch.tensor([1, 0])),
+        lambda: static.save(tmp_path / "x.sixfold"),
+        lambda: static.static(500),
+    ):
+        with pytest.raises(SixfoldError, match="only decodes"):
+            attempt()
+    skipping = TurboQuantCache.for_model(model, bits=4, skip_layers=[0])
+    model(ids[:, :PROMPT], past_key_values=skipping, use_cache=True)
+    with pytest.raises(UnsupportedModelError, match="needs every layer compressed"):
+        skipping.static(400)
