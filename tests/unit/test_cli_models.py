@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from sixfold.cli import demo as demo_command
 from sixfold.cli.app import app
 from sixfold.eval.embedded import haystack
+from sixfold.eval.peers import PEERS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -66,12 +67,43 @@ def test_eval_perplexity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_perplexity_sorts_peers_among_the_widths(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 8, "--window", 256, "--windows", 1, "--against", "vllm-3bit_nc,fp8")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "perplexity", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    held = [row["nbytes"] for row in rows.values()]
+    assert set(rows) == {"8", "fp8", "vllm-3bit_nc"}
+    assert held == sorted(held, reverse=True)
+    assert rows["fp8"]["bits_per_value"] == pytest.approx(8, abs=0.01)
+    lines = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    order = [name if name != "8" else "sixfold" for name in rows]
+    assert [line for line in lines if line in order] == order
+    assert_png(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("command", ["perplexity", "niah"])
+def test_an_unknown_peer_is_one_clear_error(command: str) -> None:
+    result = CliRunner().invoke(app, ["eval", command, "--against", "fp8,fp9"])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sixfold: there is no peer 'fp9'; expected 'all' or some of fp8, ")
+
+
+def test_eval_help_names_every_peer() -> None:
+    for command in ("perplexity", "niah"):
+        output = "".join(run("eval", command, "--help").stdout.split()).replace("│", "")
+        assert all(name in output for name in PEERS)
+
+
 def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", "4", "--lengths", "300,400", "--depths", "0,1", "--documents", 1)
+    options += ("--against", "kivi-4")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     run("eval", "niah", model_dir, *options, *files)
     rows = read(tmp_path / "out.json")["rows"]
-    assert rows["16"]["asked"] == rows["4"]["asked"] == 4
+    assert rows["16"]["asked"] == rows["4"]["asked"] == rows["kivi-4"]["asked"] == 4
+    assert rows["16"]["bits_per_value"] == 32 > rows["4"]["bits_per_value"]
     assert [cell["tokens"] for cell in rows["4"]["cells"]] == [300, 300, 400, 400]
     assert_png(tmp_path / "out.png")
 

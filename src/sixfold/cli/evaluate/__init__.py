@@ -1,0 +1,11 @@
+"""`sixfold eval`: what the quantizers and the compressed cache cost, and what others cost."""
+
+import typer
+
+from sixfold.cli.evaluate.distortion import distortion
+from sixfold.cli.evaluate.niah import niah
+from sixfold.cli.evaluate.perplexity import perplexity
+
+app = typer.Typer(help="Measure the quantizers and the compressed cache.", no_args_is_help=True)
+for command in (distortion, perplexity, niah):
+    app.command()(command)
