@@ -8,11 +8,12 @@ from sixfold.errors import SixfoldError
 from sixfold.eval.caches import fork, held_bytes, uncompressed
 from sixfold.eval.embedded import haystack
 from sixfold.eval.peers import ALL, PEERS, peer_caches
-from sixfold.eval.peers.cache import PeerCache, PeerLayer
+from sixfold.eval.peers.cache import PeerCache, PeerLayer, stored_nbytes
 from sixfold.eval.peers.kivi import KiviKeys, KiviValues
 from sixfold.eval.peers.quantized_cache import Quanto
 from sixfold.eval.peers.vllm import VllmKeys, VllmValues
 from sixfold.eval.perplexity import compare_caches, windows_of
+from sixfold.integrations.transformers.config import layer_shapes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -73,6 +74,16 @@ def test_a_fork_goes_its_own_way() -> None:
     assert cache.get_seq_length(0) == 141
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_bytes_can_be_told_before_there_is_a_cache(name: str) -> None:
+    config, x = tiny_model().config, tokens(300)
+    cache = PeerCache(config, *PEERS[name])
+    for index in range(2):
+        cache.update(x, x, index)
+    shapes = layer_shapes(config, [None, None])
+    assert stored_nbytes(*PEERS[name], shapes, tokens=300, element_size=4) == cache.nbytes
+
+
 def test_cropping_is_refused() -> None:
     cache = PeerCache(tiny_model().config, *PEERS["fp8"])
     assert cache.nbytes == 0
@@ -90,7 +101,7 @@ def test_every_peer_measures_a_model() -> None:
         assert found[name].kl.mean > 1e-6
         assert found[name].nbytes < found["same"].nbytes
     kl = {name: one.kl.mean for name, one in found.items()}
-    assert kl["llama.cpp-q8_0"] < 0.1 * kl["llama.cpp-q4_0"]
+    assert kl["q8_0"] < 0.1 * kl["q4_0"]
     for kind in ("quanto", "hqq", "kivi"):
         assert kl[f"{kind}-4"] < 0.3 * kl[f"{kind}-2"]
     assert kl["turboquant-3.5"] < 0.5 * kl["turboquant-2.5"]

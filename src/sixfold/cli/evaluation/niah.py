@@ -18,7 +18,7 @@ from sixfold.cli.common import (
     parse_list,
     read_text,
 )
-from sixfold.cli.evaluate.contenders import (
+from sixfold.cli.evaluation.contenders import (
     AgainstOption,
     contenders,
     label,
@@ -43,7 +43,7 @@ def niah(
 ) -> None:
     """Exact retrieval of numbers hidden in a text, by length and depth.
 
-    Rows are sorted by the bytes held for the longest documents.
+    Rows are sorted by the bits held a value of the longest documents.
     """
     output, text = Output(json), read_text(file)
     caches = with_uncompressed(contenders(parse_bits(bits), against))
@@ -64,7 +64,7 @@ def niah(
     found = dict(sorted(found.items(), key=lambda row: -row[1].bits_per_value))
     output.table(
         f"{model_name}: needles found exactly",
-        ["cache", "bits/value", *(f"{size} tokens" for size in sizes), "all"],
+        ["cache", "bits", *(f"{size} tokens" for size in sizes), "all"],
         [_cells(name, one, sizes) for name, one in found.items()],
     )
     rows = {name: one.to_dict() for name, one in found.items()}

@@ -2,9 +2,9 @@
 
 import typer
 
-from sixfold.cli.evaluate.distortion import distortion
-from sixfold.cli.evaluate.niah import niah
-from sixfold.cli.evaluate.perplexity import perplexity
+from sixfold.cli.evaluation.distortion import distortion
+from sixfold.cli.evaluation.niah import niah
+from sixfold.cli.evaluation.perplexity import perplexity
 
 app = typer.Typer(help="Measure the quantizers and the compressed cache.", no_args_is_help=True)
 for command in (distortion, perplexity, niah):

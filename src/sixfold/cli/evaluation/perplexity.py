@@ -17,13 +17,13 @@ from sixfold.cli.common import (
     parse_bits,
     read_text,
 )
-from sixfold.cli.evaluate.contenders import UNCOMPRESSED, AgainstOption, contenders, label
-from sixfold.cli.render import Output, human_bytes, progress_bar
+from sixfold.cli.evaluation.contenders import UNCOMPRESSED, AgainstOption, contenders, label
+from sixfold.cli.render import Output, progress_bar
 from sixfold.eval import embedded, machine
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 
-_COLUMNS = (*("cache", "bits/value", "perplexity", "change", "mean KL", "99% KL", "top-1", "held"),)
+_COLUMNS = (*("cache", "bits", "perplexity", "change", "mean KL", "99% KL", "top-1"),)
 
 
 def perplexity(
@@ -42,8 +42,8 @@ def perplexity(
 ) -> None:
     """Perplexity and KL to the uncompressed model, with the history read from codes.
 
-    Rows are sorted by the bytes held, windows and scales included; ± is half a 95% interval of
-    the mean over windows, and changes are paired window by window.
+    Rows are sorted by the bits held a value, windows and scales included; ± is half a 95% interval
+    of the mean over windows, and changes are paired window by window.
     """
     output, text = Output(json), read_text(file)
     caches = contenders(parse_bits(bits), against)
@@ -55,7 +55,7 @@ def perplexity(
         )
     first = next(iter(found.values()))
     ranked = sorted(found.items(), key=lambda row: -row[1].nbytes)
-    exact = [label(UNCOMPRESSED), "16.00", f"{first.uncompressed_perplexity:.3f}", *["-"] * 5]
+    exact = [label(UNCOMPRESSED), "16.00", f"{first.uncompressed_perplexity:.3f}", *["-"] * 4]
     output.table(
         f"{model_name}: {first.scored_tokens} tokens in {first.windows} windows of {window}",
         _COLUMNS,
@@ -76,7 +76,6 @@ def _cells(name: str, one: CacheComparison) -> list[str]:
         _plus_minus(one.kl, ".4f"),
         f"{one.kl_p99:.4f}",
         f"{one.top1_agreement.mean:.1%}",
-        human_bytes(one.nbytes),
     ]
 
 
