@@ -34,7 +34,7 @@ DETECTION_TOKENS = 1500
 # Everything in codes, as in peers that keep no tokens in full precision.
 NO_WINDOWS = {"sink_tokens": 0, "recent_window": 0}
 
-Variants = dict[str, tuple[float, dict[str, int]]]
+Variants = dict[str, tuple[float, dict[str, Any]]]
 
 
 def variants() -> Variants:
