@@ -108,6 +108,20 @@ def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_sensitivity(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", "8,2", "--window", 300, "--windows", 1)
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "sensitivity", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    assert [(row["layer"], row["side"], row["bits"]) for row in rows[:3]] == [
+        (0, "keys", 8),
+        (0, "keys", 2),
+        (0, "values", 8),
+    ]
+    assert f"{rows[1]['kl']['mean']:.5f}" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
 def test_eval_distortion(tmp_path: Path) -> None:
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     result = run("eval", "distortion", "--dims", 32, "--bits", "1,2", "--vectors", 64, *files)
