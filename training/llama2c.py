@@ -75,9 +75,10 @@ def read_checkpoint(path: Path) -> tuple[Shape, dict[str, Tensor]]:
     data = path.read_bytes()
     if len(data) < HEADER.size:
         raise FormatError(f"{path} has {len(data)} bytes, fewer than a llama2.c header")
-    *sizes, vocab_size, seq_len = HEADER.unpack_from(data)
-    shape = Shape(*sizes, abs(vocab_size), seq_len, tied=vocab_size > 0)
-    plausible = min(*sizes, abs(vocab_size), seq_len) > 0 and shape.dim % shape.n_heads == 0
+    dim, hidden_dim, layers, heads, kv_heads, vocab_size, seq_len = HEADER.unpack_from(data)
+    sizes = dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), seq_len
+    shape = Shape(*sizes, vocab_size > 0)
+    plausible = min(sizes) > 0 and shape.dim % shape.n_heads == 0
     counts = (
         {name: int(np.prod(size)) for name, size in shape.tensors().items()} if plausible else {}
     )
@@ -133,7 +134,8 @@ def _state(shape: Shape, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tens
 def halves_rotated(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of a query or key projection, from neighbouring RoPE channels to half a head apart."""
     pairs = weight.unflatten(0, (-1, head_dim // 2, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+    rotated: Tensor = pairs.transpose(1, 2).flatten(0, 2)
+    return rotated
 
 
 def read_pieces(path: Path) -> list[tuple[str, float, int]]:

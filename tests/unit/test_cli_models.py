@@ -122,6 +122,31 @@ def test_eval_sensitivity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 4, "--length", 300, "--documents", 1, "--tasks", "multikey,variables")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "retrieval", model_dir, *options, *files, "--against", "fp8")
+    rows = read(tmp_path / "out.json")["rows"]
+    assert list(rows) == ["multikey", "variables"]
+    assert list(rows["variables"]) == ["16", "4", "fp8"]
+    assert rows["variables"]["fp8"]["asked"] == 1
+    assert "0/1 (0%)" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_longbench(model_dir: Path, tmp_path: Path) -> None:
+    row = {"context": haystack()[:400], "input": "", "answers": ["1"], "length": 80}
+    (tmp_path / "passage_count_e.jsonl").write_text(json.dumps(row))
+    options = ("--model", model_dir, "--bits", 4, "--max-tokens", 150, "--against", "q4_0")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "longbench", tmp_path, *options, *files)
+    document = read(tmp_path / "out.json")
+    assert list(document["rows"]["passage_count"]) == ["16", "4", "q4_0"]
+    assert document["mean"]["4"] == document["rows"]["passage_count"]["4"]["score"]
+    assert "passage_count" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
 def test_eval_distortion(tmp_path: Path) -> None:
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     result = run("eval", "distortion", "--dims", 32, "--bits", "1,2", "--vectors", 64, *files)

@@ -110,9 +110,9 @@ def build_questions(
         SixfoldError: The text is too short for such a document, or the document for its needles.
     """
     needles = make_needles(rng, len(depths))
-    statements = _token_count(tokenizer, " ".join(needle.statement for needle in needles))
+    statements = token_count(tokenizer, " ".join(needle.statement for needle in needles))
     # Sixteen tokens of slack: the question, and merges that differ across sentence boundaries.
-    text = _excerpt(tokenizer, sentences, tokens - statements - 16, rng)
+    text = excerpt(tokenizer, sentences, tokens - statements - 16, rng)
     asked = [document(text, needles, depths, needle) for needle in needles]
     plain: list[int] = tokenizer(hide(text, needles, depths), verbose=False)["input_ids"]
     questions: list[list[int]] = [tokenizer(one, verbose=False)["input_ids"] for one in asked]
@@ -181,11 +181,11 @@ def retrieve(
     }
 
 
-def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _excerpt(
+def excerpt(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], budget: int, rng: Random
 ) -> list[str]:
     """Consecutive sentences of at most `budget` tokens, going round at the end of the text."""
@@ -194,7 +194,7 @@ def _excerpt(
             f"no room for text: {len(sentences)} sentences and {max(budget, 0)} tokens "
             "left beside the needles; give a longer document or fewer depths"
         )
-    counts = [_token_count(tokenizer, sentence) for sentence in sentences]
+    counts = [token_count(tokenizer, sentence) for sentence in sentences]
     if sum(counts) < budget:
         raise SixfoldError(
             f"the text has {sum(counts)} tokens, too few to fill {budget} without repeating "
@@ -219,7 +219,7 @@ def _ask_all(
     answers = []
     for needle, tail in zip(questions.needles, questions.tails, strict=True):
         # One token more than the answer: a number that goes on is a wrong number.
-        steps = _token_count(tokenizer, needle.answer) + 1
+        steps = token_count(tokenizer, needle.answer) + 1
         ids = greedy(model, tail.to(model.device), fork(cache), steps)
         answers.append(is_exact(str(tokenizer.decode(ids)), needle))
     return answers
