@@ -162,8 +162,8 @@ def test_q8_0_by_hand() -> None:
     x[..., :3] = torch.tensor([127.0, 2.5, -2.5])
     found = LlamaCpp("q8_0").roundtrip(x, None)[0, 0, 0]
     assert found[:3].tolist() == [127.0, 3.0, -3.0]
-    expected = np.sign(x) * np.floor(np.abs(x.numpy()) + 0.5)
-    assert torch.equal(found, expected.float().flatten())
+    expected = x.sign() * (x.abs() + 0.5).floor()
+    assert torch.equal(found, expected.flatten())
 
 
 def test_llama_cpp_bytes_are_18_and_34_a_block() -> None:

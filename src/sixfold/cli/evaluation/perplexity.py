@@ -23,7 +23,7 @@ from sixfold.eval import embedded, machine
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 
-_COLUMNS = (*("cache", "bits", "perplexity", "change", "mean KL", "99% KL", "top-1"),)
+_COLUMNS = ("cache", "bits", "ppl", "change", "mean KL", "99% KL", "top-1")
 
 
 def perplexity(
@@ -81,8 +81,8 @@ def _cells(name: str, one: CacheComparison) -> list[str]:
 
 def _plus_minus(estimate: Estimate, form: str) -> str:
     half = estimate.half_width
-    # The sign of a mean says nothing about its interval.
-    return f"{estimate.mean:{form}}" + (f" ± {half:{form.lstrip('+')}}" if half is not None else "")
+    # The sign of a mean says nothing about its interval; no spaces, to fit 80 columns.
+    return f"{estimate.mean:{form}}" + (f"±{half:{form.lstrip('+')}}" if half is not None else "")
 
 
 def _draw(found: Mapping[str, CacheComparison], path: Path) -> None:
