@@ -44,6 +44,7 @@ results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json
 	$(BIN)/python -m benchmarks.key_map --json docs/results/key_map.json
 	$(BIN)/python -m benchmarks.rotation --json docs/results/rotation.json
+	$(BIN)/python -m benchmarks.evaluate --out docs/results
 	$(BIN)/python tools/render_results.py
 
 # Where the system has no CMake, the environment gets one.

@@ -86,6 +86,30 @@ def rotation_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evaluation_table(results: dict[str, Any]) -> str:
+    """One row for every cache, by the bits it holds a value of a long context."""
+    columns = ["cache", f"bits at {results['long_context']:,} tokens", "bits in this run"]
+    columns += ["mean KL, nats", "99 % KL", "perplexity", "change", "same top token"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    for row in results["rows"]:
+        kl, change, top = row["kl"], row["perplexity_change"], row["top1_agreement"]
+        cells = [row["cache"], f"{row['bits_long']:.2f}", f"{row['bits_per_value']:.2f}"]
+        cells += [f"{kl['mean']:.4f} ± {kl['half_width']:.4f}", f"{row['kl_p99']:.4f}"]
+        cells += [f"{row['perplexity']:.2f}"]
+        cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}", f"{top['mean']:.1%}"]
+        lines.append(_joined(cells))
+    windows, tokens = results["windows"]
+    plain = results["rows"][0]["uncompressed_perplexity"]
+    lines += [
+        "",
+        f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
+        f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
+        f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
+        f"transformers {results['machine']['versions']['transformers']}.",
+    ]
+    return "\n".join(lines)
+
+
 def benchmark_table(results: dict[str, Any]) -> str:
     """One line for every row of `python -m benchmarks.run --json`, losers included."""
     rows, machine = results["rows"], results["machine"]
@@ -166,11 +190,15 @@ CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
     for name in ("attention", "encode", "scores", "step", "generate", "prefill")
 )
+EVALUATION_BLOCKS = tuple(
+    Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
+    for name in ("eval_embedded", "eval_hard")
+)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(block for block in CPU_BLOCKS if block.results.exists()),
+    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS) if block.results.exists()),
 )
 
 

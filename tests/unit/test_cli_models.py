@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from sixfold.cli import demo as demo_command
 from sixfold.cli.app import app
 from sixfold.eval.embedded import haystack
+from sixfold.eval.peers import PEERS
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -66,13 +67,83 @@ def test_eval_perplexity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_perplexity_sorts_peers_among_the_widths(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 8, "--window", 256, "--windows", 1, "--against", "vllm-3bit_nc,fp8")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "perplexity", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    held = [row["nbytes"] for row in rows.values()]
+    assert set(rows) == {"8", "fp8", "vllm-3bit_nc"}
+    assert held == sorted(held, reverse=True)
+    assert rows["fp8"]["bits_per_value"] == pytest.approx(8, abs=0.01)
+    lines = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    order = [name if name != "8" else "sixfold" for name in rows]
+    assert [line for line in lines if line in order] == order
+    assert_png(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("command", ["perplexity", "niah"])
+def test_an_unknown_peer_is_one_clear_error(command: str) -> None:
+    result = CliRunner().invoke(app, ["eval", command, "--against", "fp8,fp9"])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sixfold: there is no peer 'fp9'; expected 'all' or some of fp8, ")
+
+
+def test_eval_help_names_every_peer() -> None:
+    for command in ("perplexity", "niah"):
+        output = "".join(run("eval", command, "--help").stdout.split()).replace("│", "")
+        assert all(name in output for name in PEERS)
+
+
 def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", "4", "--lengths", "300,400", "--depths", "0,1", "--documents", 1)
+    options += ("--against", "kivi-4")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     run("eval", "niah", model_dir, *options, *files)
     rows = read(tmp_path / "out.json")["rows"]
-    assert rows["16"]["asked"] == rows["4"]["asked"] == 4
+    assert rows["16"]["asked"] == rows["4"]["asked"] == rows["kivi-4"]["asked"] == 4
+    assert rows["16"]["bits_per_value"] == 32 > rows["4"]["bits_per_value"]
     assert [cell["tokens"] for cell in rows["4"]["cells"]] == [300, 300, 400, 400]
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_sensitivity(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", "8,2", "--window", 300, "--windows", 1)
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "sensitivity", model_dir, *options, *files)
+    rows = read(tmp_path / "out.json")["rows"]
+    assert [(row["layer"], row["side"], row["bits"]) for row in rows[:3]] == [
+        (0, "keys", 8),
+        (0, "keys", 2),
+        (0, "values", 8),
+    ]
+    assert f"{rows[1]['kl']['mean']:.5f}" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 4, "--length", 300, "--documents", 1, "--tasks", "multikey,variables")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "retrieval", model_dir, *options, *files, "--against", "fp8")
+    rows = read(tmp_path / "out.json")["rows"]
+    assert list(rows) == ["multikey", "variables"]
+    assert list(rows["variables"]) == ["16", "4", "fp8"]
+    assert rows["variables"]["fp8"]["asked"] == 1
+    assert "0/1 (0%)" in result.stdout
+    assert_png(tmp_path / "out.png")
+
+
+def test_eval_longbench(model_dir: Path, tmp_path: Path) -> None:
+    row = {"context": haystack()[:400], "input": "", "answers": ["1"], "length": 80}
+    (tmp_path / "passage_count_e.jsonl").write_text(json.dumps(row))
+    options = ("--model", model_dir, "--bits", 4, "--max-tokens", 150, "--against", "q4_0")
+    files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = run("eval", "longbench", tmp_path, *options, *files)
+    document = read(tmp_path / "out.json")
+    assert list(document["rows"]["passage_count"]) == ["16", "4", "q4_0"]
+    assert document["mean"]["4"] == document["rows"]["passage_count"]["4"]["score"]
+    assert "passage_count" in result.stdout
     assert_png(tmp_path / "out.png")
 
 

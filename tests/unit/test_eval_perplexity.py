@@ -1,5 +1,6 @@
 """Comparing caches: the numbers are those of the model, and less precision costs more."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import compressed, uncompressed
 from sixfold.eval.embedded import haystack
-from sixfold.eval.perplexity import CacheComparison, Estimate, compare_caches, windows_of
+from sixfold.eval.estimate import Estimate
+from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PREFILL = 150
@@ -64,6 +66,7 @@ def test_perplexity_and_loss_increase_agree(found: dict[str, CacheComparison]) -
     two = found["2"]
     ratio = math.log(two.perplexity / two.uncompressed_perplexity)
     assert two.nll_increase.mean == pytest.approx(ratio, abs=1e-9)
+    assert two.perplexity_change.mean == pytest.approx(math.expm1(ratio), rel=0.1)
 
 
 def test_progress_counts_up_to_the_total(windows: torch.Tensor) -> None:
@@ -83,7 +86,37 @@ def test_estimate_is_mean_and_standard_error() -> None:
     estimate = Estimate.over(torch.tensor([1.0, 2.0, 6.0]))
     assert estimate.mean == pytest.approx(3)
     assert estimate.standard_error == pytest.approx(math.sqrt(7 / 3))
-    assert Estimate.over(torch.tensor([1.0])).standard_error is None
+    # Student's t with two degrees of freedom.
+    assert estimate.half_width == pytest.approx(4.303 * math.sqrt(7 / 3))
+    single = Estimate.over(torch.tensor([1.0]))
+    assert single.standard_error is single.half_width is None
+
+
+@pytest.mark.parametrize(("windows", "quantile"), [(12, 2.201), (31, 2.042), (10_000, 1.960)])
+def test_intervals_of_many_windows_come_from_students_t(windows: int, quantile: float) -> None:
+    values = torch.linspace(0, 1, windows)
+    estimate = Estimate.over(values)
+    assert estimate.half_width is not None
+    assert estimate.standard_error is not None
+    assert estimate.half_width / estimate.standard_error == pytest.approx(quantile, abs=1e-3)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    samples = torch.randn((4000, 5), generator=torch.Generator().manual_seed(0))
+    held = [abs(one.mean) < (one.half_width or 0) for one in map(Estimate.over, samples)]
+    assert sum(held) / len(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_differences_are_paired_by_window(found: dict[str, CacheComparison]) -> None:
+    two, eight = found["2"], found["8"]
+    expected = [a - b for a, b in zip(two.kl_by_window, eight.kl_by_window, strict=True)]
+    difference = two.kl_difference(eight)
+    assert difference.mean == pytest.approx(sum(expected) / 2)
+    assert difference.mean == pytest.approx(two.kl.mean - eight.kl.mean)
+    assert difference.half_width != two.kl.half_width
+    other = dataclasses.replace(eight, kl_by_window=(0.0,))
+    with pytest.raises(SixfoldError, match="got 2 and 1 of them"):
+        two.kl_difference(other)
 
 
 def test_windows_do_not_overlap() -> None:

@@ -10,7 +10,7 @@ from sixfold import __version__
 from sixfold.cli.bench import bench
 from sixfold.cli.demo import demo
 from sixfold.cli.doctor import doctor
-from sixfold.cli.evaluate import app as evaluate
+from sixfold.cli.evaluation import app as evaluation
 from sixfold.cli.generate import generate
 from sixfold.cli.plan import plan
 from sixfold.errors import SixfoldError
@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, plan, bench, doctor):
     app.command()(command)
-app.add_typer(evaluate, name="eval")
+app.add_typer(evaluation, name="eval")
 
 
 def _show_version(wanted: bool) -> bool:

@@ -1,6 +1,6 @@
 """Pictures of the tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 INK, ACCENT, QUIET = "#1f2933", "#0b6e99", "#9aa5b1"
 
 
-def new_figure(
-    columns: int, width: float = 4.2, height: float = 3.6
-) -> "tuple[Figure, list[Axes]]":
-    """A row of plain axes.  The window system is never touched."""
+def new_figure(count: int, width: float = 4.2, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
+    """Plain axes in rows of at most six.  The window system is never touched."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, 3.6), layout="constrained")
-    axes = [figure.add_subplot(1, columns, index + 1) for index in range(columns)]
+    rows = -(-count // 6)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(colors=INK)
@@ -39,6 +39,18 @@ def bars(
     axis.set_title(title, fontsize=10, color=INK)
     axis.margins(y=0.15)
     axis.set_ylim(bottom=0)
+
+
+def scatter(
+    axis: "Axes", title: str, points: Mapping[str, tuple[float, float]], accented: Collection[str]
+) -> None:
+    """Draw one named point a row, some in the accent colour."""
+    for name, (x, y) in points.items():
+        colour = ACCENT if name in accented else QUIET
+        axis.plot(x, y, "o", color=colour, markersize=5)
+        axis.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=INK)
+    axis.set_title(title, fontsize=10, color=INK)
+    axis.margins(x=0.15)
 
 
 def heatmap(

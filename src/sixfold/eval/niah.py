@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sixfold.errors import SixfoldError
-from sixfold.eval.caches import MakeCache, fork
+from sixfold.eval.caches import MakeCache, fork, half_precision_bytes, held_bytes
 from sixfold.eval.needles import (
     NAMES,
     Needle,
@@ -49,9 +49,22 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """The grid of lengths and depths for one cache."""
+    """The grid of lengths and depths for one cache.
+
+    Attributes:
+        cells: One for every length and depth.
+        nbytes: Bytes held after the last, longest document.
+        plain_nbytes: 16-bit bytes of the same tokens.
+    """
 
     cells: tuple[Cell, ...]
+    nbytes: int = 0
+    plain_nbytes: int = 0
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits held a key or value coordinate, everything counted."""
+        return 16 * self.nbytes / self.plain_nbytes if self.plain_nbytes else 0.0
 
     @property
     def asked(self) -> int:
@@ -65,7 +78,8 @@ class Retrieval:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {"asked": self.asked, "exact": self.exact, **asdict(self)}
+        counts = {"asked": self.asked, "exact": self.exact}
+        return {**counts, "bits_per_value": self.bits_per_value, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +110,9 @@ def build_questions(
         SixfoldError: The text is too short for such a document, or the document for its needles.
     """
     needles = make_needles(rng, len(depths))
-    statements = _token_count(tokenizer, " ".join(needle.statement for needle in needles))
+    statements = token_count(tokenizer, " ".join(needle.statement for needle in needles))
     # Sixteen tokens of slack: the question, and merges that differ across sentence boundaries.
-    text = _excerpt(tokenizer, sentences, tokens - statements - 16, rng)
+    text = excerpt(tokenizer, sentences, tokens - statements - 16, rng)
     asked = [document(text, needles, depths, needle) for needle in needles]
     plain: list[int] = tokenizer(hide(text, needles, depths), verbose=False)["input_ids"]
     questions: list[list[int]] = [tokenizer(one, verbose=False)["input_ids"] for one in asked]
@@ -148,25 +162,30 @@ def retrieve(
     sentences, rng = split_sentences(text), Random(seed)
     hits = {name: {(size, depth): 0 for size in lengths for depth in depths} for name in caches}
     total, done = len(lengths) * documents * len(caches), 0
-    for size in (size for size in lengths for _ in range(documents)):
+    held: dict[str, tuple[int, int]] = {}
+    for size in (size for size in sorted(lengths) for _ in range(documents)):
         questions = build_questions(tokenizer, sentences, depths, size, rng)
         for name, make_cache in caches.items():
-            found = _ask_all(model, tokenizer, questions, make_cache(model))
+            cache = make_cache(model)
+            found = _ask_all(model, tokenizer, questions, cache)
+            held[name] = held_bytes(cache), half_precision_bytes(cache)
             for depth, hit in zip(depths, found, strict=True):
                 hits[name][size, depth] += hit
             done += 1
             progress(done, total)
     return {
-        name: Retrieval(tuple(Cell(*key, documents, exact) for key, exact in grid.items()))
+        name: Retrieval(
+            tuple(Cell(*key, documents, exact) for key, exact in grid.items()), *held[name]
+        )
         for name, grid in hits.items()
     }
 
 
-def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _excerpt(
+def excerpt(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], budget: int, rng: Random
 ) -> list[str]:
     """Consecutive sentences of at most `budget` tokens, going round at the end of the text."""
@@ -175,7 +194,7 @@ def _excerpt(
             f"no room for text: {len(sentences)} sentences and {max(budget, 0)} tokens "
             "left beside the needles; give a longer document or fewer depths"
         )
-    counts = [_token_count(tokenizer, sentence) for sentence in sentences]
+    counts = [token_count(tokenizer, sentence) for sentence in sentences]
     if sum(counts) < budget:
         raise SixfoldError(
             f"the text has {sum(counts)} tokens, too few to fill {budget} without repeating "
@@ -200,7 +219,7 @@ def _ask_all(
     answers = []
     for needle, tail in zip(questions.needles, questions.tails, strict=True):
         # One token more than the answer: a number that goes on is a wrong number.
-        steps = _token_count(tokenizer, needle.answer) + 1
+        steps = token_count(tokenizer, needle.answer) + 1
         ids = greedy(model, tail.to(model.device), fork(cache), steps)
         answers.append(is_exact(str(tokenizer.decode(ids)), needle))
     return answers

@@ -22,27 +22,8 @@ from sixfold.eval.caches import (
     held_bytes,
     uncompressed,
 )
+from sixfold.eval.estimate import Estimate
 from sixfold.eval.progress import Progress, no_progress
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over windows.
-
-    Attributes:
-        mean: Mean of the windows' own means.
-        standard_error: Its standard error; None when there is a single window.
-    """
-
-    mean: float
-    standard_error: float | None
-
-    @classmethod
-    def over(cls, windows: Float[Tensor, " windows"]) -> "Estimate":
-        """Estimate from one value a window."""
-        count = len(windows)
-        error = float(windows.std() / math.sqrt(count)) if count > 1 else None
-        return cls(float(windows.mean()), error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +34,10 @@ class CacheComparison:
         perplexity: Through the cache.
         uncompressed_perplexity: Through the uncompressed cache.
         nll_increase: Nats a token lost, window by window.
+        perplexity_change: Relative change of the perplexity, window by window.
         kl: Mean KL(uncompressed || cache) of the next-token distributions, in nats.
         kl_p99: Its 99th percentile over tokens.
+        kl_by_window: Mean KL of every window, to pair comparisons with.
         top1_agreement: Fraction of predictions whose most likely token is the same.
         windows: Windows of text.
         scored_tokens: Predictions compared, over all windows.
@@ -65,17 +48,38 @@ class CacheComparison:
     perplexity: float
     uncompressed_perplexity: float
     nll_increase: Estimate
+    perplexity_change: Estimate
     kl: Estimate
     kl_p99: float
+    kl_by_window: tuple[float, ...]
     top1_agreement: Estimate
     windows: int
     scored_tokens: int
     nbytes: int
     compression_ratio: float
 
+    @property
+    def bits_per_value(self) -> float:
+        """Bits held a key or value coordinate, everything counted."""
+        return 16 / self.compression_ratio
+
+    def kl_difference(self, other: "CacheComparison") -> Estimate:
+        """Mean KL minus that of `other`, paired window by window.
+
+        Raises:
+            SixfoldError: They were not measured on the same number of windows.
+        """
+        mine, theirs = torch.tensor(self.kl_by_window), torch.tensor(other.kl_by_window)
+        if len(mine) != len(theirs):
+            raise SixfoldError(
+                "expected comparisons on the same windows, "
+                f"got {len(mine)} and {len(theirs)} of them"
+            )
+        return Estimate.over(mine - theirs)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        return {"bits_per_value": self.bits_per_value, **asdict(self)}
 
 
 def windows_of(
@@ -179,13 +183,15 @@ class _Tally:
 
     def summary(self) -> CacheComparison:
         loss, reference_loss = self._by_window(self.loss), self._by_window(self.reference_loss)
-        kl = self._by_window(self.kl)
+        kl, lost = self._by_window(self.kl), (loss - reference_loss).mean(1)
         return CacheComparison(
             perplexity=math.exp(loss.mean()),
             uncompressed_perplexity=math.exp(reference_loss.mean()),
-            nll_increase=Estimate.over((loss - reference_loss).mean(1)),
+            nll_increase=Estimate.over(lost),
+            perplexity_change=Estimate.over(lost.expm1()),
             kl=Estimate.over(kl.mean(1)),
             kl_p99=float(kl.flatten().quantile(0.99)),
+            kl_by_window=tuple(kl.mean(1).tolist()),
             top1_agreement=Estimate.over(self._by_window(self.agrees).mean(1)),
             windows=self.windows,
             scored_tokens=kl.numel(),

@@ -1,0 +1,133 @@
+"""Sixfold and its peers on the embedded model, plain and hard: ``python -m benchmarks.evaluate``.
+
+Perplexity, KL to the uncompressed model and true bytes of every cache, as tables for
+docs/evaluation.md. The models run in float16, in which KV caches are kept, so that scales and
+windows have the bytes they have in practice.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from sixfold import TurboQuantCache
+from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
+from sixfold.eval import machine
+from sixfold.eval.caches import MakeCache, compressed
+from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.eval.hard import harden
+from sixfold.eval.peers import PEERS, peer_caches
+from sixfold.eval.peers.cache import stored_nbytes
+from sixfold.eval.perplexity import compare_caches, windows_of
+from sixfold.integrations.transformers.config import layer_shapes
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+
+BITS = (4, 3.5, 3, 2.5, 2)
+LONG_CONTEXT = 32768
+CHUNK = 64
+DETECTION_TOKENS = 1500
+# Everything in codes, as in peers that keep no tokens in full precision.
+NO_WINDOWS = {"sink_tokens": 0, "recent_window": 0}
+
+Variants = dict[str, tuple[float, dict[str, Any]]]
+
+
+def variants() -> Variants:
+    """Sixfold's rows: width and options of each."""
+    rows: Variants = {}
+    for bits in BITS:
+        rows[f"**sixfold {bits:g}**"] = (bits, {})
+        rows[f"**sixfold {bits:g}**, no windows"] = (bits, NO_WINDOWS)
+    return rows
+
+
+def plain_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model, in float16."""
+    return load_embedded(torch.float16)
+
+
+def hard_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Its hard variant, made in float32: line breaks are massive."""
+    model, tokenizer = load_embedded()
+    ids = torch.tensor(tokenizer(haystack(), verbose=False)["input_ids"])
+    line_break = tokenizer("\n")["input_ids"][-1]
+    hard = harden(model, ids[:DETECTION_TOKENS], [line_break])
+    module: torch.nn.Module = hard
+    module.to(torch.float16)
+    return hard, tokenizer
+
+
+MODELS: dict[str, tuple[str, Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]]] = {
+    "embedded": ("The embedded model", plain_model),
+    "hard": ("Its hard variant", hard_model),
+}
+
+
+def long_bits(config: PreTrainedConfig) -> dict[str, float]:
+    """Bits every cache holds a value once there are `LONG_CONTEXT` tokens, everything counted."""
+    shapes = layer_shapes(config, [None] * config.num_hidden_layers)
+    plain = uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
+    held = {name: stored_nbytes(*PEERS[name], shapes, tokens=LONG_CONTEXT) for name in PEERS}
+    for name, (bits, options) in variants().items():
+        layers = TurboQuantCache(config, bits, **options).layers
+        policies = [x.policy if isinstance(x, TurboQuantLayer) else None for x in layers]
+        held[name] = cache_nbytes(layer_shapes(config, policies), tokens=LONG_CONTEXT)
+    return {name: 16 * nbytes / plain for name, nbytes in held.items()}
+
+
+def evaluate(name: str, windows: int, tokens: int) -> dict[str, Any]:
+    """Every cache on one model, as the document of its results."""
+    title, load = MODELS[name]
+    model, tokenizer = load()
+    caches: dict[str, MakeCache] = {
+        row: compressed(bits, **options) for row, (bits, options) in variants().items()
+    }
+    ids = windows_of(tokenizer, haystack(), tokens, windows)
+    found = compare_caches(
+        model, ids, caches | peer_caches(["all"]), prefill=tokens // 2, chunk=CHUNK, progress=_dots
+    )
+    bits = long_bits(model.config)
+    rows = [
+        {"cache": row, "bits_long": bits[row], **result.to_dict()} for row, result in found.items()
+    ]
+    return {
+        "model": title,
+        "machine": machine.describe(),
+        "windows": list(ids.shape),
+        "chunk": CHUNK,
+        "long_context": LONG_CONTEXT,
+        "rows": sorted(rows, key=lambda row: -row["bits_long"]),
+    }
+
+
+def _dots(done: int, total: int) -> None:
+    print(f"\r{done} of {total} chunks", end="\n" if done == total else "", flush=True)
+
+
+def main() -> None:
+    """Measure every cache on the chosen models; print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--windows", type=int, default=8, help="at most")
+    parser.add_argument("--tokens", type=int, default=768, help="of a window")
+    parser.add_argument("--out", type=Path, help="folder of the JSON files, one a model")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in arguments.models:
+        print(MODELS[name][0])
+        document = evaluate(name, arguments.windows, arguments.tokens)
+        for row in document["rows"]:
+            print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  KL {row['kl']['mean']:.5f}")
+        if arguments.out:
+            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+            (arguments.out / f"eval_{name}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`sixfold eval niah`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sixfold.cli import plot
+from sixfold.cli.common import (
+    BitsOption,
+    JsonOption,
+    ModelArgument,
+    PlotOption,
+    TextOption,
+    load_model,
+    parse_bits,
+    parse_list,
+    read_text,
+)
+from sixfold.cli.evaluation.contenders import (
+    AgainstOption,
+    contenders,
+    label,
+    with_uncompressed,
+)
+from sixfold.cli.render import Output, progress_bar
+from sixfold.eval import embedded, machine
+from sixfold.eval.niah import Retrieval, retrieve
+
+
+def niah(
+    model_name: ModelArgument = embedded.NAME,
+    file: TextOption = None,
+    bits: BitsOption = "4,3,2",
+    against: AgainstOption = "",
+    lengths: Annotated[str, typer.Option(help="Document lengths in tokens.")] = "512,1024,2048",
+    depths: Annotated[str, typer.Option(help="Depths, 0 first to 1 last.")] = "0,0.25,0.5,0.75,1",
+    documents: Annotated[int, typer.Option(min=1, help="Documents a length.")] = 2,
+    seed: int = 0,
+    json: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Exact retrieval of numbers hidden in a text, by length and depth.
+
+    Rows are sorted by the bits held a value of the longest documents.
+    """
+    output, text = Output(json), read_text(file)
+    caches = with_uncompressed(contenders(parse_bits(bits), against))
+    sizes, places = parse_list(lengths, int, "--lengths"), parse_list(depths, float, "--depths")
+    model, tokenizer = load_model(model_name)
+    with progress_bar("finding needles") as progress:
+        found = retrieve(
+            model,
+            tokenizer,
+            text,
+            caches,
+            lengths=sizes,
+            depths=places,
+            documents=documents,
+            seed=seed,
+            progress=progress,
+        )
+    found = dict(sorted(found.items(), key=lambda row: -row[1].bits_per_value))
+    output.table(
+        f"{model_name}: needles found exactly",
+        ["cache", "bits", *(f"{size} tokens" for size in sizes), "all"],
+        [_cells(name, one, sizes) for name, one in found.items()],
+    )
+    rows = {name: one.to_dict() for name, one in found.items()}
+    output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
+    if plot_file is not None:
+        _draw(found, sizes, places, plot_file)
+
+
+def _cells(name: str, one: Retrieval, sizes: Sequence[int]) -> list[str]:
+    parts = [Retrieval(tuple(cell for cell in one.cells if cell.tokens == size)) for size in sizes]
+    bits = f"{one.bits_per_value:.2f}"
+    return [label(name), bits, *(f"{part.exact}/{part.asked}" for part in (*parts, one))]
+
+
+def _draw(
+    found: Mapping[str, Retrieval], sizes: Sequence[int], depths: Sequence[float], path: Path
+) -> None:
+    figure, axes = plot.new_figure(len(found), width=3, height=3)
+    for axis, (name, one) in zip(axes, found.items(), strict=True):
+        share = {(cell.tokens, cell.depth): cell.exact / cell.asked for cell in one.cells}
+        grid = [[share[size, depth] for size in sizes] for depth in depths]
+        labels = [f"{depth:g}" for depth in depths], [str(size) for size in sizes]
+        plot.heatmap(axis, label(name), grid, *labels)
+        axis.set(xlabel="tokens", ylabel="depth")
+    plot.save(figure, path)

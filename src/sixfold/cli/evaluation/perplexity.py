@@ -1,0 +1,94 @@
+"""`sixfold eval perplexity`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sixfold.cli import plot
+from sixfold.cli.common import (
+    BitsOption,
+    JsonOption,
+    ModelArgument,
+    PlotOption,
+    TextOption,
+    load_model,
+    parse_bits,
+    read_text,
+)
+from sixfold.cli.evaluation.contenders import UNCOMPRESSED, AgainstOption, contenders, label
+from sixfold.cli.render import Output, progress_bar
+from sixfold.eval import embedded, machine
+from sixfold.eval.estimate import Estimate
+from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
+
+_COLUMNS = ("cache", "bits", "ppl", "change", "mean KL", "99% KL", "top-1")
+
+
+def perplexity(
+    model_name: ModelArgument = embedded.NAME,
+    file: TextOption = None,
+    bits: BitsOption = "4,3.5,3,2.5,2",
+    against: AgainstOption = "",
+    window: Annotated[int, typer.Option(min=4, help="Tokens of a window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, at most.")] = 8,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, help="Tokens not scored; half a window by default.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass after that.")] = 64,
+    json: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Perplexity and KL to the uncompressed model, with the history read from codes.
+
+    Rows are sorted by the bits held a value, windows and scales included; ± is half a 95% interval
+    of the mean over windows, and changes are paired window by window.
+    """
+    output, text = Output(json), read_text(file)
+    caches = contenders(parse_bits(bits), against)
+    model, tokenizer = load_model(model_name)
+    ids = windows_of(tokenizer, text, window, windows)
+    with progress_bar("reading text") as progress:
+        found = compare_caches(
+            model, ids, caches, prefill=prefill or window // 2, chunk=chunk, progress=progress
+        )
+    first = next(iter(found.values()))
+    ranked = sorted(found.items(), key=lambda row: -row[1].nbytes)
+    exact = [label(UNCOMPRESSED), "16.00", f"{first.uncompressed_perplexity:.3f}", *["-"] * 4]
+    output.table(
+        f"{model_name}: {first.scored_tokens} tokens in {first.windows} windows of {window}",
+        _COLUMNS,
+        [exact, *(_cells(name, one) for name, one in ranked)],
+    )
+    rows = {name: one.to_dict() for name, one in ranked}
+    output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
+    if plot_file is not None:
+        _draw(found, plot_file)
+
+
+def _cells(name: str, one: CacheComparison) -> list[str]:
+    return [
+        label(name),
+        f"{one.bits_per_value:.2f}",
+        f"{one.perplexity:.3f}",
+        _plus_minus(one.perplexity_change, "+.2%"),
+        _plus_minus(one.kl, ".4f"),
+        f"{one.kl_p99:.4f}",
+        f"{one.top1_agreement.mean:.1%}",
+    ]
+
+
+def _plus_minus(estimate: Estimate, form: str) -> str:
+    half = estimate.half_width
+    # The sign of a mean says nothing about its interval; no spaces, to fit 80 columns.
+    return f"{estimate.mean:{form}}" + (f"±{half:{form.lstrip('+')}}" if half is not None else "")
+
+
+def _draw(found: Mapping[str, CacheComparison], path: Path) -> None:
+    figure, axes = plot.new_figure(1, width=7, height=5)
+    points = {label(name): (one.bits_per_value, one.kl.mean) for name, one in found.items()}
+    ours = {label(name) for name in found if label(name) != name}
+    plot.scatter(axes[0], "KL to uncompressed, nats", points, ours)
+    axes[0].set(xlabel="bits a value, everything held", yscale="log")
+    plot.save(figure, path)
