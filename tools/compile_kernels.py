@@ -1,0 +1,164 @@
+"""Compile every Triton kernel to machine code without a GPU, and say what it needs.
+
+    python -m tools.compile_kernels --json docs/results/gpu_kernels.json
+
+Fails where a kernel needs more registers or local memory than its budget, where one that promises
+the same bits everywhere fuses a product into a sum, and where one that promises tensor cores has
+none.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TARGETS = (80, 90, 100)
+MAX_REGISTERS = 255
+# Bytes of local memory a thread may take, by the name of a variant; with a reason each.
+LOCAL_BYTES: dict[str, int] = {}
+
+_VARIANTS = ("tests.kernels.triton_variants_vectors", "tests.kernels.triton_variants")
+_TENSOR_CORES = re.compile(r"^\s*(?:@%\w+ )?(mma\.sync|wgmma\.mma|tcgen05\.mma)", re.MULTILINE)
+# What would give other bits than separately rounded operations: fused ones, ones of a compiler's
+# choice, and ones that flush small numbers to zero.
+_INEXACT = re.compile(
+    r"^\s*(?:@%\w+ )?(fma\.\w+\.f(?:32|64)|(?:mul|add|sub)\.f(?:32|64)"
+    r"|(?:mul|add|sub|div|sqrt)\.[\w.]*(?:ftz|approx|full)[\w.]*)",
+    re.MULTILINE,
+)
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+def variants(everything: bool) -> Iterator[Any]:
+    """The variants of every list there is; without `everything`, those that stand for the rest."""
+    for name in _VARIANTS:
+        if importlib.util.find_spec(name) is None:
+            continue
+        module = importlib.import_module(name)
+        yield from module.variants() if everything else module.representative()
+
+
+def compiled(variant: Any, capability: int) -> dict[str, Any]:
+    """Compile one variant for one target and read what it needs from the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, exact = variant.kernel, getattr(variant, "exact", False)
+    types = variant.types | dict.fromkeys(variant.constants, "constexpr")
+    position = {name: index for index, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        {name: types[name] for name in kernel.arg_names},
+        {(position[name],): value for name, value in variant.constants.items()},
+        # Tensors of torch are aligned, and so are strides of whole vectors or pages.
+        {
+            (position[name],): [["tt.divisibility", 16]]
+            for name, kind in variant.types.items()
+            if kind.startswith("*") or name.split("_")[0] in ("x", "page", "scale")
+        },
+    )
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": not exact,
+    }
+    started = time.perf_counter()
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = result.asm["ptx"]
+    registers, stack, local = _resources(result.asm["cubin"])
+    return {
+        "kernel": variant.name,
+        "target": f"sm_{capability}",
+        "registers": registers,
+        "shared_bytes": result.metadata.shared,
+        "local_bytes": stack + local,
+        "warps": variant.num_warps,
+        "tensor_cores": sorted(set(_TENSOR_CORES.findall(ptx))),
+        "inexact": sorted(set(_INEXACT.findall(ptx))) if exact else None,
+        "expects_tensor_cores": variant.tensor_cores,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, and bytes of stack and local memory: where spills would lie."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = [tuple(map(int, match.groups())) for match in _USAGE.finditer(listing)]
+    if not found:
+        raise RuntimeError(f"cuobjdump does not name what the kernel uses: {listing!r}")
+    registers, stack, local = (max(column) for column in zip(*found, strict=True))
+    return registers, stack, local
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is beyond the budget of a compiled variant."""
+    budget = LOCAL_BYTES.get(row["kernel"], 0)
+    found = []
+    if row["registers"] > MAX_REGISTERS:
+        found.append(f"{row['registers']} registers, at most {MAX_REGISTERS}")
+    if row["local_bytes"] > budget:
+        found.append(f"{row['local_bytes']} bytes of local memory, at most {budget}")
+    if row["inexact"]:
+        found.append(f"promises separately rounded operations, has {', '.join(row['inexact'])}")
+    if row["expects_tensor_cores"] and not row["tensor_cores"]:
+        found.append("promises tensor cores, has none")
+    return [f"{row['kernel']} for {row['target']}: {problem}" for problem in found]
+
+
+def main() -> None:
+    """Compile, print a line each, write the JSON, and exit with 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--representative", action="store_true", help="one variant a way of work")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="as 80,90,100")
+    parser.add_argument("--json", type=Path, help="write the list here")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    import triton
+
+    targets = [int(target) for target in options.targets.split(",")]
+    wanted = [v for v in variants(not options.representative) if options.only in v.name]
+    rows, wrong = [], []
+    for variant in wanted:
+        for target in targets:
+            row = compiled(variant, target)
+            rows.append(row)
+            wrong += problems(row)
+            print(
+                f"{row['kernel']:44} {row['target']:7} {row['registers']:3} registers "
+                f"{row['shared_bytes']:6} B shared {row['local_bytes']:3} B local "
+                f"{' '.join(row['tensor_cores']) or '-'} {row['seconds']:5.1f} s",
+                flush=True,
+            )
+    if options.json:
+        results = {"triton": triton.__version__, "rows": [_committed(row) for row in rows]}
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+def _committed(row: dict[str, Any]) -> dict[str, Any]:
+    kept = ("kernel", "target", "registers", "shared_bytes", "local_bytes", "warps", "tensor_cores")
+    return {name: row[name] for name in kept}
+
+
+if __name__ == "__main__":
+    main()
