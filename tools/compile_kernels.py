@@ -2,16 +2,15 @@
 
     python -m tools.compile_kernels --json docs/results/gpu_kernels.json
 
-Fails where a kernel needs more registers or local memory than its budget, where one that promises
-the same bits everywhere fuses a product into a sum, and where one that promises tensor cores has
-none.
+Fails where a kernel needs more registers or spills more of them than its budget, where one that
+promises the same bits everywhere fuses a product into a sum, and where one that promises tensor
+cores has none.
 """
 
 import argparse
 import importlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,8 +22,8 @@ from typing import Any
 
 TARGETS = (80, 90, 100)
 MAX_REGISTERS = 255
-# Bytes of local memory a thread may take, by the name of a variant; with a reason each.
-LOCAL_BYTES: dict[str, int] = {}
+# Loads and stores of spilled registers a variant may have, by its name; with a reason each.
+SPILLS: dict[str, int] = {}
 
 _VARIANTS = ("tests.kernels.triton_variants_vectors", "tests.kernels.triton_variants")
 _TENSOR_CORES = re.compile(r"^\s*(?:@%\w+ )?(mma\.sync|wgmma\.mma|tcgen05\.mma)", re.MULTILINE)
@@ -35,7 +34,10 @@ _INEXACT = re.compile(
     r"|(?:mul|add|sub|div|sqrt)\.[\w.]*(?:ftz|approx|full)[\w.]*)",
     re.MULTILINE,
 )
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_REGISTERS = re.compile(r"REG:(\d+)")
+# Local memory is where spilled registers lie; a frame that no instruction touches is that of a
+# division's subroutine.
+_SPILLS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?(?:LDL|STL)\b", re.MULTILINE)
 
 
 def variants(everything: bool) -> Iterator[Any]:
@@ -47,8 +49,11 @@ def variants(everything: bool) -> Iterator[Any]:
         yield from module.variants() if everything else module.representative()
 
 
-def compiled(variant: Any, capability: int) -> dict[str, Any]:
-    """Compile one variant for one target and read what it needs from the machine code."""
+def compiled(variant: Any, capability: int, fuse: bool = False) -> dict[str, Any]:
+    """Compile one variant for one target and read what it needs from the machine code.
+
+    With `fuse`, as Triton would compile it by itself.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -70,18 +75,18 @@ def compiled(variant: Any, capability: int) -> dict[str, Any]:
     options = {
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
-        "enable_fp_fusion": not exact,
+        "enable_fp_fusion": fuse or not exact,
     }
     started = time.perf_counter()
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = result.asm["ptx"]
-    registers, stack, local = _resources(result.asm["cubin"])
+    registers, spills = _resources(result.asm["cubin"])
     return {
         "kernel": variant.name,
         "target": f"sm_{capability}",
         "registers": registers,
         "shared_bytes": result.metadata.shared,
-        "local_bytes": stack + local,
+        "spills": spills,
         "warps": variant.num_warps,
         "tensor_cores": sorted(set(_TENSOR_CORES.findall(ptx))),
         "inexact": sorted(set(_INEXACT.findall(ptx))) if exact else None,
@@ -90,31 +95,34 @@ def compiled(variant: Any, capability: int) -> dict[str, Any]:
     }
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers a thread, and bytes of stack and local memory: where spills would lie."""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and instructions that load or store spilled ones."""
+    usage, code = _cuobjdump(cubin, "--dump-resource-usage"), _cuobjdump(cubin, "--dump-sass")
+    found = _REGISTERS.findall(usage)
+    if not found or "EXIT" not in code:
+        raise RuntimeError(f"cuobjdump does not say what the kernel uses: {usage!r}")
+    return max(map(int, found)), len(_SPILLS.findall(code))
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = [tuple(map(int, match.groups())) for match in _USAGE.finditer(listing)]
-    if not found:
-        raise RuntimeError(f"cuobjdump does not name what the kernel uses: {listing!r}")
-    registers, stack, local = (max(column) for column in zip(*found, strict=True))
-    return registers, stack, local
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def problems(row: dict[str, Any]) -> list[str]:
     """What is beyond the budget of a compiled variant."""
-    budget = LOCAL_BYTES.get(row["kernel"], 0)
+    budget = SPILLS.get(row["kernel"], 0)
     found = []
     if row["registers"] > MAX_REGISTERS:
         found.append(f"{row['registers']} registers, at most {MAX_REGISTERS}")
-    if row["local_bytes"] > budget:
-        found.append(f"{row['local_bytes']} bytes of local memory, at most {budget}")
+    if row["spills"] > budget:
+        found.append(f"{row['spills']} loads and stores of spilled registers, at most {budget}")
     if row["inexact"]:
         found.append(f"promises separately rounded operations, has {', '.join(row['inexact'])}")
     if row["expects_tensor_cores"] and not row["tensor_cores"]:
@@ -130,10 +138,10 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="as 80,90,100")
     parser.add_argument("--json", type=Path, help="write the list here")
     options = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     import triton
 
+    if triton.knobs.runtime.interpret:
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     targets = [int(target) for target in options.targets.split(",")]
     wanted = [v for v in variants(not options.representative) if options.only in v.name]
     rows, wrong = [], []
@@ -144,7 +152,7 @@ def main() -> None:
             wrong += problems(row)
             print(
                 f"{row['kernel']:44} {row['target']:7} {row['registers']:3} registers "
-                f"{row['shared_bytes']:6} B shared {row['local_bytes']:3} B local "
+                f"{row['shared_bytes']:6} B shared {row['spills']:3} spills "
                 f"{' '.join(row['tensor_cores']) or '-'} {row['seconds']:5.1f} s",
                 flush=True,
             )
@@ -156,7 +164,7 @@ def main() -> None:
 
 
 def _committed(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("kernel", "target", "registers", "shared_bytes", "local_bytes", "warps", "tensor_cores")
+    kept = ("kernel", "target", "registers", "shared_bytes", "spills", "warps", "tensor_cores")
     return {name: row[name] for name in kept}
 
 

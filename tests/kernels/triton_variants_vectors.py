@@ -18,9 +18,11 @@ from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
 
 _CPU = torch.device("cpu")
-# Head dimensions in use, every class of rotation, and a large vector of a search index.
+# Head dimensions in use, every class of rotation, and large vectors of a search index: those that
+# are no powers of two are encoded by plain PyTorch.
 HEAD_DIMS = (64, 128, 256)
-OTHER_DIMS = (32, 33, 80, 96, 100, 200, 576, 1536)
+OTHER_DIMS = (32, 33, 80, 96, 100, 200)
+LARGE_DIMS = (576, 1024, 1536)
 
 
 class Variant(NamedTuple):
@@ -145,7 +147,6 @@ def representative() -> list[Variant]:
         rotate(128),
         rotate(80, inverse=True),
         rotate(33),
-        encode(128, 4),
         encode_pages(128, 4, "key"),
         encode_pages(128, 2.5, "value"),
         encode_pages(96, 3, "value"),
@@ -157,16 +158,16 @@ def representative() -> list[Variant]:
 def variants() -> list[Variant]:
     """Everything that is promised to compile."""
     layouts: tuple[Layout, ...] = ("key", "value")
-    dims = (*HEAD_DIMS, *OTHER_DIMS)
+    dims = (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)
     return [
         *(rotate(dim, inverse) for dim in dims for inverse in (False, True)),
         rotate(128, kind="orthogonal"),
-        *(encode(dim, 4) for dim in dims),
+        *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
         *(encode_pages(dim, bits, way) for dim in HEAD_DIMS for bits in BITS for way in layouts),
-        *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS[:-1] for bits in (3, 3.5)),
+        *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
         *(decode(dim, 4) for dim in dims),
         *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),
-        *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS[:-1]),
+        *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS),
         decode_pages(128, 4, "key", rotated=True),
     ]

@@ -156,8 +156,7 @@ def encode(
     scale: Scale,
 ) -> tuple[UInt8[Tensor, "*b row_bytes"], Float16[Tensor, "*b"]]:
     """See `sixfold.kernels.encode.encode`."""
-    if x.dtype is torch.float64:
-        # Normalised in float64, which is not worth a kernel.
+    if not _fused(x, turns, factor):
         return reference.encode(x, turns, factor, centroids, bits=bits, scale=scale)
     batch, dim, count = x.shape[:-1], x.shape[-1], x.shape[:-1].numel()
     constants = launch.rotation(dim, turns, factor) | launch.codebook(dim, bits, centroids)
@@ -202,7 +201,7 @@ def encode_pages(
 
     Slots are trusted: looking at them would wait for the device.
     """
-    if x.dtype is torch.float64:
+    if not _fused(x, turns, factor):
         reference.encode_pages(
             x,
             mean,
@@ -251,6 +250,17 @@ def encode_pages(
         **constants,
         **launch.EXACT,
     )
+
+
+def _fused(x: Tensor, turns: Tensor, factor: Tensor) -> bool:
+    """Whether one kernel does it; otherwise plain PyTorch does, on the same device.
+
+    float64 is normalised in float64. Padded tiles of more than 512 columns change their order
+    through more registers than a thread has.
+    """
+    constants = launch.rotation(x.shape[-1], turns, factor)
+    padded = constants["SIZE"] != constants["DIM"]
+    return x.dtype is not torch.float64 and not (padded and constants["SIZE"] > 512)
 
 
 def _check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:
