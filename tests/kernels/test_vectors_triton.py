@@ -1,4 +1,4 @@
-"""Triton's rotate, encode and decode against the references, bit for bit.
+"""Triton's rotate, encode, decode and scores against the references, bit for bit.
 
 In Triton's interpreter where there is no GPU; on one, the same tests run the compiled kernels.
 """
@@ -16,7 +16,7 @@ from sixfold.kernels.decode import reference as decode_reference
 from sixfold.kernels.encode import Scale
 from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.rotate import reference as rotate_reference
-from sixfold.packing import BITS, Bits, Layout
+from sixfold.packing import BITS, Bits, Layout, decode_scale
 from sixfold.rotation import RotationKind
 from tests.kernels.vector_cases import (
     DIMS,
@@ -25,6 +25,7 @@ from tests.kernels.vector_cases import (
     SLOTS,
     assert_same_bits,
     assert_same_codes,
+    expanded,
     maps_of,
     mixed,
     paged_vectors,
@@ -37,6 +38,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 rotate_triton = pytest.importorskip("sixfold.kernels.rotate.triton")
 encode_triton = pytest.importorskip("sixfold.kernels.encode.triton")
 decode_triton = pytest.importorskip("sixfold.kernels.decode.triton")
+scores_triton = pytest.importorskip("sixfold.kernels.scores.triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK_DIMS = (1, 2, 20, 32, 33, 64, 80, 96, 128, 256)
@@ -281,6 +283,29 @@ def test_pages_of_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
     assert_same_codes(on_cpu(*got), expected)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("dim", "batch", "n", "n_queries"),
+    [(1, (), 1, 1), (20, (2,), 33, 3), (80, (), 500, 9), (64, (3,), 0, 3), (128, (2, 2), 40, 0)],
+)
+def test_scores(dim: int, batch: tuple[int, ...], n: int, n_queries: int, bits: Bits) -> None:
+    turns, factor, book = tables(dim, bits)
+    count = torch.Size(batch).numel() * n
+    x = gaussian(count, dim, seed=4).view(*batch, n, dim)
+    rows, stored = encode_reference.encode(x, turns, factor, book, bits=bits, scale="unbiased")
+    stored[..., n // 2 : n // 2 + 1] = torch.nan
+    queries = gaussian(torch.Size(batch).numel() * n_queries, dim, seed=5)
+    queries = queries.view(*batch, n_queries, dim)
+    got = scores_triton.scores(*on_device(queries, rows, stored, book), bits=bits).cpu()
+    exact = queries.double() @ expanded(rows, book, dim, bits).double().mT
+    exact = exact * decode_scale(stored)[..., None, :]
+    # Rounding of sums of dim products.
+    bound = queries.norm(dim=-1)[..., None] * decode_scale(stored)[..., None, :] * dim**0.5
+    close = (got - exact).abs() <= 2**-22 * bound
+    assert (close | exact.isnan()).all()
+    assert torch.equal(got.isnan(), exact.isnan())
+
+
 @pytest.mark.usefixtures("unhooked")
 def test_tensors_that_do_not_fit_are_refused() -> None:
     turns, factor, book = on_device(*tables(64, 4))
@@ -294,6 +319,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     rows, stored = encode_triton.encode(x, turns, factor, book, bits=4, scale="norm")
     with pytest.raises(ShapeError, match="rows: expected"):
         decode_triton.decode(rows[:, :-4], stored, turns, factor, book, dim=64, bits=4)
+    with pytest.raises(ShapeError, match="rows: expected"):
+        scores_triton.scores(x[None], rows, stored, book, bits=4)
     pages, scales = on_device(*pages_of(64, 4))
     options: dict[str, Any] = {"bits": 4, "layout": "key"}
     with pytest.raises(ShapeError, match="pages: expected"):

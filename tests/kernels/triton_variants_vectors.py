@@ -14,6 +14,8 @@ from sixfold.kernels.decode.triton import decode_kernel, decode_pages_kernel
 from sixfold.kernels.encode import Scale
 from sixfold.kernels.encode.triton import encode_kernel, encode_pages_kernel
 from sixfold.kernels.rotate.triton import rotate_kernel
+from sixfold.kernels.scores.triton import constants as scores_constants
+from sixfold.kernels.scores.triton import scores_kernel
 from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
 
@@ -141,6 +143,16 @@ def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) ->
     return _variant(name, decode_pages_kernel, types, constants)
 
 
+def scores(dim: int, bits: Bits, queries: int = 16) -> Variant:
+    """`scores_kernel`; sums in any order."""
+    types = {"queries": "*fp32", "rows": "*u8", "scales": "*fp16", "centroids": "*fp32"}
+    types |= {"products": "*fp32", "n_queries": "i32", "n": "i32"}
+    constants = scores_constants(dim, bits, queries)
+    constants |= launch.codebook(dim, bits, centroids(dim, bits))
+    name = f"scores {bits:g} bits, dim {dim}, {constants['QUERIES']} queries"
+    return Variant(name, scores_kernel, types, constants, 4, 2, tensor_cores=True, exact=False)
+
+
 def representative() -> list[Variant]:
     """One variant a kernel and way of working: what every change compiles."""
     return [
@@ -152,6 +164,7 @@ def representative() -> list[Variant]:
         encode_pages(96, 3, "value"),
         decode(128, 4),
         decode_pages(128, 3, "key"),
+        scores(128, 4),
     ]
 
 
@@ -170,4 +183,6 @@ def variants() -> list[Variant]:
         *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),
         *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS),
         decode_pages(128, 4, "key", rotated=True),
+        *(scores(dim, bits) for dim in HEAD_DIMS for bits in BITS),
+        *(scores(dim, 4, queries=64) for dim in (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)),
     ]

@@ -31,15 +31,12 @@ def row_symbols(
     rows,
     vector,
     mask,
-    columns,
+    index,
+    COUNT: tl.constexpr,
     SYMBOL: tl.constexpr,
-    DIM: tl.constexpr,
-    PAIRED: tl.constexpr,
 ):
-    """Symbols of packed rows, int32 [vectors, columns], of the coordinates `columns`."""
-    COUNT: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
-    index = pages.symbol_index(columns, DIM, PAIRED)
-    symbol = tl.zeros([vector.shape[0], columns.shape[0]], tl.int32)
+    """Symbols of packed rows of COUNT, int32 [vectors, columns], that stand at `index`."""
+    symbol = tl.zeros([vector.shape[0], index.shape[0]], tl.int32)
     for digit in tl.static_range(4):
         if SYMBOL & (8 >> digit):
             symbol = _plane(rows, vector, mask, index, symbol, COUNT, SYMBOL, 8 >> digit)
@@ -64,7 +61,9 @@ def codewords(
     """scale·codeword of rows ("rows") or of tokens of a page ("key", "value"); zeros in padding."""
     columns = coordinates(SIZE, INNER, WIDTH)
     if LAYOUT == "rows":
-        symbol = row_symbols(codes, token, mask, columns, SYMBOL, DIM, PAIRED)
+        COUNT: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
+        index = pages.symbol_index(columns, DIM, PAIRED)
+        symbol = row_symbols(codes, token, mask, index, COUNT, SYMBOL)
     else:
         symbol = pages.symbols(
             codes, token[:, None], columns[None, :], SYMBOL, DIM, PAIRED, LAYOUT == "key"
