@@ -161,15 +161,22 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        results = {"triton": triton.__version__, "rows": [_committed(row) for row in rows]}
+        results = {"triton": triton.__version__, "rows": by_kernel(rows)}
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if wrong:
         sys.exit("\n".join(wrong))
 
 
-def _committed(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("kernel", "target", "registers", "shared_bytes", "spills", "warps", "tensor_cores")
-    return {name: row[name] for name in kept}
+def by_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is committed: a row a kernel, with what it needs on every target."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kernel = kernels.setdefault(
+            row["kernel"], {"kernel": row["kernel"], "warps": row["warps"], "targets": {}}
+        )
+        kept = ("registers", "shared_bytes", "spills", "tensor_cores")
+        kernel["targets"][row["target"]] = {name: row[name] for name in kept}
+    return list(kernels.values())
 
 
 if __name__ == "__main__":
