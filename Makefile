@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)
 REQUIRE := SIXFOLD_REQUIRE_EXTENSION=$(if $(COMPILER),1,0)
 
-.PHONY: setup demo test check bench results sanitize test-neon clean
+.PHONY: setup demo test check bench bench-gpu results sanitize test-neon clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: check
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --op attention
+
+# On the machine with the GPU, whose own Python has torch and Triton: no environment is made.
+bench-gpu:
+	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --json docs/results/gpu.json
 
 results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json

@@ -135,6 +135,29 @@ def benchmark_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels_table(results: dict[str, Any]) -> str:
+    """One line for every kernel of `python -m tools.compile_kernels --json`."""
+    rows = results["rows"]
+    targets = list(rows[0]["targets"])
+    lines = [
+        _joined(["kernel", "warps", *targets]),
+        _joined(["---", "---:", *["---"] * len(targets)]),
+    ]
+    for row in rows:
+        cells = [_needs(row["targets"][target]) for target in targets]
+        lines.append(_joined([row["kernel"], str(row["warps"]), *cells]))
+    return "\n".join(
+        [*lines, "", f"Registers a thread and shared memory; Triton {results['triton']}."]
+    )
+
+
+def _needs(needs: dict[str, Any]) -> str:
+    parts = [str(needs["registers"]), f"{needs['shared_bytes'] / 1024:.1f} kB"]
+    if needs["spills"]:
+        parts.append(f"{needs['spills']} spills")
+    return ", ".join([*parts, *(f"`{name}`" for name in needs["tensor_cores"])])
+
+
 OPTIONAL_COLUMNS = {
     "error": "error",
     "nbytes": "bytes moved",
@@ -194,11 +217,16 @@ EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in ("eval_embedded", "eval_hard")
 )
+GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS) if block.results.exists()),
+    *(
+        block
+        for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK)
+        if block.results.exists()
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,17 @@ def test_tables_show_every_row(tmp_path: Path) -> None:
     assert len(table) == len(document["rows"]) + 2
     assert "prefill" not in table[0]
     assert table[2].startswith("| torch matmul bf16 | 64 |")
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_to_the_end_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--json", str(path)]
+    subprocess.run(command, cwd=Path(__file__).resolve().parents[2], check=True)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["smoke"]
+    assert all(check["passed"] for check in document["checks"])
+    contenders = {row["contender"] for row in document["rows"]}
+    assert {"copy", "store 4 bits", "codes 4 bits", "keys fp32", "sixfold 2.5 bits"} <= contenders
+    assert all(row["error"] < 0.5 for row in document["rows"] if row["error"] is not None)

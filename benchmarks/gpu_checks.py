@@ -1,0 +1,110 @@
+"""Whether the compiled kernels do what the references do, before anything is timed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_cases import (
+    Shape,
+    attend,
+    compressed,
+    exact_attention,
+    random,
+    relative,
+    tables,
+)
+from sixfold.kernels import _dispatch
+from sixfold.kernels.decode import decode
+from sixfold.kernels.decode import reference as decode_reference
+from sixfold.kernels.encode import encode
+from sixfold.kernels.encode import reference as encode_reference
+from sixfold.packing import Bits, Layout
+
+CPU = torch.device("cpu")
+
+
+def use_interpreter() -> None:
+    """On a CPU: operations that have a Triton backend run it, in Triton's interpreter."""
+    # The environment's override would refuse operations that have none.
+    _dispatch._FASTEST["cpu"] = "triton"
+
+
+def checks(device: torch.device, bits: Sequence[Bits], quick: bool) -> list[dict[str, Any]]:
+    """Codes and vectors bit for bit against the CPU's reference; attention against float64."""
+    found = []
+    for dim in (64, 80) if quick else (64, 80, 128, 256, 33):
+        for width in bits:
+            found.append(_codes(dim, width, device, 20 if quick else 2000))
+    shape = Shape(4, 2, 64) if quick else Shape()
+    for width in bits:
+        found.append(_attention(width, shape, 128 if quick else 4096, device))
+    for check in found:
+        print(f"{'ok  ' if check['passed'] else 'FAIL'} {check['check']}", flush=True)
+    return found
+
+
+def _codes(dim: int, bits: Bits, device: torch.device, count: int) -> dict[str, Any]:
+    x = random(count, dim, device=device, seed=dim)
+    x[0] = 0
+    x[1, 0] = torch.nan
+    rows, scales = encode(x, *tables(dim, bits, device), bits=bits, scale="unbiased")
+    arrays = tables(dim, bits, CPU)
+    expected = encode_reference.encode(x.cpu(), *arrays, bits=bits, scale="unbiased")
+    vectors = decode(rows, scales, *tables(dim, bits, device), dim=dim, bits=bits).cpu()
+    decoded = decode_reference.decode(*expected, *arrays, dim=dim, bits=bits)
+    differing = int((rows.cpu() != expected[0]).any(-1).sum())
+    same_scales = _same(scales.cpu().view(torch.int16), expected[1].view(torch.int16))
+    # A dense rotation's sums are in float64, in an order of their own.
+    same_vectors = bool(torch.allclose(vectors, decoded, 1e-6, 1e-9, equal_nan=True))
+    exact = len(arrays[0]) > 0 and _same(vectors.nan_to_num(), decoded.nan_to_num())
+    return {
+        "check": f"codes, dim {dim}, {bits:g} bits",
+        "vectors": count,
+        "differing_codes": differing,
+        "bit_identical": differing == 0 and same_scales and exact,
+        "passed": same_vectors
+        and ((differing == 0 and same_scales and exact) or (len(arrays[0]) == 0 and differing < 2)),
+    }
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    return bool(torch.equal(got, expected))
+
+
+def _attention(bits: Bits, shape: Shape, tokens: int, device: torch.device) -> dict[str, Any]:
+    """The error of attention on codes, beside that of exact attention on the decoded codes."""
+    from sixfold.kernels.decode import decode_pages
+
+    size = (2, shape.kv_heads, tokens, shape.dim)
+    keys, values = (random(*size, device=device, seed=seed) for seed in (7, 8))
+    query = random(2, shape.heads, 1, shape.dim, device=device, seed=9).float()
+    paged = compressed(keys, values, bits, shape)
+    arrays = tables(shape.dim, bits, device)
+    sides: list[tuple[tuple[Tensor, Tensor], Layout]]
+    sides = [(paged.keys, "key"), (paged.values, "value")]
+    dense = [
+        decode_pages(
+            *side,
+            paged.slots,
+            None,
+            None,
+            *arrays,
+            dim=shape.dim,
+            bits=bits,
+            layout=layout,
+            dtype=torch.float32,
+        )
+        for side, layout in sides
+    ]
+    on_codes = exact_attention(query, *dense)
+    got = attend(query, paged, bits)
+    error = relative(got, on_codes)
+    return {
+        "check": f"attention, dim {shape.dim}, {bits:g} bits",
+        "error_against_decoded_in_float64": error,
+        "error_against_originals": relative(got, exact_attention(query, keys, values)),
+        # Operands of float16, products added up in float32.
+        "passed": error < 2**-9,
+    }

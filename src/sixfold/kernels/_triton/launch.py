@@ -1,0 +1,96 @@
+"""What launches of the vector kernels have in common."""
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from sixfold.errors import ShapeError
+from sixfold.packing import PAGE_TOKENS, Bits, is_paired, row_bytes, symbol_bits
+
+# Codes have the same bits everywhere: no product is fused into a sum.
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+
+# 16 coordinates a thread, 32 of large vectors: they stay in registers.
+_TILE_ELEMENTS = 2048
+_INTERPRETED_ELEMENTS = 1 << 16
+
+
+def interpreted() -> bool:
+    """Whether kernels run as Python on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rotation(dim: int, turns: Tensor, factor: Tensor) -> dict[str, int]:
+    """The constants of `rotate.unnormalized`.
+
+    Raises:
+        ShapeError: The tensors are no rotation of `dim` coordinates.
+    """
+    rounds, order = len(turns), len(factor)
+    blocks = dim // order if order else 0
+    valid = order == dim if rounds == 0 else order == 1 or order % 4 == 0
+    if not valid or blocks * order != dim or blocks & (blocks - 1) or (rounds and dim % 2):
+        raise ShapeError(
+            f"expected a factor of order m with dim = m·2^k (m = 1 or a multiple of 4; m = dim "
+            f"without rounds), got order {order}, {rounds} rounds and dim {dim}; take both "
+            f"tensors from one sixfold.rotation.Rotation({dim})"
+        )
+    if rounds and tuple(turns.shape) != (rounds, 2, dim // 2):
+        raise ShapeError(f"turns: expected [rounds, 2, {dim // 2}], got {list(turns.shape)}")
+    inner = order // 2 if rounds and blocks == 1 else order
+    # One column too many where there would be no zero to pad with (`in_order`).
+    width = power_of_two(max(inner, 2 if rounds == 0 else 1))
+    size = width * (2 if rounds and blocks == 1 else blocks)
+    return {
+        "DIM": dim,
+        "ROUNDS": rounds,
+        "ORDER": order,
+        "SIZE": size,
+        "INNER": inner,
+        "WIDTH": width,
+        "BLOCK": size if blocks == 1 else width,
+    }
+
+
+def codebook(dim: int, bits: Bits, centroids: Tensor) -> dict[str, int]:
+    """The constants of `quantize`, `pack` and `unpack`.
+
+    Raises:
+        ShapeError: `centroids` is no codebook of `bits`.
+    """
+    symbol, paired = symbol_bits(bits), is_paired(bits)
+    shape = (1 << symbol, 2) if paired else (1 << symbol,)
+    if centroids.shape != shape:
+        raise ShapeError(f"centroids: expected {list(shape)}, got {list(centroids.shape)}")
+    return {"SYMBOL": symbol, "PAIRED": paired}
+
+
+def check_pages(pages: Tensor, scales: Tensor, constants: dict[str, Any]) -> None:
+    """Refuse pages of other bits or dimensions.
+
+    Raises:
+        ShapeError: The tensors do not fit each other or the constants.
+    """
+    dim, symbol = constants["DIM"], constants["SYMBOL"]
+    count = (dim + 1) // 2 if constants["PAIRED"] else dim
+    shape = (*scales.shape[:2], PAGE_TOKENS * row_bytes(count, symbol))
+    if pages.shape != shape or pages.stride(-1) != 1 or scales.stride(-1) != 1:
+        raise ShapeError(
+            f"pages: expected {list(shape)} and scales, both contiguous in their last axis, got "
+            f"{list(pages.shape)}, strides {list(pages.stride())} and {list(scales.stride())}"
+        )
+
+
+def tile(constants: dict[str, int], least: int = 1) -> dict[str, int]:
+    """Vectors a program takes, at least `least` and at most a page of them, and its warps."""
+    # Dense rotations add up in float64. The interpreter pays by the operation, whatever its size.
+    elements = _TILE_ELEMENTS if constants["ROUNDS"] else _TILE_ELEMENTS // 2
+    elements = _INTERPRETED_ELEMENTS if interpreted() else elements
+    vectors = min(64, max(least, elements // constants["SIZE"]))
+    return {"N": vectors, "num_warps": 8 if vectors * constants["SIZE"] > 4096 else 4}

@@ -1,0 +1,188 @@
+"""What of the vector kernels is compiled where there is no GPU: launches as a GPU would see them.
+
+Import it where TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from sixfold.codebooks import centroids
+from sixfold.kernels._triton import launch
+from sixfold.kernels.decode.triton import decode_kernel, decode_pages_kernel
+from sixfold.kernels.encode import Scale
+from sixfold.kernels.encode.triton import encode_kernel, encode_pages_kernel
+from sixfold.kernels.rotate.triton import rotate_kernel
+from sixfold.kernels.scores.triton import constants as scores_constants
+from sixfold.kernels.scores.triton import scores_kernel
+from sixfold.packing import BITS, Bits, Layout
+from sixfold.rotation import Rotation, RotationKind
+
+_CPU = torch.device("cpu")
+# Head dimensions in use, every class of rotation, and large vectors of a search index: those that
+# are no powers of two are encoded by plain PyTorch.
+HEAD_DIMS = (64, 128, 256)
+OTHER_DIMS = (32, 33, 80, 96, 100, 200)
+LARGE_DIMS = (576, 1024, 1536)
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel; `types` names every argument that is no constant."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool = False
+    # Whether products must not be fused into sums.
+    exact: bool = True
+
+
+_TABLES = {"turns": "*fp32", "factor": "*fp32", "centroids": "*fp32"}
+_PAGE_STRIDES = {name: "i32" for name in ("page_slot", "page_head", "scale_slot", "scale_head")}
+
+
+def _rotation(dim: int, kind: RotationKind) -> dict[str, Any]:
+    rotation = Rotation(dim, kind)
+    return launch.rotation(dim, rotation.turns(_CPU), rotation.factor(_CPU))
+
+
+def _code(dim: int, bits: Bits, kind: RotationKind) -> dict[str, Any]:
+    return _rotation(dim, kind) | launch.codebook(dim, bits, centroids(dim, bits))
+
+
+def _variant(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], least: int = 1
+) -> Variant:
+    tile = launch.tile(constants, least)
+    constants = constants | {"N": tile["N"]}
+    return Variant(name, kernel, types, constants, tile["num_warps"], 3)
+
+
+def rotate(dim: int, inverse: bool = False, kind: RotationKind = "hadamard") -> Variant:
+    """`rotate_kernel` on float32 vectors."""
+    types = {"x": "*fp32", "turns": "*fp32", "factor": "*fp32", "out": "*fp32", "count": "i32"}
+    constants = _rotation(dim, kind)
+    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2), "INVERSE": inverse}
+    direction = ", inverse" * inverse
+    name = f"rotate dim {dim}{', dense' * (constants['ROUNDS'] == 0)}{direction}"
+    return _variant(name, rotate_kernel, types, constants)
+
+
+def encode(dim: int, bits: Bits, scale: Scale = "optimal") -> Variant:
+    """`encode_kernel` on float32 vectors."""
+    types = {"x": "*fp32", **_TABLES, "rows": "*i32", "scales": "*fp16", "count": "i32"}
+    constants = _code(dim, bits, "hadamard")
+    constants |= {"STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2), "SCALE": scale}
+    return _variant(f"encode {bits:g} bits, dim {dim}", encode_kernel, types, constants)
+
+
+def encode_pages(dim: int, bits: Bits, layout: Layout) -> Variant:
+    """`encode_pages_kernel` as a cache stores bfloat16 keys or values."""
+    keys = layout == "key"
+    types = {
+        "x": "*bf16",
+        **({"mean": "*fp32", "channel_scale": "*fp32"} if keys else {}),
+        **_TABLES,
+        "pages": "*i32",
+        "scales": "*fp16",
+        "slots": "*i64",
+        **{name: "i32" for name in ("n_pages", "heads", "x_batch", "x_head", "x_token")},
+        **_PAGE_STRIDES,
+    }
+    constants = _code(dim, bits, "hadamard")
+    constants |= {
+        "STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2),
+        "SCALE": "unbiased" if keys else "optimal",
+        "LAYOUT": layout,
+        "HAS_MEAN": keys,
+        "HAS_SCALE": keys,
+        # What Triton makes of a stride of one by itself.
+        "x_channel": 1,
+        **({} if keys else {"mean": None, "channel_scale": None}),
+    }
+    name = f"encode_pages {bits:g} bits, dim {dim}, {layout}"
+    return _variant(name, encode_pages_kernel, types, constants, least=4)
+
+
+def decode(dim: int, bits: Bits) -> Variant:
+    """`decode_kernel`."""
+    types = {"rows": "*u8", "scales": "*fp16", **_TABLES, "out": "*fp32", "count": "i32"}
+    constants = _code(dim, bits, "hadamard")
+    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2)}
+    return _variant(f"decode {bits:g} bits, dim {dim}", decode_kernel, types, constants)
+
+
+def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) -> Variant:
+    """`decode_pages_kernel` to bfloat16."""
+    keys = layout == "key" and not rotated
+    types = {
+        "pages": "*u8",
+        "scales": "*fp16",
+        "slots": "*i64",
+        **({"mean": "*fp32", "channel_scale": "*fp32"} if keys else {}),
+        **_TABLES,
+        "out": "*fp32" if rotated else "*bf16",
+        "n_pages": "i32",
+        "heads": "i32",
+        **_PAGE_STRIDES,
+    }
+    constants = _code(dim, bits, "hadamard")
+    constants |= {
+        "SHRINK": math.pow(dim, -constants["ROUNDS"] / 2),
+        "LAYOUT": layout,
+        "ROTATED": rotated,
+        "HAS_MEAN": keys,
+        "HAS_SCALE": keys,
+        **({} if keys else {"mean": None, "channel_scale": None}),
+    }
+    name = f"decode_pages {bits:g} bits, dim {dim}, {layout}{', rotated' * rotated}"
+    return _variant(name, decode_pages_kernel, types, constants)
+
+
+def scores(dim: int, bits: Bits, queries: int = 16) -> Variant:
+    """`scores_kernel`; sums in any order."""
+    types = {"queries": "*fp32", "rows": "*u8", "scales": "*fp16", "centroids": "*fp32"}
+    types |= {"products": "*fp32", "n_queries": "i32", "n": "i32"}
+    constants = scores_constants(dim, bits, queries)
+    constants |= launch.codebook(dim, bits, centroids(dim, bits))
+    name = f"scores {bits:g} bits, dim {dim}, {constants['QUERIES']} queries"
+    return Variant(name, scores_kernel, types, constants, 4, 2, tensor_cores=True, exact=False)
+
+
+def representative() -> list[Variant]:
+    """One variant a kernel and way of working: what every change compiles."""
+    return [
+        rotate(128),
+        rotate(80, inverse=True),
+        rotate(33),
+        encode_pages(128, 4, "key"),
+        encode_pages(128, 2.5, "value"),
+        encode_pages(96, 3, "value"),
+        decode(128, 4),
+        decode_pages(128, 3, "key"),
+        scores(128, 4),
+    ]
+
+
+def variants() -> list[Variant]:
+    """Everything that is promised to compile."""
+    layouts: tuple[Layout, ...] = ("key", "value")
+    dims = (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)
+    return [
+        *(rotate(dim, inverse) for dim in dims for inverse in (False, True)),
+        rotate(128, kind="orthogonal"),
+        *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
+        *(encode(128, bits) for bits in BITS if bits != 4),
+        *(encode_pages(dim, bits, way) for dim in HEAD_DIMS for bits in BITS for way in layouts),
+        *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
+        *(decode(dim, 4) for dim in dims),
+        *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),
+        *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS),
+        decode_pages(128, 4, "key", rotated=True),
+        *(scores(dim, bits) for dim in HEAD_DIMS for bits in BITS),
+        *(scores(dim, 4, queries=64) for dim in (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)),
+    ]
