@@ -1,0 +1,296 @@
+"""Attention of a block of query rows over a range of compressed pages, and the merge of ranges.
+
+Row r of a KV head is query r % queries of its group's head r // queries. `kernels/attention/README.md`
+derives what happens to a page.
+"""
+
+import triton
+import triton.language as tl
+
+from sixfold.kernels._triton.levels import magnitude_bytes, permuted_levels, permuted_levels_3
+from sixfold.kernels._triton.pages import (
+    decoded_scale,
+    first_plane,
+    gathered_levels,
+    plane,
+    row_bytes_before,
+    symbols,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Weights below it are zero beside those of any token that counts.
+LEAST_UNIT = tl.constexpr(1e-30)
+
+
+@triton.jit
+def level_tile(
+    page,
+    book,
+    tables,
+    tokens,
+    columns,
+    SYMBOL_BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KEYS: tl.constexpr,
+    PERMUTE: tl.constexpr,
+):
+    """Float16 levels of a page: by byte permutes where PERMUTE says so and they serve."""
+    if PERMUTE and SYMBOL_BITS <= 4:
+        WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
+        byte, shift = plane(page, tokens, columns, 0, WIDTH, DIM, PAIRED, KEYS)
+        if SYMBOL_BITS == 3:
+            START: tl.constexpr = row_bytes_before(SYMBOL_BITS, 1, DIM, PAIRED)
+            last, last_shift = plane(page, tokens, columns, START, 1, DIM, PAIRED, KEYS)
+            levels = permuted_levels_3(byte, shift, last, last_shift, tables)
+        else:
+            levels = permuted_levels(byte, shift, tables, SYMBOL_BITS)
+    else:
+        found = symbols(page, tokens, columns, SYMBOL_BITS, DIM, PAIRED, KEYS)
+        levels = gathered_levels(book, found, columns, DIM, PAIRED).to(tl.float16)
+    return levels
+
+
+@triton.jit
+def softcapped(x, softcap):
+    """softcap·tanh(x / softcap), which the interpreter's `tl` has no name for."""
+    # Beyond 15 tanh is 1 in float32, and the exponential could overflow.
+    y = tl.minimum(tl.maximum(x / softcap, -15.0), 15.0)
+    e = tl.exp2(y * (2.0 * LOG2_E))
+    # A NaN stays one, whatever minimum does with it.
+    return tl.where(x == x, softcap * (e - 1.0) / (e + 1.0), x)
+
+
+@triton.jit
+def masked(x, pointers, visible, never, ADDITIVE: tl.constexpr):
+    """Logits under a mask; numbers up to `never` mean -inf."""
+    found = tl.load(pointers, mask=visible, other=0)
+    if ADDITIVE:
+        found = found.to(tl.float32)
+        return tl.where(visible & (found > never), x + found, float("-inf"))
+    return tl.where(found != 0, x, float("-inf"))
+
+
+@triton.jit
+def attend_pages(
+    query,
+    key_pages,
+    key_scales,
+    value_pages,
+    value_scales,
+    table,
+    starts,
+    lengths,
+    first_token,
+    key_book,
+    value_book,
+    offset,
+    mask,
+    out,
+    lse,
+    kv_heads,
+    n_pages,
+    n_rows,
+    n_queries,
+    table_stride,
+    first_batch_stride,
+    first_query_stride,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_query_stride,
+    mask_columns,
+    never,
+    softcap,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    KEY_SYMBOL_BITS: tl.constexpr,
+    VALUE_SYMBOL_BITS: tl.constexpr,
+    KEY_PAIRED: tl.constexpr,
+    VALUE_PAIRED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MASK: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PERMUTE: tl.constexpr,
+):
+    """One split of the pages, one block of rows and of value coordinates, one KV head.
+
+    The output is normalised; `out` is [splits, batch, kv_heads, n_rows, VALUE_DIM] and `lse` the
+    same without the last axis, both float32.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    block = tl.program_id(1) // VALUE_BLOCKS
+    value_start = tl.program_id(1) % VALUE_BLOCKS * BLOCK_VALUE
+    # int64: what it is multiplied with may be large.
+    head = tl.program_id(2).to(tl.int64)
+    batch, kv_head = head // kv_heads, head % kv_heads
+
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid_row = row < n_rows
+    row = tl.minimum(row, n_rows - 1)
+    query_index = row % n_queries
+    query += (head * n_rows + row)[:, None] * KEY_DIM
+    coordinate = tl.arange(0, BLOCK_KEY)
+    # Float16 with a unit a row: a product then depends on no row's magnitude.
+    unit = tl.zeros([BLOCK_ROWS], tl.float32)
+    for part in tl.static_range(KEY_BLOCKS):
+        place = part * BLOCK_KEY + coordinate
+        x = tl.load(query + place[None, :], mask=place[None, :] < KEY_DIM, other=0.0)
+        unit = tl.maximum(unit, tl.max(tl.abs(x), 1))
+    unit = tl.maximum(unit, LEAST_UNIT)
+    if KEY_BLOCKS == 1:
+        x = tl.load(query + coordinate[None, :], mask=coordinate[None, :] < KEY_DIM, other=0.0)
+        row_query = (x / unit[:, None]).to(tl.float16)
+
+    added = tl.zeros([BLOCK_ROWS], tl.float32)
+    if OFFSET:
+        added = tl.load(offset + head * n_rows + row)
+    first = tl.load(
+        first_token + batch * first_batch_stride + query_index * first_query_stride
+    ).to(tl.int64)
+    if MASK:
+        mask_head = kv_head * (n_rows // n_queries) + row // n_queries
+        mask += batch * mask_batch_stride + mask_head * mask_head_stride
+        mask += query_index * mask_query_stride
+
+    key_tables = (0, 0, 0, 0)
+    value_tables = (0, 0, 0, 0)
+    if PERMUTE:
+        if KEY_SYMBOL_BITS <= 4:
+            key_tables = magnitude_bytes(key_book, KEY_SYMBOL_BITS)
+        if VALUE_SYMBOL_BITS <= 4:
+            value_tables = magnitude_bytes(value_book, VALUE_SYMBOL_BITS)
+
+    token = tl.arange(0, 64)
+    value_column = (value_start + tl.arange(0, BLOCK_VALUE))[None, :]
+    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    weight_unit = tl.full([BLOCK_ROWS], LEAST_UNIT, tl.float32)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
+
+    # Pages hold at most 64 tokens: no token before `first` is in the pages from here on.
+    hidden_pages = (tl.min(first) - tl.load(starts)) // 64
+    hidden_pages = tl.minimum(tl.maximum(hidden_pages, 0), n_pages).to(tl.int32)
+    each = tl.cdiv(n_pages - hidden_pages, splits)
+    page_start = hidden_pages + split * each
+    for page in range(page_start, tl.minimum(page_start + each, n_pages)):
+        slot = tl.load(table + batch * table_stride + page).to(tl.int64) * kv_heads + kv_head
+        start, length = tl.load(starts + page).to(tl.int64), tl.load(lengths + page)
+        valid = token < length
+        key_scale = tl.load(key_scales + slot * 64 + token, mask=valid, other=0.0)
+        value_scale = tl.load(value_scales + slot * 64 + token, mask=valid, other=0.0)
+
+        logits = tl.zeros([BLOCK_ROWS, 64], tl.float32)
+        for part in tl.static_range(KEY_BLOCKS):
+            place = part * BLOCK_KEY + coordinate
+            keys = level_tile(
+                key_pages + slot * KEY_BYTES,
+                key_book,
+                key_tables,
+                token[None, :],
+                place[:, None],
+                KEY_SYMBOL_BITS,
+                KEY_DIM,
+                KEY_PAIRED,
+                True,
+                PERMUTE,
+            )
+            if KEY_BLOCKS > 1:
+                x = tl.load(query + place[None, :], mask=place[None, :] < KEY_DIM, other=0.0)
+                row_query = (x / unit[:, None]).to(tl.float16)
+            logits = tl.dot(row_query, keys, logits)
+        logits = logits * (unit[:, None] * decoded_scale(key_scale)[None, :])
+        if OFFSET:
+            logits += added[:, None]
+        if SOFTCAP:
+            logits = softcapped(logits, softcap)
+        position = start + token
+        visible = valid[None, :] & (position[None, :] >= first[:, None])
+        if MASK:
+            visible = visible & (position < mask_columns)[None, :]
+            pointers = mask[:, None] + position[None, :]
+            logits = masked(logits, pointers, visible, never, ADDITIVE)
+        else:
+            logits = tl.where(visible, logits, float("-inf"))
+        logits = logits * LOG2_E
+
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        # A row that has seen nothing has no maximum: 0 stands in.
+        anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(logits - anchor[:, None])
+        decay = tl.exp2(maximum - anchor)
+        total = total * decay + tl.sum(weights, 1)
+        maximum = new_maximum
+        # Weights in float16 too, in units of the largest so far.
+        weights = weights * decoded_scale(value_scale)[None, :]
+        new_unit = tl.maximum(weight_unit * decay, tl.max(weights, 1))
+        new_unit = tl.maximum(new_unit, LEAST_UNIT)
+        sums = sums * (weight_unit * decay / new_unit)[:, None]
+        weight_unit = new_unit
+        values = level_tile(
+            value_pages + slot * VALUE_BYTES,
+            value_book,
+            value_tables,
+            token[:, None],
+            value_column,
+            VALUE_SYMBOL_BITS,
+            VALUE_DIM,
+            VALUE_PAIRED,
+            False,
+            PERMUTE,
+        )
+        sums = tl.dot((weights / new_unit[:, None]).to(tl.float16), values, sums)
+
+    seen = total != 0.0
+    sums = sums * (weight_unit / tl.where(seen, total, 1.0))[:, None]
+    target = (split * tl.num_programs(2) + head) * n_rows + row
+    inside = valid_row[:, None] & (value_column < VALUE_DIM)
+    tl.store(out + (target[:, None] * VALUE_DIM + value_column), sums, mask=inside)
+    if value_start == 0:
+        log = tl.where(seen, (maximum + tl.log2(total)) * LN_2, float("-inf"))
+        tl.store(lse + target, log, mask=valid_row)
+
+
+@triton.jit
+def merge_ranges(
+    out,
+    lse,
+    merged,
+    merged_lse,
+    n_ranges,
+    n_rows,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge `n_ranges` normalised outputs of one row by log-sum-exp, as `merge_partials` does."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    maximum = float("-inf")
+    total = 0.0
+    sums = tl.zeros([BLOCK], tl.float32)
+    for number in range(n_ranges):
+        source = number * n_rows.to(tl.int64) + row
+        found = tl.load(lse + source)
+        part = tl.load(out + source * DIM + column, mask=column < DIM, other=0.0)
+        # NaN must win, and `maximum` may drop it: it shows in `weight`.
+        new_maximum = tl.maximum(maximum, found)
+        anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        decay = tl.exp2((maximum - anchor) * LOG2_E)
+        weight = tl.exp2((found - anchor) * LOG2_E)
+        total = total * decay + weight
+        sums = sums * decay + part * weight
+        maximum = new_maximum
+    seen = total != 0.0
+    tl.store(
+        merged + row * DIM + column, sums / tl.where(seen, total, 1.0), mask=column < DIM
+    )
+    log = tl.where(seen, maximum + tl.log2(total) * LN_2, float("-inf"))
+    tl.store(merged_lse + row, log)
