@@ -47,6 +47,7 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
 _OPERATIONS = {
     "shr.b32": lambda a, b: a >> b if b < 32 else 0,
     "shl.b32": lambda a, b: a << b if b < 32 else 0,
+    "add.u32": lambda a, b: a + b,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "prmt.b32": _prmt,

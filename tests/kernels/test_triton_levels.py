@@ -12,50 +12,65 @@ from sixfold.kernels._triton.levels import lookup_ptx
 from tests.kernels.ptx import run_ptx
 
 
-def table_registers(book: torch.Tensor) -> list[int]:
-    """What `magnitude_bytes` computes: high bytes 0-3 and 4-7, low bytes 0-3 and 4-7."""
-    magnitudes = book[len(book) // 2 :].half().tolist()
-    words = [struct.unpack("<H", struct.pack("<e", x))[0] for x in magnitudes]
+def table_registers(bits: int, book: torch.Tensor) -> list[int]:
+    """What the kernel's `table_registers` computes."""
+    levels = (book[8:] if bits == 4 else book).half().tolist()
+    words = [struct.unpack("<H", struct.pack("<e", x))[0] for x in levels]
     words += [0] * (8 - len(words))
-    split = [word >> 8 for word in words], [word & 255 for word in words]
-    return [
-        int.from_bytes(bytes(part[start : start + 4]), "little")
-        for part in split
-        for start in (0, 4)
-    ]
+    low, high = bytes(word & 255 for word in words), bytes(word >> 8 for word in words)
+    return [int.from_bytes(part, "little") for part in (low[:4], low[4:], high[:4], high[4:])]
 
 
-def levels(registers: dict[str, int]) -> list[float]:
-    raw = struct.pack("<II", registers["$0"], registers["$1"])
-    return list(struct.unpack("<4e", raw))
+def word(values: list[int]) -> int:
+    return int.from_bytes(bytes(values), "little")
+
+
+def halves(*registers: int) -> list[float]:
+    return list(struct.unpack("<4e", struct.pack("<II", *registers)))
+
+
+def shuffled(seed: int) -> list[list[int]]:
+    """All bytes, four by four, in a random order."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randperm(256, generator=random).view(64, 4).tolist()
 
 
 @pytest.mark.parametrize("dim", [64, 576])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_every_byte_at_every_shift(bits: int, dim: int) -> None:
+@pytest.mark.parametrize(("bits", "slices"), [(1, 8), (2, 4)])
+def test_one_and_two_bits(bits: int, slices: int, dim: int) -> None:
     book = centroids(dim, bits)
-    tables = table_registers(book)
-    ptx = lookup_ptx(bits)
-    first = 6 if bits == 3 else 4
-    constants = {f"${first + 4 * i}": tables[i] for i in range(4)}
-    width = 2 if bits == 3 else bits
-    random = torch.Generator().manual_seed(bits)
-    low = torch.randint(256, (64, 4), generator=random).tolist()
-    for number, (shift, last_shift) in enumerate(
-        (a, b) for a in range(0, 8, width) for b in (range(8) if bits == 3 else [0])
-    ):
-        for start in range(0, 256, 4):
-            row = [(start + i + 37 * number) % 256 for i in range(4)]
-            last = low[start // 4]
-            inputs = {
-                "$2": int.from_bytes(bytes(row), "little"),
-                "$3": 0x01010101 * shift,
-                "$4": int.from_bytes(bytes(last), "little"),
-                "$5": 0x01010101 * last_shift,
-                **constants,
-            }
-            symbols = [byte >> shift & (1 << width) - 1 for byte in row]
-            if bits == 3:
-                symbols = [s << 1 | byte >> last_shift & 1 for s, byte in zip(symbols, last)]
-            expected = book[symbols].half().tolist()
-            assert levels(run_ptx(ptx, inputs)) == expected
+    tables = {f"${3 + 4 * i}": x for i, x in enumerate(table_registers(bits, book))}
+    for number in range(slices):
+        for row in shuffled(number):
+            found = run_ptx(lookup_ptx(bits, number), {"$2": word(row), **tables})
+            symbols = [byte >> bits * number & (1 << bits) - 1 for byte in row]
+            assert halves(found["$0"], found["$1"]) == book[symbols].half().tolist()
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_three_bits(place: int) -> None:
+    book = centroids(128, 3)
+    tables = {f"${5 + 4 * i}": x for i, x in enumerate(table_registers(3, book))}
+    for number in range(4):
+        for row, last in zip(shuffled(number), shuffled(number + 9), strict=True):
+            # Columns of one register may have their last bit in different places.
+            places = [place, 7 - place, (place + 3) % 8, 0]
+            bits = {"$3": word(last), "$4": word([1 << p for p in places])}
+            found = run_ptx(lookup_ptx(3, number), {"$2": word(row), **bits, **tables})
+            symbols = [
+                (byte >> 2 * number & 3) << 1 | more >> p & 1
+                for byte, more, p in zip(row, last, places, strict=True)
+            ]
+            assert halves(found["$0"], found["$1"]) == book[symbols].half().tolist()
+
+
+@pytest.mark.parametrize("dim", [20, 64, 576])
+def test_four_bits(dim: int) -> None:
+    book = centroids(dim, 4)
+    tables = {f"${5 + 4 * i}": x for i, x in enumerate(table_registers(4, book))}
+    for seed in range(8):
+        for row in shuffled(seed):
+            found = run_ptx(lookup_ptx(4, 0), {"$4": word(row), **tables})
+            low, high = [byte & 15 for byte in row], [byte >> 4 for byte in row]
+            assert halves(found["$0"], found["$1"]) == book[low].half().tolist()
+            assert halves(found["$2"], found["$3"]) == book[high].half().tolist()

@@ -7,15 +7,8 @@ derives what happens to a page.
 import triton
 import triton.language as tl
 
-from sixfold.kernels._triton.levels import magnitude_bytes, permuted_levels, permuted_levels_3
-from sixfold.kernels._triton.pages import (
-    decoded_scale,
-    first_plane,
-    gathered_levels,
-    plane,
-    row_bytes_before,
-    symbols,
-)
+from sixfold.kernels._triton.levels import level_tiles, table_registers, tile_coordinates
+from sixfold.kernels._triton.pages import decoded_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -24,32 +17,22 @@ LEAST_UNIT = tl.constexpr(1e-30)
 
 
 @triton.jit
-def level_tile(
-    page,
-    book,
-    tables,
-    tokens,
+def query_tiles(
+    query,
+    unit,
     columns,
     SYMBOL_BITS: tl.constexpr,
     DIM: tl.constexpr,
     PAIRED: tl.constexpr,
-    KEYS: tl.constexpr,
-    PERMUTE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Float16 levels of a page: by byte permutes where PERMUTE says so and they serve."""
-    if PERMUTE and SYMBOL_BITS <= 4:
-        WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
-        byte, shift = plane(page, tokens, columns, 0, WIDTH, DIM, PAIRED, KEYS)
-        if SYMBOL_BITS == 3:
-            START: tl.constexpr = row_bytes_before(SYMBOL_BITS, 1, DIM, PAIRED)
-            last, last_shift = plane(page, tokens, columns, START, 1, DIM, PAIRED, KEYS)
-            levels = permuted_levels_3(byte, shift, last, last_shift, tables)
-        else:
-            levels = permuted_levels(byte, shift, tables, SYMBOL_BITS)
-    else:
-        found = symbols(page, tokens, columns, SYMBOL_BITS, DIM, PAIRED, KEYS)
-        levels = gathered_levels(book, found, columns, DIM, PAIRED).to(tl.float16)
-    return levels
+    """The coordinates of rows [rows, 1] that meet each of `level_tiles`, over `unit`; 0 in padding."""
+    found = ()
+    for part in tl.static_range(PARTS):
+        place = tile_coordinates(columns, part, SYMBOL_BITS, DIM, PAIRED)[None, :]
+        x = tl.load(query + place, mask=place < DIM, other=0.0)
+        found = found + ((x / unit[:, None]).to(tl.float16),)
+    return found
 
 
 @triton.jit
@@ -113,8 +96,10 @@ def attend_pages(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     KEY_BLOCKS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     VALUE_BLOCKS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
     OFFSET: tl.constexpr,
     MASK: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -138,17 +123,17 @@ def attend_pages(
     row = tl.minimum(row, n_rows - 1)
     query_index = row % n_queries
     query += (head * n_rows + row)[:, None] * KEY_DIM
-    coordinate = tl.arange(0, BLOCK_KEY)
+    key_column = tl.arange(0, BLOCK_KEY)
     # Float16 with a unit a row: a product then depends on no row's magnitude.
-    unit = tl.zeros([BLOCK_ROWS], tl.float32)
-    for part in tl.static_range(KEY_BLOCKS):
-        place = part * BLOCK_KEY + coordinate
-        x = tl.load(query + place[None, :], mask=place[None, :] < KEY_DIM, other=0.0)
+    unit = tl.full([BLOCK_ROWS], LEAST_UNIT, tl.float32)
+    for block_start in tl.static_range(0, KEY_DIM, BLOCK_KEY):
+        place = block_start + key_column[None, :]
+        x = tl.load(query + place, mask=place < KEY_DIM, other=0.0)
         unit = tl.maximum(unit, tl.max(tl.abs(x), 1))
-    unit = tl.maximum(unit, LEAST_UNIT)
     if KEY_BLOCKS == 1:
-        x = tl.load(query + coordinate[None, :], mask=coordinate[None, :] < KEY_DIM, other=0.0)
-        row_query = (x / unit[:, None]).to(tl.float16)
+        queries = query_tiles(
+            query, unit, key_column, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
+        )
 
     added = tl.zeros([BLOCK_ROWS], tl.float32)
     if OFFSET:
@@ -165,16 +150,18 @@ def attend_pages(
     value_tables = (0, 0, 0, 0)
     if PERMUTE:
         if KEY_SYMBOL_BITS <= 4:
-            key_tables = magnitude_bytes(key_book, KEY_SYMBOL_BITS)
+            key_tables = table_registers(key_book, KEY_SYMBOL_BITS)
         if VALUE_SYMBOL_BITS <= 4:
-            value_tables = magnitude_bytes(value_book, VALUE_SYMBOL_BITS)
+            value_tables = table_registers(value_book, VALUE_SYMBOL_BITS)
 
     token = tl.arange(0, 64)
-    value_column = (value_start + tl.arange(0, BLOCK_VALUE))[None, :]
+    value_column = value_start + tl.arange(0, BLOCK_VALUE)
     maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     weight_unit = tl.full([BLOCK_ROWS], LEAST_UNIT, tl.float32)
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
+    sums = ()
+    for _ in tl.static_range(VALUE_PARTS):
+        sums = sums + (tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32),)
 
     # Pages hold at most 64 tokens: no token before `first` is in the pages from here on.
     hidden_pages = (tl.min(first) - tl.load(starts)) // 64
@@ -189,14 +176,14 @@ def attend_pages(
         value_scale = tl.load(value_scales + slot * 64 + token, mask=valid, other=0.0)
 
         logits = tl.zeros([BLOCK_ROWS, 64], tl.float32)
-        for part in tl.static_range(KEY_BLOCKS):
-            place = part * BLOCK_KEY + coordinate
-            keys = level_tile(
+        for block_number in tl.static_range(KEY_BLOCKS):
+            columns = block_number * BLOCK_KEY + key_column
+            keys = level_tiles(
                 key_pages + slot * KEY_BYTES,
                 key_book,
                 key_tables,
                 token[None, :],
-                place[:, None],
+                columns[:, None],
                 KEY_SYMBOL_BITS,
                 KEY_DIM,
                 KEY_PAIRED,
@@ -204,9 +191,11 @@ def attend_pages(
                 PERMUTE,
             )
             if KEY_BLOCKS > 1:
-                x = tl.load(query + place[None, :], mask=place[None, :] < KEY_DIM, other=0.0)
-                row_query = (x / unit[:, None]).to(tl.float16)
-            logits = tl.dot(row_query, keys, logits)
+                queries = query_tiles(
+                    query, unit, columns, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
+                )
+            for part in tl.static_range(KEY_PARTS):
+                logits = tl.dot(queries[part], keys[part], logits)
         logits = logits * (unit[:, None] * decoded_scale(key_scale)[None, :])
         if OFFSET:
             logits += added[:, None]
@@ -233,27 +222,34 @@ def attend_pages(
         weights = weights * decoded_scale(value_scale)[None, :]
         new_unit = tl.maximum(weight_unit * decay, tl.max(weights, 1))
         new_unit = tl.maximum(new_unit, LEAST_UNIT)
-        sums = sums * (weight_unit * decay / new_unit)[:, None]
+        kept = (weight_unit * decay / new_unit)[:, None]
         weight_unit = new_unit
-        values = level_tile(
+        weights = (weights / new_unit[:, None]).to(tl.float16)
+        values = level_tiles(
             value_pages + slot * VALUE_BYTES,
             value_book,
             value_tables,
             token[:, None],
-            value_column,
+            value_column[None, :],
             VALUE_SYMBOL_BITS,
             VALUE_DIM,
             VALUE_PAIRED,
             False,
             PERMUTE,
         )
-        sums = tl.dot((weights / new_unit[:, None]).to(tl.float16), values, sums)
+        new_sums = ()
+        for part in tl.static_range(VALUE_PARTS):
+            new_sums = new_sums + (tl.dot(weights, values[part], sums[part] * kept),)
+        sums = new_sums
 
     seen = total != 0.0
-    sums = sums * (weight_unit / tl.where(seen, total, 1.0))[:, None]
+    stretch = weight_unit / tl.where(seen, total, 1.0)
     target = (split * tl.num_programs(2) + head) * n_rows + row
-    inside = valid_row[:, None] & (value_column < VALUE_DIM)
-    tl.store(out + (target[:, None] * VALUE_DIM + value_column), sums, mask=inside)
+    for part in tl.static_range(VALUE_PARTS):
+        place = tile_coordinates(value_column, part, VALUE_SYMBOL_BITS, VALUE_DIM, VALUE_PAIRED)
+        inside = valid_row[:, None] & (place < VALUE_DIM)[None, :]
+        pointers = out + (target[:, None] * VALUE_DIM + place[None, :])
+        tl.store(pointers, sums[part] * stretch[:, None], mask=inside)
     if value_start == 0:
         log = tl.where(seen, (maximum + tl.log2(total)) * LN_2, float("-inf"))
         tl.store(lse + target, log, mask=valid_row)

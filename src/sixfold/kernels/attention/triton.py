@@ -13,10 +13,19 @@ from sixfold.errors import ShapeError
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.merge import Partial
-from sixfold.packing import PAGE_TOKENS, Bits, is_paired, n_symbols, row_bytes, symbol_bits
+from sixfold.packing import (
+    PAGE_TOKENS,
+    Bits,
+    is_paired,
+    n_symbols,
+    plane_bytes,
+    planes,
+    row_bytes,
+    symbol_bits,
+)
 
-# Coordinates of a tile of levels; more are taken in several.
-MAX_BLOCK = 256
+# Columns of a tile of levels; more are taken in several.
+MAX_BLOCK = 128
 MAX_ROWS = 64
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -175,21 +184,25 @@ def page_constants(
     """What of a call's shapes the kernel is compiled for."""
     constants: dict[str, int | bool] = {}
     for name, dim, bits in (("KEY", key_dim, key_bits), ("VALUE", value_dim, value_bits)):
-        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(dim)))
+        paired, width = is_paired(bits), planes(symbol_bits(bits))[0]
+        count = n_symbols(dim, bits)
+        size = plane_bytes(count, width)
+        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
         constants |= {
             f"{name}_DIM": dim,
-            f"{name}_BYTES": PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbol_bits(bits)),
+            f"{name}_BYTES": PAGE_TOKENS * row_bytes(count, symbol_bits(bits)),
             f"{name}_SYMBOL_BITS": symbol_bits(bits),
-            f"{name}_PAIRED": is_paired(bits),
+            f"{name}_PAIRED": paired,
             f"BLOCK_{name}": block,
-            f"{name}_BLOCKS": triton.cdiv(dim, block),
+            f"{name}_BLOCKS": triton.cdiv(size, block),
+            f"{name}_PARTS": 8 // width * (1 + paired),
         }
     return constants
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: a tile of levels should not take more than half of the registers."""
-    widest = max(constants["BLOCK_KEY"], constants["BLOCK_VALUE"])
+    widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
     return {"num_warps": 8 if widest * block_rows > 128 * 32 else 4, "num_stages": 2}
 
 
