@@ -1,4 +1,4 @@
-"""What of the attention kernels is compiled where there is no GPU: launches as a GPU would see them.
+"""The attention kernels as a GPU would launch them, to be compiled where there is none.
 
 A variant is (name, kernel, types of the arguments, constants, warps, stages). Import it where
 TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
@@ -7,7 +7,12 @@ TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
 from typing import Any, NamedTuple
 
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
-from sixfold.kernels.attention.triton import MAX_ROWS, launch_options, page_constants
+from sixfold.kernels.attention.triton import (
+    MAX_ROWS,
+    MIN_ROWS,
+    launch_options,
+    page_constants,
+)
 from sixfold.packing import Bits
 
 
@@ -61,7 +66,7 @@ WIDTHS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
 
 
 def attention(
-    bits: Bits, dim: int, *, rows: int = 16, mask: str | None = None, softcap: bool = False
+    bits: Bits, dim: int, *, rows: int = MIN_ROWS, mask: str | None = None, softcap: bool = False
 ) -> Variant:
     """`attend_pages` as it is launched for `rows` query rows a KV head."""
     constants = page_constants(dim, dim, bits, bits)

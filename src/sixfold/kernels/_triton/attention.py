@@ -1,7 +1,8 @@
 """Attention of a block of query rows over a range of compressed pages, and the merge of ranges.
 
-Row r of a KV head is query r % queries of its group's head r // queries. `kernels/attention/README.md`
-derives what happens to a page.
+Row r of a KV head is query r % queries of its group's head r // queries. Tiles have rows on their
+last axis: a group has few, and tensor cores take as few as eight there. What happens to a page is
+derived in kernels/attention/README.md.
 """
 
 import triton
@@ -26,12 +27,12 @@ def query_tiles(
     PAIRED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The coordinates of rows [rows, 1] that meet each of `level_tiles`, over `unit`; 0 in padding."""
+    """The coordinates of rows that meet each of `level_tiles`, over `unit`; 0 in padding."""
     found = ()
     for part in tl.static_range(PARTS):
-        place = tile_coordinates(columns, part, SYMBOL_BITS, DIM, PAIRED)[None, :]
+        place = tile_coordinates(columns, part, SYMBOL_BITS, DIM, PAIRED)[:, None]
         x = tl.load(query + place, mask=place < DIM, other=0.0)
-        found = found + ((x / unit[:, None]).to(tl.float16),)
+        found = found + ((x / unit[None, :]).to(tl.float16),)
     return found
 
 
@@ -122,14 +123,14 @@ def attend_pages(
     valid_row = row < n_rows
     row = tl.minimum(row, n_rows - 1)
     query_index = row % n_queries
-    query += (head * n_rows + row)[:, None] * KEY_DIM
+    query += (head * n_rows + row)[None, :] * KEY_DIM
     key_column = tl.arange(0, BLOCK_KEY)
     # Float16 with a unit a row: a product then depends on no row's magnitude.
     unit = tl.full([BLOCK_ROWS], LEAST_UNIT, tl.float32)
     for block_start in tl.static_range(0, KEY_DIM, BLOCK_KEY):
-        place = block_start + key_column[None, :]
+        place = block_start + key_column[:, None]
         x = tl.load(query + place, mask=place < KEY_DIM, other=0.0)
-        unit = tl.maximum(unit, tl.max(tl.abs(x), 1))
+        unit = tl.maximum(unit, tl.max(tl.abs(x), 0))
     if KEY_BLOCKS == 1:
         queries = query_tiles(
             query, unit, key_column, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
@@ -138,9 +139,9 @@ def attend_pages(
     added = tl.zeros([BLOCK_ROWS], tl.float32)
     if OFFSET:
         added = tl.load(offset + head * n_rows + row)
-    first = tl.load(
-        first_token + batch * first_batch_stride + query_index * first_query_stride
-    ).to(tl.int64)
+    first = tl.load(first_token + batch * first_batch_stride + query_index * first_query_stride).to(
+        tl.int64
+    )
     if MASK:
         mask_head = kv_head * (n_rows // n_queries) + row // n_queries
         mask += batch * mask_batch_stride + mask_head * mask_head_stride
@@ -161,7 +162,7 @@ def attend_pages(
     weight_unit = tl.full([BLOCK_ROWS], LEAST_UNIT, tl.float32)
     sums = ()
     for _ in tl.static_range(VALUE_PARTS):
-        sums = sums + (tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32),)
+        sums = sums + (tl.zeros([BLOCK_VALUE, BLOCK_ROWS], tl.float32),)
 
     # Pages hold at most 64 tokens: no token before `first` is in the pages from here on.
     hidden_pages = (tl.min(first) - tl.load(starts)) // 64
@@ -175,15 +176,15 @@ def attend_pages(
         key_scale = tl.load(key_scales + slot * 64 + token, mask=valid, other=0.0)
         value_scale = tl.load(value_scales + slot * 64 + token, mask=valid, other=0.0)
 
-        logits = tl.zeros([BLOCK_ROWS, 64], tl.float32)
+        logits = tl.zeros([64, BLOCK_ROWS], tl.float32)
         for block_number in tl.static_range(KEY_BLOCKS):
             columns = block_number * BLOCK_KEY + key_column
             keys = level_tiles(
                 key_pages + slot * KEY_BYTES,
                 key_book,
                 key_tables,
-                token[None, :],
-                columns[:, None],
+                token[:, None],
+                columns[None, :],
                 KEY_SYMBOL_BITS,
                 KEY_DIM,
                 KEY_PAIRED,
@@ -195,42 +196,43 @@ def attend_pages(
                     query, unit, columns, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
                 )
             for part in tl.static_range(KEY_PARTS):
-                logits = tl.dot(queries[part], keys[part], logits)
-        logits = logits * (unit[:, None] * decoded_scale(key_scale)[None, :])
+                logits = tl.dot(keys[part], queries[part], logits)
+        logits = logits * (unit[None, :] * decoded_scale(key_scale)[:, None])
         if OFFSET:
-            logits += added[:, None]
+            logits += added[None, :]
         if SOFTCAP:
             logits = softcapped(logits, softcap)
         position = start + token
-        visible = valid[None, :] & (position[None, :] >= first[:, None])
+        visible = valid[:, None] & (position[:, None] >= first[None, :])
         if MASK:
-            visible = visible & (position < mask_columns)[None, :]
-            pointers = mask[:, None] + position[None, :]
+            visible = visible & (position < mask_columns)[:, None]
+            pointers = mask[None, :] + position[:, None]
             logits = masked(logits, pointers, visible, never, ADDITIVE)
         else:
             logits = tl.where(visible, logits, float("-inf"))
         logits = logits * LOG2_E
 
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 0))
         # A row that has seen nothing has no maximum: 0 stands in.
         anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(logits - anchor[:, None])
+        weights = tl.exp2(logits - anchor[None, :])
         decay = tl.exp2(maximum - anchor)
-        total = total * decay + tl.sum(weights, 1)
+        total = total * decay + tl.sum(weights, 0)
         maximum = new_maximum
         # Weights in float16 too, in units of the largest so far.
-        weights = weights * decoded_scale(value_scale)[None, :]
-        new_unit = tl.maximum(weight_unit * decay, tl.max(weights, 1))
+        weights = weights * decoded_scale(value_scale)[:, None]
+        new_unit = tl.maximum(weight_unit * decay, tl.max(weights, 0))
         new_unit = tl.maximum(new_unit, LEAST_UNIT)
-        kept = (weight_unit * decay / new_unit)[:, None]
+        inverse = 1.0 / new_unit
+        kept = (weight_unit * decay * inverse)[None, :]
         weight_unit = new_unit
-        weights = (weights / new_unit[:, None]).to(tl.float16)
+        weights = (weights * inverse[None, :]).to(tl.float16)
         values = level_tiles(
             value_pages + slot * VALUE_BYTES,
             value_book,
             value_tables,
-            token[:, None],
-            value_column[None, :],
+            token[None, :],
+            value_column[:, None],
             VALUE_SYMBOL_BITS,
             VALUE_DIM,
             VALUE_PAIRED,
@@ -239,17 +241,18 @@ def attend_pages(
         )
         new_sums = ()
         for part in tl.static_range(VALUE_PARTS):
-            new_sums = new_sums + (tl.dot(weights, values[part], sums[part] * kept),)
+            new_sums = new_sums + (tl.dot(values[part], weights, sums[part] * kept),)
         sums = new_sums
 
     seen = total != 0.0
-    stretch = weight_unit / tl.where(seen, total, 1.0)
+    total = tl.where(seen, total, 1.0)
+    stretch = weight_unit / total
     target = (split * tl.num_programs(2) + head) * n_rows + row
     for part in tl.static_range(VALUE_PARTS):
         place = tile_coordinates(value_column, part, VALUE_SYMBOL_BITS, VALUE_DIM, VALUE_PAIRED)
-        inside = valid_row[:, None] & (place < VALUE_DIM)[None, :]
-        pointers = out + (target[:, None] * VALUE_DIM + place[None, :])
-        tl.store(pointers, sums[part] * stretch[:, None], mask=inside)
+        inside = valid_row[None, :] & (place < VALUE_DIM)[:, None]
+        pointers = out + (target[None, :] * VALUE_DIM + place[:, None])
+        tl.store(pointers, sums[part] * stretch[None, :], mask=inside)
     if value_start == 0:
         log = tl.where(seen, (maximum + tl.log2(total)) * LN_2, float("-inf"))
         tl.store(lse + target, log, mask=valid_row)
@@ -285,8 +288,7 @@ def merge_ranges(
         sums = sums * decay + part * weight
         maximum = new_maximum
     seen = total != 0.0
-    tl.store(
-        merged + row * DIM + column, sums / tl.where(seen, total, 1.0), mask=column < DIM
-    )
+    total = tl.where(seen, total, 1.0)
+    tl.store(merged + row * DIM + column, sums / total, mask=column < DIM)
     log = tl.where(seen, maximum + tl.log2(total) * LN_2, float("-inf"))
     tl.store(merged_lse + row, log)

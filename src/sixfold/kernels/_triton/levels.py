@@ -1,8 +1,8 @@
 """Levels of a page's codes for matrix products: float16, four codes at a time by byte permutes.
 
-Byte k of a row's first plane (docs/format.md) holds the symbols k, k + B, k + 2B, ... A tile of bytes
-therefore becomes one tile of levels a *slice*: shift, mask, look up, all within the byte, so that
-nothing moves between columns, and the caller permutes its other operand instead.
+Byte k of a row's first plane (docs/format.md) holds the symbols k, k + B, k + 2B, ... A tile of
+bytes therefore becomes one tile of levels a *slice*: shift, mask, look up, all within the byte, so
+that nothing moves between columns, and the caller permutes its other operand instead.
 
 Inline PTX takes a register of four bytes and gives four float16 levels in two registers. `prmt`
 selects four bytes from eight: the codebook is kept as bytes, low ones and high ones apart.
@@ -166,7 +166,7 @@ def _later_plane(
     SYMBOLS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Bytes of another plane at the symbols of a slice, and how far up in them those symbols are."""
+    """Bytes of another plane at the symbols of a slice, and how far up in them those are."""
     BYTES: tl.constexpr = (SYMBOLS * WIDTH + 31) // 32 * 4
     symbol = SLICE * FIRST_BYTES + column
     offset = byte_offset(tokens, symbol % BYTES, BYTES, KEYS)

@@ -26,7 +26,7 @@ from sixfold.packing import (
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
-MAX_ROWS = 64
+MIN_ROWS, MAX_ROWS = 8, 64
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # The interpreter has no multiprocessors; two splits exercise the merge.
@@ -114,7 +114,7 @@ def _page_attention(
     _check("key", key_pages, key_centroids, key_dim, key_bits)
     _check("value", value_pages, value_centroids, value_dim, value_bits)
     rows = heads // kv_heads * queries
-    block_rows = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+    block_rows = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(rows)))
     constants = page_constants(key_dim, value_dim, key_bits, value_bits)
     blocks = triton.cdiv(rows, block_rows) * constants["VALUE_BLOCKS"]
     splits = _splits(query.device, blocks * batch * kv_heads, pages)
@@ -256,9 +256,7 @@ def _mask_arguments(
     return readable, (by_batch, by_head, by_query), mask.shape[-1], float(never)
 
 
-def _page_attention_shapes(
-    query: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
+def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     value_dim = arguments[12]
     batch, heads, queries, _ = query.shape
     return (
