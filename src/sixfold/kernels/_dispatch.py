@@ -83,9 +83,9 @@ def _overridden(operation: str, backend: str, device: torch.device) -> ModuleTyp
         )
     if backend == "triton" and device.type == "cpu" and not _triton_interprets():
         raise BackendError(
-            f"{ENVIRONMENT_VARIABLE}=triton, but {operation!r} got tensors on the cpu, where Triton "
-            "runs in its interpreter alone: set TRITON_INTERPRET=1 before Python starts, or move "
-            "them to a GPU"
+            f"{ENVIRONMENT_VARIABLE}=triton, but {operation!r} got tensors on the cpu, where "
+            "Triton runs in its interpreter alone: set TRITON_INTERPRET=1 before Python starts, "
+            "or move them to a GPU"
         )
     return module
 
