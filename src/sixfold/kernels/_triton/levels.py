@@ -195,6 +195,8 @@ def level_tiles(
     WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
     SYMBOLS: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
     BYTES: tl.constexpr = (SYMBOLS * WIDTH + 31) // 32 * 4
+    # Where a last plane of one bit starts.
+    LAST: tl.constexpr = BYTES + ((SYMBOLS * 2 + 31) // 32 * 4 if SYMBOL_BITS == 7 else 0)
     column = columns % BYTES
     byte = tl.load(page + byte_offset(tokens, column, BYTES, KEYS))
     found = ()
@@ -210,12 +212,8 @@ def level_tiles(
     else:
         for number in tl.static_range(8 // WIDTH):
             if PERMUTE and SYMBOL_BITS <= 2:
-                if SYMBOL_BITS == 1:
-                    PTX: tl.constexpr = PTX_1[number]
-                else:
-                    PTX: tl.constexpr = PTX_2[number]
                 levels = tl.inline_asm_elementwise(
-                    PTX,
+                    PTX_1[number] if SYMBOL_BITS == 1 else PTX_2[number],
                     FROM_BYTE,
                     [byte, tables[0], tables[1], tables[2], tables[3]],
                     dtype=tl.float16,
@@ -230,7 +228,15 @@ def level_tiles(
                 levels = tl.inline_asm_elementwise(
                     PTX_3[number],
                     FROM_BYTE_AND_BIT,
-                    [byte, last, (1 << place).to(tl.uint8), *tables],
+                    [
+                        byte,
+                        last,
+                        (1 << place).to(tl.uint8),
+                        tables[0],
+                        tables[1],
+                        tables[2],
+                        tables[3],
+                    ],
                     dtype=tl.float16,
                     is_pure=True,
                     pack=4,
@@ -238,16 +244,12 @@ def level_tiles(
                 found = found + (levels,)
             else:
                 symbol = (byte >> (number * WIDTH)).to(tl.int32) & ((1 << WIDTH) - 1)
-                START: tl.constexpr = BYTES
                 if SYMBOL_BITS == 6 or SYMBOL_BITS == 7:
                     more, place = _later_plane(
-                        page, tokens, column, START, 2, number, BYTES, SYMBOLS, KEYS
+                        page, tokens, column, BYTES, 2, number, BYTES, SYMBOLS, KEYS
                     )
                     symbol = symbol << 2 | (more.to(tl.int32) >> place) & 3
                 if SYMBOL_BITS == 3 or SYMBOL_BITS == 5 or SYMBOL_BITS == 7:
-                    LAST: tl.constexpr = START + (
-                        (SYMBOLS * 2 + 31) // 32 * 4 if SYMBOL_BITS == 7 else 0
-                    )
                     more, place = _later_plane(
                         page, tokens, column, LAST, 1, number, BYTES, SYMBOLS, KEYS
                     )

@@ -26,7 +26,7 @@ from sixfold.packing import (
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
-MIN_ROWS, MAX_ROWS = 8, 64
+MIN_ROWS, MAX_ROWS = 8, 32
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # The interpreter has no multiprocessors; two splits exercise the merge.
@@ -201,9 +201,9 @@ def page_constants(
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
-    """Warps and stages: a tile of levels should not take more than half of the registers."""
+    """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    return {"num_warps": 8 if widest * block_rows > 128 * 32 else 4, "num_stages": 2}
+    return {"num_warps": 8 if widest * block_rows > 128 * 16 else 4, "num_stages": 2}
 
 
 @cache
