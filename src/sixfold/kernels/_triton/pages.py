@@ -9,18 +9,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def first_plane(SYMBOL_BITS: tl.constexpr) -> tl.constexpr:
+@triton.constexpr_function
+def first_plane(symbol_bits):
     """Bits of a symbol's first plane."""
-    if SYMBOL_BITS == 8:
-        width: tl.constexpr = 8
-    elif SYMBOL_BITS >= 4:
-        width: tl.constexpr = 4
-    elif SYMBOL_BITS >= 2:
-        width: tl.constexpr = 2
-    else:
-        width: tl.constexpr = 1
-    return width
+    return 8 if symbol_bits == 8 else 4 if symbol_bits >= 4 else 2 if symbol_bits >= 2 else 1
 
 
 @triton.jit
@@ -63,16 +55,12 @@ def plane(
     return tl.load(page + (64 * START + offset)), shift.to(tl.uint8)
 
 
-@triton.jit
-def row_bytes_before(
-    SYMBOL_BITS: tl.constexpr, NUMBER: tl.constexpr, DIM: tl.constexpr, PAIRED: tl.constexpr
-) -> tl.constexpr:
-    """Bytes a row takes in the planes before plane NUMBER (1 or 2)."""
-    SYMBOLS: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
-    WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
-    if NUMBER == 2:
-        return (SYMBOLS * WIDTH + 31) // 32 * 4 + (SYMBOLS * 2 + 31) // 32 * 4
-    return (SYMBOLS * WIDTH + 31) // 32 * 4
+@triton.constexpr_function
+def row_bytes_before(symbol_bits, number, dim, paired):
+    """Bytes a row takes in the planes before plane `number` (1 or 2)."""
+    symbols = (dim + 1) // 2 if paired else dim
+    first = (symbols * first_plane(symbol_bits) + 31) // 32 * 4
+    return first + (symbols * 2 + 31) // 32 * 4 if number == 2 else first
 
 
 @triton.jit
