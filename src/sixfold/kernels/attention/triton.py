@@ -203,7 +203,7 @@ def page_constants(
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    return {"num_warps": 8 if widest * block_rows > 128 * 16 else 4, "num_stages": 2}
+    return {"num_warps": 8 if widest * block_rows >= 128 * 16 else 4, "num_stages": 2}
 
 
 @cache
