@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels.attention.triton import (
-    MAX_ROWS,
     MIN_ROWS,
     launch_options,
+    max_rows,
     page_constants,
 )
 from sixfold.packing import Bits
@@ -106,10 +106,12 @@ def merge(dim: int) -> Variant:
 def variants() -> list[Variant]:
     """Everything that is promised to compile: decoding, chunks, masks, the merge."""
     decoding = [attention(bits, dim) for dim in HEAD_DIMS for bits in WIDTHS]
-    chunks = [attention(bits, dim, rows=MAX_ROWS) for dim in HEAD_DIMS for bits in WIDTHS]
+    chunks = [
+        attention(bits, dim, rows=max_rows(bits, bits)) for dim in HEAD_DIMS for bits in WIDTHS
+    ]
     masked = [
         attention(4, 128, mask="*i1"),
         attention(4, 128, mask="*bf16", softcap=True),
-        attention(4, 128, rows=MAX_ROWS, mask="*i1"),
+        attention(4, 128, rows=max_rows(4, 4), mask="*i1"),
     ]
     return [*decoding, *chunks, *masked, *map(merge, HEAD_DIMS)]

@@ -26,7 +26,7 @@ from sixfold.packing import (
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
-MIN_ROWS, MAX_ROWS = 8, 32
+MIN_ROWS = 8
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 # The interpreter has no multiprocessors; two splits exercise the merge.
@@ -114,7 +114,7 @@ def _page_attention(
     _check("key", key_pages, key_centroids, key_dim, key_bits)
     _check("value", value_pages, value_centroids, value_dim, value_bits)
     rows = heads // kv_heads * queries
-    block_rows = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(rows)))
+    block_rows = min(max_rows(key_bits, value_bits), max(MIN_ROWS, triton.next_power_of_2(rows)))
     constants = page_constants(key_dim, value_dim, key_bits, value_bits)
     blocks = triton.cdiv(rows, block_rows) * constants["VALUE_BLOCKS"]
     splits = _splits(query.device, blocks * batch * kv_heads, pages)
@@ -198,6 +198,11 @@ def page_constants(
             f"{name}_PARTS": 8 // width * (1 + paired),
         }
     return constants
+
+
+def max_rows(key_bits: Bits, value_bits: Bits) -> int:
+    """Query rows of a program; lookups of pairs leave few registers to their sums."""
+    return MIN_ROWS if is_paired(key_bits) or is_paired(value_bits) else 32
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
