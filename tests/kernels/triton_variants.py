@@ -107,7 +107,10 @@ def variants() -> list[Variant]:
     """Everything that is promised to compile: decoding, chunks, masks, the merge."""
     decoding = [attention(bits, dim) for dim in HEAD_DIMS for bits in WIDTHS]
     chunks = [
-        attention(bits, dim, rows=max_rows(bits, bits)) for dim in HEAD_DIMS for bits in WIDTHS
+        attention(bits, dim, rows=max_rows(bits, bits))
+        for dim in HEAD_DIMS
+        for bits in WIDTHS
+        if max_rows(bits, bits) > MIN_ROWS
     ]
     masked = [
         attention(4, 128, mask="*i1"),
