@@ -222,11 +222,7 @@ BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(
-        block
-        for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK)
-        if block.results.exists()
-    ),
+    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK) if block.results.exists()),
 )
 
 

@@ -40,14 +40,19 @@ def assert_compiles(results: Path, *options: str) -> list[dict[str, Any]]:
 
 def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None:
     rows = assert_compiles(tmp_path / "kernels.json", "--representative")
-    assert {"encode_pages 4 bits, dim 128, key", "decode 4 bits, dim 128"} <= {
-        row["kernel"] for row in rows
+    expected = {
+        "encode_pages 4 bits, dim 128, key",
+        "decode 4 bits, dim 128",
+        "attend_pages 4 bits, dim 128, 8 rows",
     }
+    assert expected <= {row["kernel"] for row in rows}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kernel", ["rotate", "encode", "encode_pages", "decode", "decode_pages", "scores"]
+    "kernel",
+    ["rotate", "encode", "encode_pages", "decode", "decode_pages", "scores"]
+    + ["attend_pages", "merge_ranges"],
 )
 def test_all_kernels_compile_for_every_target(kernel: str, tmp_path: Path) -> None:
     assert_compiles(tmp_path / "kernels.json", "--only", f"{kernel} ")

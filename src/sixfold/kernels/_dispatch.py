@@ -65,18 +65,19 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
     `SIXFOLD_BACKEND` overrides.
 
     Raises:
-        BackendError: The override names no backend, or one that this install lacks.
+        BackendError: The override names no backend, or one that this install lacks or that does
+            not run on `device`.
     """
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if override:
-        return _overridden(operation, override)
+        return _overridden(operation, override, device)
     module = _load(operation, _FASTEST.get(device.type, "reference"))
     fallback = _load(operation, "reference") if isinstance(module, str) else module
     assert isinstance(fallback, ModuleType), fallback
     return fallback
 
 
-def _overridden(operation: str, backend: str) -> ModuleType:
+def _overridden(operation: str, backend: str, device: torch.device) -> ModuleType:
     if backend not in BACKENDS:
         raise BackendError(
             f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)} (or unset), got "
@@ -88,4 +89,15 @@ def _overridden(operation: str, backend: str) -> ModuleType:
             f"{ENVIRONMENT_VARIABLE}={backend}, but the {backend} backend of {operation!r} is "
             f"missing ({module}); use one of: {', '.join(available_backends(operation))}"
         )
+    if backend == "triton" and device.type == "cpu" and not _triton_interprets():
+        raise BackendError(
+            f"{ENVIRONMENT_VARIABLE}=triton, but {operation!r} got tensors on the cpu, where "
+            "Triton runs in its interpreter alone: set TRITON_INTERPRET=1 before Python starts, "
+            "or move them to a GPU"
+        )
     return module
+
+
+def _triton_interprets() -> bool:
+    # As Triton reads it.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

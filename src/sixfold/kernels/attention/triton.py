@@ -1,0 +1,283 @@
+"""Attention over compressed pages on a GPU (kernels/_triton/attention.py)."""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
+from torch import Tensor
+
+from sixfold.errors import ShapeError
+from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels.attention import reference
+from sixfold.kernels.attention.merge import Partial
+from sixfold.packing import (
+    PAGE_TOKENS,
+    Bits,
+    is_paired,
+    n_symbols,
+    plane_bytes,
+    planes,
+    row_bytes,
+    symbol_bits,
+)
+
+# Columns of a tile of levels; more are taken in several.
+MAX_BLOCK = 128
+MIN_ROWS = 8
+# Programs a multiprocessor: what hides the latency of memory.
+PROGRAMS_PER_MULTIPROCESSOR = 4
+# The interpreter has no multiprocessors; two splits exercise the merge.
+INTERPRETED_PROGRAMS = 2
+
+
+def page_attention(
+    query: Float32[Tensor, "batch heads queries key_dim"],
+    key_pages: UInt8[Tensor, "slots kv_heads key_bytes"],
+    key_scales: Float16[Tensor, "slots kv_heads page"],
+    value_pages: UInt8[Tensor, "slots kv_heads value_bytes"],
+    value_scales: Float16[Tensor, "slots kv_heads page"],
+    block_table: Int[Tensor, "batch pages"],
+    page_starts: Int[Tensor, " pages"],
+    page_lengths: Int[Tensor, " pages"],
+    first_token: Int[Tensor, "batch queries"],
+    key_centroids: Float32[Tensor, "..."],
+    value_centroids: Float32[Tensor, "..."],
+    *,
+    key_bits: Bits,
+    value_bits: Bits,
+    value_dim: int,
+    logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
+    mask: Bool[Tensor, "#batch #heads queries kv"]
+    | Float[Tensor, "#batch #heads queries kv"]
+    | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """See `sixfold.kernels.attention.page_attention`."""
+    arguments = (
+        query,
+        key_pages,
+        key_scales,
+        value_pages,
+        value_scales,
+        block_table,
+        page_starts,
+        page_lengths,
+        first_token,
+        key_centroids,
+        value_centroids,
+    )
+    if query.requires_grad and torch.is_grad_enabled():
+        return reference.page_attention(
+            *arguments,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            value_dim=value_dim,
+            logit_offset=logit_offset,
+            mask=mask,
+            softcap=softcap,
+        )
+    out, lse = torch.ops.sixfold.page_attention(
+        *arguments, float(key_bits), float(value_bits), value_dim, logit_offset, mask, softcap
+    )
+    return Partial(out, lse)
+
+
+def _page_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    key_scales: Tensor,
+    value_pages: Tensor,
+    value_scales: Tensor,
+    block_table: Tensor,
+    page_starts: Tensor,
+    page_lengths: Tensor,
+    first_token: Tensor,
+    key_centroids: Tensor,
+    value_centroids: Tensor,
+    key_bits: float,
+    value_bits: float,
+    value_dim: int,
+    logit_offset: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, key_dim = query.shape
+    kv_heads, pages = key_pages.shape[1], block_table.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ShapeError(
+            f"query: expected a multiple of the {kv_heads} KV heads of key_pages, got {heads} "
+            "heads; pass the pages of this layer."
+        )
+    _check("key", key_pages, key_centroids, key_dim, key_bits)
+    _check("value", value_pages, value_centroids, value_dim, value_bits)
+    rows = heads // kv_heads * queries
+    block_rows = min(max_rows(key_bits, value_bits), max(MIN_ROWS, triton.next_power_of_2(rows)))
+    constants = page_constants(key_dim, value_dim, key_bits, value_bits)
+    blocks = triton.cdiv(rows, block_rows) * constants["VALUE_BLOCKS"]
+    splits = _splits(query.device, blocks * batch * kv_heads, pages)
+    shape = (splits, batch, heads, queries)
+    out = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if not lse.numel():
+        return out[0], lse[0]
+    if not pages:
+        return out[0].zero_(), lse[0].fill_(-math.inf)
+    readable, strides, columns, never = _mask_arguments(mask, batch, heads, queries)
+    attend_pages[(splits, blocks, batch * kv_heads)](
+        query.contiguous(),
+        key_pages.contiguous(),
+        key_scales.contiguous(),
+        value_pages.contiguous(),
+        value_scales.contiguous(),
+        block_table if block_table.stride(1) == 1 else block_table.contiguous(),
+        page_starts.contiguous(),
+        page_lengths.contiguous(),
+        first_token,
+        key_centroids.contiguous(),
+        value_centroids.contiguous(),
+        None if logit_offset is None else logit_offset.contiguous(),
+        readable,
+        out,
+        lse,
+        kv_heads,
+        pages,
+        rows,
+        queries,
+        block_table.stride(0) if block_table.stride(1) == 1 else pages,
+        *first_token.stride(),
+        *strides,
+        columns,
+        never,
+        softcap or 0.0,
+        BLOCK_ROWS=block_rows,
+        OFFSET=logit_offset is not None,
+        MASK=mask is not None,
+        ADDITIVE=mask is not None and mask.dtype != torch.bool,
+        SOFTCAP=softcap is not None,
+        PERMUTE=not triton.knobs.runtime.interpret,
+        **constants,
+        **launch_options(block_rows, constants),
+    )
+    if splits == 1:
+        return out[0], lse[0]
+    merged, merged_lse = torch.empty_like(out[0]), torch.empty_like(lse[0])
+    merge_ranges[(merged_lse.numel(),)](
+        out,
+        lse,
+        merged,
+        merged_lse,
+        splits,
+        merged_lse.numel(),
+        DIM=value_dim,
+        BLOCK=triton.next_power_of_2(value_dim),
+        num_warps=1,
+    )
+    return merged, merged_lse
+
+
+def page_constants(
+    key_dim: int, value_dim: int, key_bits: Bits, value_bits: Bits
+) -> dict[str, int | bool]:
+    """What of a call's shapes the kernel is compiled for."""
+    constants: dict[str, int | bool] = {}
+    for name, dim, bits in (("KEY", key_dim, key_bits), ("VALUE", value_dim, value_bits)):
+        paired, width = is_paired(bits), planes(symbol_bits(bits))[0]
+        count = n_symbols(dim, bits)
+        size = plane_bytes(count, width)
+        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
+        constants |= {
+            f"{name}_DIM": dim,
+            f"{name}_BYTES": PAGE_TOKENS * row_bytes(count, symbol_bits(bits)),
+            f"{name}_SYMBOL_BITS": symbol_bits(bits),
+            f"{name}_PAIRED": paired,
+            f"BLOCK_{name}": block,
+            f"{name}_BLOCKS": triton.cdiv(size, block),
+            f"{name}_PARTS": 8 // width * (1 + paired),
+        }
+    return constants
+
+
+def max_rows(key_bits: Bits, value_bits: Bits) -> int:
+    """Query rows of a program; lookups of pairs leave few registers to their sums."""
+    return MIN_ROWS if is_paired(key_bits) or is_paired(value_bits) else 32
+
+
+def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
+    """Warps and stages: more warps where sums and levels would not fit the registers of four."""
+    widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
+    return {"num_warps": 8 if widest * block_rows >= 128 * 16 else 4, "num_stages": 2}
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED_PROGRAMS
+    properties = torch.cuda.get_device_properties(device)
+    return PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+
+
+def _splits(device: torch.device, programs: int, pages: int) -> int:
+    """Parts of the history: as many as fill the device, of at least two pages each."""
+    wanted = _programs(device) // max(programs, 1)
+    return max(1, min(wanted, pages // 2))
+
+
+def _check(name: str, pages: Tensor, book: Tensor, dim: int, bits: float) -> None:
+    symbols, paired = symbol_bits(bits), is_paired(bits)
+    size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbols)
+    levels = (1 << symbols, 2) if paired else (1 << symbols,)
+    if pages.shape[2] != size:
+        raise ShapeError(
+            f"{name}_pages: expected pages of {size} bytes at dim {dim} and {bits:g} bits, got "
+            f"{pages.shape[2]}"
+        )
+    if tuple(book.shape) != levels:
+        raise ShapeError(
+            f"{name}_centroids: expected {list(levels)} at {bits:g} bits, got {list(book.shape)}"
+        )
+
+
+def _mask_arguments(
+    mask: Tensor | None, batch: int, heads: int, queries: int
+) -> tuple[Tensor | None, tuple[int, int, int], int, float]:
+    """The mask as the kernel reads it: strides (0 on broadcast axes), columns, what is never."""
+    if mask is None:
+        return None, (0, 0, 0), 0, 0.0
+    additive = mask.dtype != torch.bool
+    # Hosts write "never" as the lowest finite number of a narrow dtype, see dense.apply_mask.
+    never = max(torch.finfo(mask.dtype).min / 2, torch.finfo(torch.float32).min) if additive else 0
+    readable = mask if mask.stride(-1) == 1 else mask.contiguous()
+    readable = readable.float() if mask.dtype is torch.float64 else readable
+    try:
+        by_batch, by_head, by_query, _ = readable.expand(batch, heads, queries, -1).stride()
+    except RuntimeError:
+        raise ShapeError(
+            f"mask: expected [{batch} or 1, {heads} or 1, {queries}, positions], got "
+            f"{list(mask.shape)}; pass one row a query."
+        ) from None
+    return readable, (by_batch, by_head, by_query), mask.shape[-1], float(never)
+
+
+def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    value_dim = arguments[12]
+    batch, heads, queries, _ = query.shape
+    return (
+        query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
+        query.new_empty(batch, heads, queries, dtype=torch.float32),
+    )
+
+
+# Not `custom_op`, which takes some ten microseconds a call more.
+_LIBRARY = torch.library.Library("sixfold", "FRAGMENT")
+_LIBRARY.define(
+    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
+    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
+    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
+    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.impl("page_attention", _page_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("sixfold::page_attention", _page_attention_shapes, lib=_LIBRARY)

@@ -1,0 +1,73 @@
+"""A kernel's own error on codes, beside the error that the codes are."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from sixfold.codebooks import centroids
+from sixfold.kernels.encode import encode
+from sixfold.kernels.rotate import rotate
+from sixfold.packing import (
+    PAGE_TOKENS,
+    Bits,
+    Layout,
+    decode_scale,
+    n_symbols,
+    symbol_bits,
+    to_pages,
+)
+from sixfold.rotation import Rotation
+from tests.kernels import oracle
+from tests.kernels.attention_cases import Case, Pages
+
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def encoded(
+    tokens: int, dim: int, bits: Bits, layout: Layout, mean: float
+) -> tuple[Tensor, Tensor, Pages]:
+    """Gaussian vectors, rotated [tokens, dim]; the codewords they became; their pages."""
+    generator = torch.Generator().manual_seed(tokens + (layout == "key"))
+    x = torch.randn(tokens, dim, generator=generator) + mean
+    rotation, book = Rotation(dim, "hadamard", 3), centroids(dim, bits)
+    signs, factor = rotation.turns(CPU), rotation.factor(CPU)
+    scale = "unbiased" if layout == "key" else "optimal"
+    rows, scales = encode(x, signs, factor, book, bits=bits, scale=scale)
+    coded = oracle.codewords(rows, book, dim, bits) * decode_scale(scales).double()[:, None]
+    padding = -tokens % PAGE_TOKENS
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, padding), value=7)
+    scales = torch.nn.functional.pad(scales, (0, padding), value=math.nan)
+    paged = rows.unflatten(0, (-1, 1, PAGE_TOKENS))
+    codes = to_pages(paged, n_symbols(dim, bits), symbol_bits(bits), layout)
+    pages = Pages(codes, scales.view(-1, 1, PAGE_TOKENS), book, coded)
+    return rotate(x, signs, factor).double(), coded, pages
+
+
+def error_beside_quantization(
+    bits: Bits, tokens: int, sharpness: float, *, dim: int = 128, mean: float = 0.0
+) -> float:
+    """Distance from float64 on the codes, over the distance that the codes are from the truth.
+
+    Both are means over 64 queries: where a softmax is peaked, either error changes the winner of
+    few of them, more rarely the smaller it is.
+    """
+    keys, coded_keys, key_pages = encoded(tokens, dim, bits, "key", 0.0)
+    values, coded_values, value_pages = encoded(tokens, dim, bits, "value", mean)
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, 8, 8, dim, generator=generator) * (sharpness * dim**-0.5)
+    pages = len(key_pages.codes)
+    lengths = torch.full((pages,), PAGE_TOKENS)
+    lengths[-1] -= -tokens % PAGE_TOKENS
+    options = {"key_bits": bits, "value_bits": bits, "value_dim": dim}
+    first = torch.zeros(1, 8, dtype=torch.int64)
+    table = torch.arange(pages)[None]
+    got = Case(query, key_pages, value_pages, table, lengths, first, options).run().out.double()
+
+    def attend(keys: Tensor, values: Tensor) -> Tensor:
+        return (query[0].double() @ keys.mT).softmax(-1) @ values
+
+    on_codes, truth = attend(coded_keys, coded_values), attend(keys, values)
+    return ((got[0] - on_codes).norm(dim=-1).sum() / (on_codes - truth).norm(dim=-1).sum()).item()

@@ -1,0 +1,140 @@
+"""Attention on pages in Triton: what the tests of every backend leave out, in its interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from sixfold.errors import BackendError, ShapeError
+from sixfold.kernels import attention
+from sixfold.kernels._dispatch import implementation
+from sixfold.kernels.attention import triton as backend
+from sixfold.packing import BITS
+from tests.kernels.attention_cases import assert_accurate, make_case
+from tests.kernels.attention_errors import error_beside_quantization
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention alone: encoding may have another backend."""
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    monkeypatch.setattr(attention, "implementation", lambda *_: backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key_dim", [20, 64, 96, 100, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_width_and_dim(bits: float, key_dim: int) -> None:
+    case = make_case(key_bits=bits, key_dim=key_dim, lengths=(64, 64, 64))
+    assert_accurate(case.run(), case, half=True)
+
+
+@pytest.mark.parametrize("bits", [2.5, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_dims_of_several_tiles(bits: float) -> None:
+    case = make_case(key_bits=bits, key_dim=576, value_dim=512, batch=1, kv_heads=1, groups=3)
+    got = case.run()
+    assert got.out.shape == (1, 3, 1, 512)
+    assert_accurate(got, case, half=True)
+
+
+@pytest.mark.parametrize("queries", [9, pytest.param(70, marks=pytest.mark.slow)])
+def test_chunks_of_several_blocks_of_rows(queries: int) -> None:
+    case = make_case(queries=queries, groups=9, batch=1, lengths=(64, 20))
+    case.first_token = torch.arange(queries)[None] * 2
+    assert_accurate(case.run(), case, half=True)
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_splits_do_not_show(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED_PROGRAMS", programs)
+    backend._programs.cache_clear()
+    case = make_case(batch=1, lengths=(64, 64, 3, 64, 64, 64, 1))
+    case.first_token = torch.tensor([[150]])
+    assert_accurate(case.run(), case, half=True)
+    backend._programs.cache_clear()
+
+
+def test_values_of_very_different_scale() -> None:
+    """Weights have a unit a row: float16's range does not show."""
+    case = make_case(lengths=(64, 64, 64))
+    scales = (10.0 ** torch.linspace(-4, 3, 64)).half()
+    case.values.dense *= (scales.double() / case.values.scales.double())[..., None]
+    case.values.scales[:] = scales
+    # Only the small ones are attended: one in a thousand of the largest would drown them.
+    small = (torch.arange(case.tokens) % 64 < 8).expand(2, 1, 1, -1)
+    case.options["mask"] = small
+    got, exact = case.run(), case.expected()
+    assert (got.out - exact.out).norm() < 2e-3 * exact.out.norm()
+
+
+def test_unused_rows_of_a_page_may_be_anything() -> None:
+    case = make_case(lengths=(64, 20))
+    before = case.run()
+    case.values.scales[case.table[:, 1], :, 20:] = torch.nan
+    case.keys.scales[case.table[:, 1], :, 20:] = torch.nan
+    after = case.run()
+    assert torch.equal(before.out, after.out)
+    assert torch.equal(before.lse, after.lse)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sharpness", [1e-3, 1.0, 30.0])
+def test_error_is_a_tenth_of_the_quantization_error(bits: float, sharpness: float) -> None:
+    assert error_beside_quantization(bits, 512, sharpness) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sharpness", [1e-3, 8.0])
+def test_error_over_a_long_history(bits: float, sharpness: float) -> None:
+    assert error_beside_quantization(bits, 8192, sharpness) < 0.1
+
+
+def test_gradients_come_from_the_reference() -> None:
+    case = make_case()
+    case.query.requires_grad_()
+    case.run().out.sum().backward()
+    assert case.query.grad is not None
+
+
+def test_wrong_pages_are_refused() -> None:
+    case = make_case()
+    case.options["value_bits"] = 3
+    with pytest.raises(ShapeError, match="value_pages: expected pages of"):
+        case.run()
+    case = make_case()
+    case.query = case.query[:, :3]
+    with pytest.raises(ShapeError, match="expected a multiple of the 2 KV heads"):
+        case.run()
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        implementation("attention", torch.device("cpu"))
+
+
+def test_the_operator_is_well_formed() -> None:
+    case = make_case(queries=2)
+    options = case.options
+    arguments = (
+        case.query,
+        case.keys.codes,
+        case.keys.scales,
+        case.values.codes,
+        case.values.scales,
+        case.table,
+        case.starts,
+        case.lengths,
+        case.first_token,
+        case.keys.centroids,
+        case.values.centroids,
+        float(options["key_bits"]),
+        float(options["value_bits"]),
+        options["value_dim"],
+        None,
+        None,
+        None,
+    )
+    torch.library.opcheck(torch.ops.sixfold.page_attention.default, arguments)

@@ -1,0 +1,123 @@
+"""A whole layer on Triton's kernels: the reference's numbers, and no wait for the GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from sixfold.kernels import attention, cached_attention
+from sixfold.kernels.attention import triton as pages
+from sixfold.kernels.cached_attention import reference
+from sixfold.kernels.cached_attention import triton as backend
+from tests.kernels.attention_cases import make_case
+from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
+
+
+@pytest.fixture
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rotations by anything that fake tensors can pass through.
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
+    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_kernel_is_the_reference(
+    queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held.of(300)
+    query = held.queries(queries)
+    if "mask" in options:
+        options = {**options, "mask": random_mask(held, queries, options["mask"])}
+    monkeypatch.setattr(cached_attention, "implementation", lambda *_: reference)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    expected = held.attend(query, **options)
+    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
+    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    found = held.attend(query, **options)
+    # Operands of 11 bits: 2^-11 of a logit, and as much of a value.
+    assert (found - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.usefixtures("_on_triton")
+def test_nothing_depends_on_data() -> None:
+    """Fake tensors have no data: whatever asks for some fails."""
+    held = Held.of(300)
+    query = held.queries(1)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        out = held.attend(mode.from_tensor(query))
+    assert out.shape == (2, 6, 1, 48)
+
+
+class NoKernel:
+    """Takes a launch and does nothing."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*_: Any, **__: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+
+def test_the_launcher_asks_no_tensor_for_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a synchronisation")
+
+    kernels = NoKernel(), NoKernel()
+    monkeypatch.setattr(pages, "attend_pages", kernels[0])
+    monkeypatch.setattr(pages, "merge_ranges", kernels[1])
+    case = make_case(lengths=(64,) * 8, queries=3, batch=1, kv_heads=1)
+    case.options |= {"mask": torch.ones(1, 1, 3, 512), "softcap": 3.0}
+    case.options["logit_offset"] = torch.zeros(1, 2, 3)
+    starts = case.starts
+    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy", "cpu"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    pages.page_attention(
+        case.query,
+        case.keys.codes,
+        case.keys.scales,
+        case.values.codes,
+        case.values.scales,
+        case.table,
+        starts,
+        case.lengths,
+        case.first_token,
+        case.keys.centroids,
+        case.values.centroids,
+        **case.options,
+    )
+    assert [kernel.launches for kernel in kernels] == [1, 1]
+
+
+@pytest.mark.compile
+def test_compiles_in_one_graph() -> None:
+    case = make_case(queries=2)
+    arguments = (
+        case.query,
+        case.keys.codes,
+        case.keys.scales,
+        case.values.codes,
+        case.values.scales,
+        case.table,
+        case.starts,
+        case.lengths,
+        case.first_token,
+        case.keys.centroids,
+        case.values.centroids,
+    )
+
+    def doubled(query: Tensor, *rest: Tensor) -> Tensor:
+        return pages.page_attention(2 * query, *rest, **case.options).out.relu()
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), doubled(*arguments))

@@ -1,0 +1,112 @@
+"""The attention kernels as a GPU would launch them, to be compiled where there is none.
+
+Import it where TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
+"""
+
+from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels.attention.triton import (
+    MIN_ROWS,
+    launch_options,
+    max_rows,
+    page_constants,
+)
+from sixfold.packing import Bits
+from tests.kernels.triton_variants_vectors import Variant
+
+
+_PAGE_POINTERS = {
+    "query": "*fp32",
+    "key_pages": "*u8",
+    "key_scales": "*fp16",
+    "value_pages": "*u8",
+    "value_scales": "*fp16",
+    "table": "*i64",
+    "starts": "*i64",
+    "lengths": "*i64",
+    "first_token": "*i64",
+    "key_book": "*fp32",
+    "value_book": "*fp32",
+    "offset": "*fp32",
+    "mask": "*i1",
+    "out": "*fp32",
+    "lse": "*fp32",
+}
+_PAGE_NUMBERS = {
+    "kv_heads": "i32",
+    "n_pages": "i32",
+    "n_rows": "i32",
+    "n_queries": "i32",
+    "table_stride": "i32",
+    "first_batch_stride": "i32",
+    "first_query_stride": "i32",
+    "mask_batch_stride": "i32",
+    "mask_head_stride": "i32",
+    "mask_query_stride": "i32",
+    "mask_columns": "i32",
+    "never": "fp32",
+    "softcap": "fp32",
+}
+
+HEAD_DIMS = (64, 128, 256)
+WIDTHS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
+
+
+def attention(
+    bits: Bits, dim: int, *, rows: int = MIN_ROWS, mask: str | None = None, softcap: bool = False
+) -> Variant:
+    """`attend_pages` as it is launched for `rows` query rows a KV head."""
+    constants = page_constants(dim, dim, bits, bits)
+    options = launch_options(rows, constants)
+    types = {**_PAGE_POINTERS, **_PAGE_NUMBERS}
+    constants |= {
+        "BLOCK_ROWS": rows,
+        "OFFSET": True,
+        "MASK": mask is not None,
+        "ADDITIVE": mask == "*bf16",
+        "SOFTCAP": softcap,
+        "PERMUTE": True,
+    }
+    if mask is None:
+        del types["mask"]
+        constants["mask"] = None
+    else:
+        types["mask"] = mask
+    extra = f", mask {mask[1:]}" if mask else ""
+    name = f"attend_pages {bits:g} bits, dim {dim}, {rows} rows{extra}{', softcap' * softcap}"
+    return Variant(name, attend_pages, types, constants, **options, tensor_cores=True, exact=False)
+
+
+def merge(dim: int) -> Variant:
+    """`merge_ranges` for outputs of `dim` coordinates."""
+    types = {
+        "out": "*fp32",
+        "lse": "*fp32",
+        "merged": "*fp32",
+        "merged_lse": "*fp32",
+        "n_ranges": "i32",
+        "n_rows": "i32",
+    }
+    constants = {"DIM": dim, "BLOCK": dim}
+    return Variant(f"merge_ranges dim {dim}", merge_ranges, types, constants, 1, 3, exact=False)
+
+
+def representative() -> list[Variant]:
+    """One variant a way of working: what every change compiles."""
+    return [attention(4, 128), attention(3, 64, mask="*i1"), merge(128)]
+
+
+def variants() -> list[Variant]:
+    """Everything that is promised to compile: decoding, chunks, masks, the merge."""
+    decoding = [attention(bits, dim) for dim in HEAD_DIMS for bits in WIDTHS]
+    chunks = [
+        attention(bits, dim, rows=max_rows(bits, bits))
+        for dim in HEAD_DIMS
+        for bits in WIDTHS
+        if max_rows(bits, bits) > MIN_ROWS
+    ]
+    masked = [
+        attention(4, 128, mask="*i1"),
+        attention(4, 128, mask="*bf16", softcap=True),
+        attention(4, 128, rows=max_rows(4, 4), mask="*i1"),
+    ]
+    return [*decoding, *chunks, *masked, *map(merge, HEAD_DIMS)]
