@@ -51,8 +51,10 @@ def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel",
-    ["rotate", "encode", "encode_pages", "decode", "decode_pages", "scores"]
-    + ["attend_pages", "merge_ranges"],
+    [
+        *("rotate", "encode", "encode_pages", "decode", "decode_pages", "scores"),
+        *("attend_pages", "merge_ranges"),
+    ],
 )
 def test_all_kernels_compile_for_every_target(kernel: str, tmp_path: Path) -> None:
     assert_compiles(tmp_path / "kernels.json", "--only", f"{kernel} ")

@@ -13,7 +13,6 @@ from sixfold.kernels.attention.triton import (
 from sixfold.packing import Bits
 from tests.kernels.triton_variants_vectors import Variant
 
-
 _PAGE_POINTERS = {
     "query": "*fp32",
     "key_pages": "*u8",
