@@ -211,7 +211,7 @@ RESULTS = ROOT / "docs/results"
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
-    for name in ("attention", "encode", "scores", "step", "generate", "prefill")
+    for name in ("attention", "lengths", "encode", "scores", "step", "generate", "prefill")
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)

@@ -125,10 +125,8 @@ def test_every_operation_on_a_tiny_case(tmp_path: Path) -> None:
     assert {row["model"] for row in generated} == {"random", "embedded"}
     assert all(row["tokens_per_second"] > 0 for row in generated)
     filled = results(tmp_path, "--op", "prefill", "--tokens", "200", "--bits", "4")["rows"]
-    assert [(row["model"], row["contender"].split()[0]) for row in filled][::2] == [
-        ("embedded", "transformers"),
-        ("random", "transformers"),
-    ]
+    assert {row["model"] for row in filled} == {"random", "embedded"}
+    assert {row["contender"] for row in filled} >= {"sixfold 4 bits"}
     assert all("tokens_per_second" not in row for row in filled)
 
 
