@@ -1,17 +1,15 @@
 """Attention over compressed pages by the compiled extension (csrc/attention.h)."""
 
-import math
-from functools import lru_cache
-
 import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
-from sixfold.errors import ShapeError, SixfoldError
+from sixfold.errors import SixfoldError
 from sixfold.kernels._native import address, compiled
 from sixfold.kernels.attention import reference
+from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
-from sixfold.packing import PAGE_TOKENS, Bits, is_paired, n_symbols, row_bytes, symbol_bits
+from sixfold.packing import PAGE_TOKENS, Bits
 
 _cpu = compiled()
 
@@ -64,11 +62,7 @@ def page_attention(
     batch, heads, queries, key_dim = query.shape
     slots, kv_heads = key_pages.shape[:2]
     pages = block_table.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ShapeError(
-            f"query: expected a multiple of the {kv_heads} KV heads of key_pages, got {heads} "
-            "heads; pass the pages of this layer."
-        )
+    check_heads(heads, kv_heads)
     # Kept until the call returns: an address does not keep what `contiguous` has made.
     query, table, first = query.contiguous(), _int64(block_table), _int64(first_token)
     starts, lengths = _int64(page_starts), _int64(page_lengths)
@@ -116,14 +110,6 @@ def page_attention(
     return Partial(out, lse)
 
 
-@lru_cache
-def page_sizes(dim: int, bits: Bits) -> tuple[int, int, int, tuple[int, ...]]:
-    """Bits a symbol, coordinates a symbol, bytes a page and shape of the codebook."""
-    width, paired = symbol_bits(bits), is_paired(bits)
-    size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), width)
-    return width, 1 + paired, size, (1 << width, 2) if paired else (1 << width,)
-
-
 def _side(
     name: str,
     pages: Tensor,
@@ -155,17 +141,9 @@ def mask_arguments(
     """The mask in a dtype the extension reads, and how: broadcast axes have stride 0."""
     if mask is None:
         return None, _NO_MASK
-    columns = mask.shape[-1]
     additive = mask.dtype != torch.bool
     # Hosts write "never" as the lowest finite number of a narrow dtype, see dense.apply_mask.
-    never = max(torch.finfo(mask.dtype).min / 2, -math.inf) if additive else 0.0
+    never = torch.finfo(mask.dtype).min / 2 if additive else 0.0
     readable = mask.to(torch.float32 if additive else torch.bool).contiguous()
-    try:
-        by_batch, by_head, by_query, _ = readable.expand(batch, heads, queries, columns).stride()
-    except RuntimeError:
-        raise ShapeError(
-            f"mask: expected [{batch} or 1, {heads} or 1, {queries}, positions], got "
-            f"{list(mask.shape)}; pass one row a query."
-        ) from None
-    layout = (by_batch, by_head, by_query, columns)
-    return readable, (1 + additive, readable.data_ptr(), *layout, never)
+    strides = mask_strides(readable, batch, heads, queries)
+    return readable, (1 + additive, readable.data_ptr(), *strides, mask.shape[-1], never)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sixfold.errors import ShapeError
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels.attention import reference
+from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -106,11 +107,7 @@ def _page_attention(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, key_dim = query.shape
     kv_heads, pages = key_pages.shape[1], block_table.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ShapeError(
-            f"query: expected a multiple of the {kv_heads} KV heads of key_pages, got {heads} "
-            "heads; pass the pages of this layer."
-        )
+    check_heads(heads, kv_heads)
     _check("key", key_pages, key_centroids, key_dim, key_bits)
     _check("value", value_pages, value_centroids, value_dim, value_bits)
     rows = heads // kv_heads * queries
@@ -226,9 +223,7 @@ def _splits(device: torch.device, programs: int, pages: int) -> int:
 
 
 def _check(name: str, pages: Tensor, book: Tensor, dim: int, bits: float) -> None:
-    symbols, paired = symbol_bits(bits), is_paired(bits)
-    size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbols)
-    levels = (1 << symbols, 2) if paired else (1 << symbols,)
+    _, _, size, levels = page_sizes(dim, bits)
     if pages.shape[2] != size:
         raise ShapeError(
             f"{name}_pages: expected pages of {size} bytes at dim {dim} and {bits:g} bits, got "
@@ -251,14 +246,7 @@ def _mask_arguments(
     never = max(torch.finfo(mask.dtype).min / 2, torch.finfo(torch.float32).min) if additive else 0
     readable = mask if mask.stride(-1) == 1 else mask.contiguous()
     readable = readable.float() if mask.dtype is torch.float64 else readable
-    try:
-        by_batch, by_head, by_query, _ = readable.expand(batch, heads, queries, -1).stride()
-    except RuntimeError:
-        raise ShapeError(
-            f"mask: expected [{batch} or 1, {heads} or 1, {queries}, positions], got "
-            f"{list(mask.shape)}; pass one row a query."
-        ) from None
-    return readable, (by_batch, by_head, by_query), mask.shape[-1], float(never)
+    return readable, mask_strides(readable, batch, heads, queries), mask.shape[-1], float(never)
 
 
 def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sixfold.errors import SixfoldError
 from sixfold.kernels._native import address, compiled
-from sixfold.kernels.attention.cpu import mask_arguments, page_sizes
+from sixfold.kernels.attention.arguments import page_sizes
+from sixfold.kernels.attention.cpu import mask_arguments
 from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
