@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from sixfold.cache.pages import Run
+from sixfold.cache.pages import Run, Slab
 from sixfold.cache.policy import CachePolicy
 from sixfold.codebooks import centroids
 from sixfold.kernels.cached_attention import Coding
 from sixfold.kernels.decode import decode_pages
-from sixfold.kernels.encode import Scale, encode_pages
+from sixfold.kernels.encode import encode_pages
 from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation
 
@@ -34,11 +34,6 @@ class Coder:
     def page_bytes(self) -> int:
         """Bytes of one head's codes of a page, without scales."""
         return PAGE_TOKENS * row_bytes(n_symbols(self.dim, self.bits), symbol_bits(self.bits))
-
-    @property
-    def scale(self) -> Scale:
-        """Which scale is stored with a vector."""
-        return "unbiased" if self.layout == "key" else "optimal"
 
     @property
     def rotation(self) -> Rotation:
@@ -63,21 +58,32 @@ class Coder:
         channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
     ) -> None:
         """Encode whole pages of vectors, mapped by ``(x - mean)·channel_scale``, into `run`."""
-        pages, scales = self._storage(run)
-        turns, factor, codebook = self.tables(x.device)
+        self.write_slots(self.coding(x.device), run.slab, run.slots, x, mean, channel_scale)
+
+    def write_slots(
+        self,
+        coding: Coding,
+        slab: Slab,
+        slots: Int64[Tensor, "batch pages"],
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        mean: Float32[Tensor, "batch kv_heads dim"] | None = None,
+        channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
+    ) -> None:
+        """`write`, into slots that no run refers to, with a coding made before."""
+        pages, scales = self._storage(slab)
         encode_pages(
             x,
             mean,
             channel_scale,
-            turns,
-            factor,
-            codebook,
+            coding.turns,
+            coding.factor,
+            coding.centroids,
             bits=self.bits,
-            scale=self.scale,
+            scale="unbiased" if self.layout == "key" else "optimal",
             layout=self.layout,
             pages=pages,
             scales=scales,
-            slots=run.slots,
+            slots=slots,
         )
 
     def read(
@@ -88,7 +94,7 @@ class Coder:
         channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
     ) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Decode the valid tokens of `run` and undo the map."""
-        pages, scales = self._storage(run)
+        pages, scales = self._storage(run.slab)
         turns, factor, codebook = self.tables(run.slots.device)
         dense = decode_pages(
             pages,
@@ -106,8 +112,7 @@ class Coder:
         )
         return dense if dense.shape[2] == run.tokens else dense[:, :, _valid(run.lengths)]
 
-    def _storage(self, run: Run) -> tuple[Tensor, Tensor]:
-        slab = run.slab
+    def _storage(self, slab: Slab) -> tuple[Tensor, Tensor]:
         if self.layout == "key":
             return slab.key_codes, slab.key_scales
         return slab.value_codes, slab.value_scales

@@ -8,14 +8,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sixfold.cache.affine import KeyMap
-from sixfold.cache.coder import Coder
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.cached_attention import Coding, Pages, Tokens, cached_attention
-from sixfold.kernels.encode import encode_pages
+from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -118,7 +115,7 @@ class StaticLayer:
                     f"{list(expected)}, got {new.dtype} {list(new.shape)}."
                 )
         torch._assert_async(
-            self.coded + self.recent < self.max_tokens,
+            self.count < self.max_tokens,
             "the static cache is full: make it with a larger max_tokens",
         )
         self.window_keys.index_copy_(2, self.recent, keys)
@@ -143,8 +140,7 @@ class StaticLayer:
             sink_logits: A learned logit a head without a value (GPT-OSS).
         """
         prefix = self.prefix
-        end = self.coded + self.recent
-        first = prefix.end
+        end, first = self.count, prefix.end
         if self.sliding_window is not None:
             first = torch.maximum(first, end - self.sliding_window)
         batch = first.shape[0]
@@ -183,17 +179,11 @@ class StaticLayer:
         own = self.table.index_select(1, page) if self.table.shape[1] else self.spare
         slots = torch.where(full, own, self.spare)
         key_map = self.prefix.key_map
-        _write_page(
-            self.key_coder,
-            self.key_coding,
-            self.window_keys,
-            self.slab.tensors[:2],
-            slots,
-            key_map,
+        oldest = self.window.slice(0, PAGE_TOKENS)
+        self.key_coder.write_slots(
+            self.key_coding, self.slab, slots, oldest.keys, key_map.mean, key_map.scale
         )
-        _write_page(
-            self.value_coder, self.value_coding, self.window_values, self.slab.tensors[2:], slots
-        )
+        self.value_coder.write_slots(self.value_coding, self.slab, slots, oldest.values)
         for window in (self.window_keys, self.window_values):
             moved = torch.roll(window, -PAGE_TOKENS, 2)
             window.copy_(torch.where(full, moved, window))
@@ -223,34 +213,9 @@ class StaticLayer:
         """Every tensor held, shared coding tables included."""
         own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
         own += [self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
-        codings = (self.key_coding, self.value_coding)
-        tables = [x for one in codings for x in (one.turns, one.factor, one.centroids)]
+        coders, device = (self.key_coder, self.value_coder), self.table.device
+        tables = [x for coder in coders for x in coder.tables(device)]
         return own + self.prefix.tensors() + tables
-
-
-def _write_page(
-    coder: Coder,
-    coding: Coding,
-    window: Tensor,
-    storage: tuple[Tensor, ...],
-    slots: Tensor,
-    key_map: KeyMap | None = None,
-) -> None:
-    pages, scales = storage
-    encode_pages(
-        window[:, :, :PAGE_TOKENS],
-        None if key_map is None else key_map.mean,
-        None if key_map is None else key_map.scale,
-        coding.turns,
-        coding.factor,
-        coding.centroids,
-        bits=coding.bits,
-        scale=coder.scale,
-        layout=coder.layout,
-        pages=pages,
-        scales=scales,
-        slots=slots,
-    )
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
