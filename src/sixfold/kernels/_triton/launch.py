@@ -21,11 +21,6 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def rotation(dim: int, turns: Tensor, factor: Tensor) -> dict[str, int]:
     """The constants of `rotate.unnormalized`.
 
@@ -45,7 +40,7 @@ def rotation(dim: int, turns: Tensor, factor: Tensor) -> dict[str, int]:
         raise ShapeError(f"turns: expected [rounds, 2, {dim // 2}], got {list(turns.shape)}")
     inner = order // 2 if rounds and blocks == 1 else order
     # One column too many where there would be no zero to pad with (`in_order`).
-    width = power_of_two(max(inner, 2 if rounds == 0 else 1))
+    width = triton.next_power_of_2(max(inner, 2 if rounds == 0 else 1))
     size = width * (2 if rounds and blocks == 1 else blocks)
     return {
         "DIM": dim,

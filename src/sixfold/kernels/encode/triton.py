@@ -156,10 +156,11 @@ def encode(
     scale: Scale,
 ) -> tuple[UInt8[Tensor, "*b row_bytes"], Float16[Tensor, "*b"]]:
     """See `sixfold.kernels.encode.encode`."""
-    if not _fused(x, turns, factor):
+    rotation = launch.rotation(x.shape[-1], turns, factor)
+    if not _fused(x, rotation):
         return reference.encode(x, turns, factor, centroids, bits=bits, scale=scale)
     batch, dim, count = x.shape[:-1], x.shape[-1], x.shape[:-1].numel()
-    constants = launch.rotation(dim, turns, factor) | launch.codebook(dim, bits, centroids)
+    constants = rotation | launch.codebook(dim, bits, centroids)
     size = row_bytes(n_symbols(dim, bits), symbol_bits(bits))
     rows = torch.empty(*batch, size, dtype=torch.uint8, device=x.device)
     scales = torch.empty(batch, dtype=torch.float16, device=x.device)
@@ -201,7 +202,8 @@ def encode_pages(
 
     Slots are trusted: looking at them would wait for the device.
     """
-    if not _fused(x, turns, factor):
+    rotation = launch.rotation(x.shape[-1], turns, factor)
+    if not _fused(x, rotation):
         reference.encode_pages(
             x,
             mean,
@@ -219,7 +221,7 @@ def encode_pages(
         return
     heads, dim = x.shape[1], x.shape[-1]
     batch, n_pages = slots.shape
-    constants = launch.rotation(dim, turns, factor) | launch.codebook(dim, bits, centroids)
+    constants = rotation | launch.codebook(dim, bits, centroids)
     launch.check_pages(pages, scales, constants)
     _check_vectors(x, scales, slots)
     if not slots.numel() * heads:
@@ -252,15 +254,14 @@ def encode_pages(
     )
 
 
-def _fused(x: Tensor, turns: Tensor, factor: Tensor) -> bool:
+def _fused(x: Tensor, rotation: dict[str, int]) -> bool:
     """Whether one kernel does it; otherwise plain PyTorch does, on the same device.
 
     float64 is normalised in float64. Padded tiles of more than 512 columns change their order
     through more registers than a thread has.
     """
-    constants = launch.rotation(x.shape[-1], turns, factor)
-    padded = constants["SIZE"] != constants["DIM"]
-    return x.dtype is not torch.float64 and not (padded and constants["SIZE"] > 512)
+    padded = rotation["SIZE"] != rotation["DIM"]
+    return x.dtype is not torch.float64 and not (padded and rotation["SIZE"] > 512)
 
 
 def _check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:

@@ -74,7 +74,7 @@ def constants(dim: int, bits: Bits, n_queries: int) -> dict[str, int]:
     symbol, count = symbol_bits(bits), n_symbols(dim, bits)
     first = planes(symbol)[0]
     size = plane_bytes(count, first)
-    queries = min(64, max(16, launch.power_of_two(n_queries)))
+    queries = min(64, max(16, triton.next_power_of_2(n_queries)))
     return {
         "DIM": dim,
         "ROW": row_bytes(count, symbol),
@@ -82,7 +82,7 @@ def constants(dim: int, bits: Bits, n_queries: int) -> dict[str, int]:
         "PARTS": 8 // first,
         "QUERIES": queries,
         "N": 1024 if launch.interpreted() else 64,
-        "COLUMNS": min(64, max(16, launch.power_of_two(size))),
+        "COLUMNS": min(64, max(16, triton.next_power_of_2(size))),
     }
 
 
