@@ -34,7 +34,8 @@ enum class Arithmetic { bytes, words, floats };
 
 // A unit is 64 bytes of symbols: one word (4 symbols) of 16 tokens in a page of keys, 4 words of 4
 // tokens in a page of values. Where its words lie in one plane, relative to the block, and how far
-// to rotate a lane to the right until the plane's bits are at their place in the symbol.
+// to rotate a lane to the right until the plane's bits are at their place in the index; those of the
+// first plane, whose place is the lowest, may be shifted.
 struct Unit {
     std::int32_t offset[4];
     std::int32_t contiguous;
@@ -62,9 +63,10 @@ struct Codec {
     std::int64_t page_bytes, tile_bytes;
     float scale;        // centroid ~ scale * level
     const Unit* table;  // [units, planes]
-    alignas(64) std::uint8_t low[2][256];   // levels by symbol: all of 8 bits, or the low byte
+    // By index (a symbol's planes, the first in the lowest bits), over and over.
+    alignas(64) std::uint8_t low[2][256];   // levels: all of 8 bits, or the low byte
     alignas(64) std::uint8_t high[2][256];  // high byte of 16-bit levels
-    float exact[2][256];                    // centroids by symbol
+    float exact[2][256];                    // centroids
 };
 
 // What a codec follows from.

@@ -25,8 +25,8 @@ std::vector<int> plane_widths(int symbol_bits) {
     return widths[symbol_bits];
 }
 
-// `below`: bits of a symbol that come from later planes.
-Unit make_unit(const Codec& codec, int unit, int words, int plane_words, int width, int below) {
+// `before`: bits of an index that come from earlier planes.
+Unit make_unit(const Codec& codec, int unit, int words, int plane_words, int width, int before) {
     Unit made{};
     const int piece = codec.values ? kLanes : kUnitBytes;  // bytes of one word
     for (int i = 0; i < 4; ++i) {
@@ -34,7 +34,7 @@ Unit make_unit(const Codec& codec, int unit, int words, int plane_words, int wid
         const int word = codec.values ? std::min(4 * unit + i, words - 1) : unit;
         made.offset[i] = word % plane_words * piece;
         for (int lane = 4 * i; lane < 4 * i + 4; ++lane)
-            made.rotation[lane] = (word / plane_words * width - below) & 31;
+            made.rotation[lane] = (word / plane_words * width - before) & 31;
     }
     made.contiguous = !codec.values;
     if (codec.values)
@@ -53,16 +53,16 @@ void lay_out_page(OwnedCodec& codec) {
     codec.units = codec.values ? (words + 3) / 4 : words;
     codec.units_storage.resize(static_cast<std::size_t>(codec.units) * widths.size());
     std::int64_t offset = 0;
-    int below = codec.symbol_bits;
+    int before = 0;
     for (int p = 0; p < codec.planes; ++p) {
         const int plane_words = (symbols * widths[p] + 31) / 32;
-        below -= widths[p];
         codec.plane_offset[p] = offset;
         codec.plane_stride[p] = 4LL * plane_words * (kPageTokens / codec.blocks);
         offset += 4LL * plane_words * kPageTokens;
         for (int unit = 0; unit < codec.units; ++unit)
             codec.units_storage[static_cast<std::size_t>(unit) * widths.size() + p] =
-                make_unit(codec, unit, words, plane_words, widths[p], below);
+                make_unit(codec, unit, words, plane_words, widths[p], before);
+        before += widths[p];
     }
     codec.page_bytes = offset;
     codec.table = codec.units_storage.data();
@@ -79,6 +79,26 @@ void lay_out_tile(Codec& codec) {
     codec.unit_stride = codec.values ? kUnitBytes : codec.parts * kUnitBytes;
     codec.part_stride = codec.values ? length : kUnitBytes;
     codec.tile_bytes = length * (codec.values ? codec.steps : codec.strips);
+}
+
+// Where the kernels look a symbol up: its planes, which hold its upper bits first, in rising order. So
+// the first, widest plane is shifted to the right only, which costs less than a rotation.
+std::vector<int> lookup_order(int symbol_bits) {
+    std::vector<int> index(std::size_t{1} << symbol_bits);
+    int below = symbol_bits, before = 0;
+    for (int width : plane_widths(symbol_bits)) {
+        below -= width;
+        for (std::size_t s = 0; s < index.size(); ++s)
+            index[s] |= (static_cast<int>(s) >> below & ((1 << width) - 1)) << before;
+        before += width;
+    }
+    return index;
+}
+
+// Repeats a table of 2^bits entries, so that what is above an index does not matter.
+template <class T>
+void repeat_table(T (&table)[256], int bits) {
+    for (int i = 1 << bits; i < 256; ++i) table[i] = table[i - (1 << bits)];
 }
 
 // How often a centroid occurs, up to a factor: cells of the optimal quantizer of a Gaussian have
@@ -138,10 +158,16 @@ void quantize_codebook(OwnedCodec& codec) {
         if (other.error < fit.error) best = step, fit = other;
     }
     codec.scale = static_cast<float>(fit.scale);
+    const std::vector<int> order = lookup_order(codec.symbol_bits);
     for (std::size_t i = 0; i < codec.centroids.size(); ++i) {
         const int level = static_cast<int>(std::nearbyint(codec.centroids[i] / best));
-        codec.low[i % codec.axes][i / codec.axes] = static_cast<std::uint8_t>(level & 0xFF);
-        codec.high[i % codec.axes][i / codec.axes] = static_cast<std::uint8_t>(level >> 8 & 0xFF);
+        const int index = order[i / codec.axes];
+        codec.low[i % codec.axes][index] = static_cast<std::uint8_t>(level & 0xFF);
+        codec.high[i % codec.axes][index] = static_cast<std::uint8_t>(level >> 8 & 0xFF);
+    }
+    for (int axis = 0; axis < codec.axes; ++axis) {
+        repeat_table(codec.low[axis], codec.symbol_bits);
+        repeat_table(codec.high[axis], codec.symbol_bits);
     }
 }
 
@@ -159,8 +185,10 @@ std::shared_ptr<const OwnedCodec> make_codec(const CodecKey& key) {
     codec->parts = key.exact ? 4 : narrow ? 1 : 2;
     codec->centroids.assign(key.centroids,
                             key.centroids + (std::size_t{1} << key.symbol_bits) * key.axes);
+    const std::vector<int> order = lookup_order(key.symbol_bits);
     for (std::size_t i = 0; i < codec->centroids.size(); ++i)
-        codec->exact[i % key.axes][i / key.axes] = codec->centroids[i];
+        codec->exact[i % key.axes][order[i / key.axes]] = codec->centroids[i];
+    for (int axis = 0; axis < key.axes; ++axis) repeat_table(codec->exact[axis], key.symbol_bits);
     lay_out_page(*codec);
     lay_out_tile(*codec);
     if (!key.exact) quantize_codebook(*codec);

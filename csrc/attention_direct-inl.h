@@ -11,11 +11,11 @@ namespace {
 
 // Adds levels of one unit times operands, those of its parts side by side, to a column of sums.
 template <class Levels, bool kValues, int kRows, int kColumns>
-inline void multiply_unit(const Levels& table, U8x64 symbols, const std::int32_t* operands,
+inline void multiply_unit(const Levels& table, U8x64 indices, const std::int32_t* operands,
                           std::int64_t operand_stride, I32x16 (&sums)[kRows][kColumns],
                           int column) {
     U8x64 levels[Levels::kParts];
-    table.look_up(symbols, levels);
+    table.look_up(indices, levels);
     SIXFOLD_UNROLL
     for (int part = 0; part < Levels::kParts; ++part)
         SIXFOLD_UNROLL
@@ -41,11 +41,11 @@ void multiply_key_codes(const Codec& codec, const Products& p) {
             const Planes planes(codec, p.tile, codec.table + u * Planes::kPlanes);
             SIXFOLD_UNROLL
             for (int s = 0; s < kStrips; ++s) {
-                const U8x64 symbols = planes.symbols(strides.plane, strip + s);
+                const U8x64 indices = planes.indices(strides.plane, strip + s);
                 SIXFOLD_UNROLL
                 for (int axis = 0; axis < kAxes; ++axis)
                     multiply_unit<Levels, false>(
-                        axes[axis], symbols, p.operands + (axis * units + u) * kParts,
+                        axes[axis], indices, p.operands + (axis * units + u) * kParts,
                         p.operand_stride, sums, s);
             }
         }
@@ -69,11 +69,11 @@ inline void multiply_value_units(const Codec& codec, const Products& p, int unit
         SIXFOLD_UNROLL
         for (int i = 0; i < kUnits; ++i) {
             const Planes planes(codec, p.tile, codec.table + (unit + i) * Planes::kPlanes);
-            const U8x64 symbols = planes.symbols(strides.plane, group);
+            const U8x64 indices = planes.indices(strides.plane, group);
             SIXFOLD_UNROLL
             for (int axis = 0; axis < kAxes; ++axis)
                 multiply_unit<Levels, true>(
-                    axes[axis], symbols, p.operands + group * Levels::kParts, p.operand_stride,
+                    axes[axis], indices, p.operands + group * Levels::kParts, p.operand_stride,
                     sums, i * kAxes + axis);
         }
     }

@@ -8,16 +8,15 @@ constexpr float kInfinity = __builtin_inff();
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x, within 1.2e-7 of it; 2^-125 stands in for what is less; NaN stays.
+// 2^x, within 1.2e-7 of it; 2^-125 stands in for what is less; NaN stays. Minimax on [0, 1].
 inline F32x16 exp2(F32x16 x) {
     x = larger(set1(-125.0f), x);
-    const F32x16 n = nearest(x), r = sub(x, n);
-    F32x16 y = set1(1.535336188319500e-4f);
-    constexpr float series[] = {1.339887440266574e-3f, 9.618437357674640e-3f,
-                                5.550332471162809e-2f, 2.402264791363012e-1f,
-                                6.931472028550421e-1f, 1.0f};
+    const F32x16 r = fraction(x);
+    F32x16 y = set1(1.877576684683e-3f);
+    constexpr float series[] = {8.989340155275e-3f, 5.582631790476e-2f, 2.401536171418e-1f,
+                                6.931530731780e-1f, 9.999999250648e-1f};
     for (float c : series) y = fma(y, r, set1(c));
-    return times_power(y, n);
+    return times_power(y, x);
 }
 
 // Rational minimax approximation (Eigen's), within 4e-7 relative.

@@ -12,10 +12,9 @@ constexpr int plane_width(int symbol_bits, int plane) {
     return plane < 3 ? widths[symbol_bits][plane] : 0;
 }
 
-// Bits of a symbol that come from later planes.
-constexpr int bits_below(int symbol_bits, int plane) {
-    const int next = plane_width(symbol_bits, plane + 1);
-    return next == 0 ? 0 : next + bits_below(symbol_bits, plane + 1);
+// Bits of an index that come from earlier planes.
+constexpr int bits_before(int symbol_bits, int plane) {
+    return plane == 0 ? 0 : plane_width(symbol_bits, plane - 1) + bits_before(symbol_bits, plane - 1);
 }
 
 // How the words of a unit lie in a plane: side by side, in two that repeat (pairs of 128 coordinates
@@ -36,8 +35,9 @@ struct UnitSource {
         if constexpr (kWords == Words::repeated) return load_twice(plane + at);
         return load4(plane + at, unit->offset);
     }
-    // Each byte's bits of the symbol at their place in it, beside others.
-    U8x64 aligned(std::int64_t at) const { return rotate_right(bytes(at), count); }
+    // Each byte's bits of the index at their place in it, beside others: of the first plane, of another.
+    U8x64 shifted(std::int64_t at) const { return shift_right(bytes(at), count); }
+    U8x64 rotated(std::int64_t at) const { return rotate_right(bytes(at), count); }
 };
 
 // The planes of a unit; kWords is that of the last one, the others are together unless it is apart.
@@ -55,18 +55,19 @@ struct UnitPlanes {
         : first(page, unit),
           second(page + codec.plane_offset[kPlanes > 1], unit + (kPlanes > 1)),
           third(page + codec.plane_offset[kPlanes - 1], unit + kPlanes - 1) {}
-    // The symbols of a block: planes, most significant first.
-    U8x64 symbols(const std::int64_t* stride, int block) const {
+    // The indices of a block, below whatever Lookup ignores.
+    U8x64 indices(const std::int64_t* stride, int block) const {
         if constexpr (kBits == 8) return first.bytes(block * stride[0]);
-        U8x64 s = keep(first.aligned(block * stride[0]), mask(0));
-        if constexpr (kPlanes > 1) s = merge(s, second.aligned(block * stride[1]), mask(1));
-        if constexpr (kPlanes > 2) s = merge(s, third.aligned(block * stride[2]), mask(2));
+        U8x64 s = first.shifted(block * stride[0]);
+        if constexpr (!kLookupIgnoresUpperBits) s = keep(s, mask(0));
+        if constexpr (kPlanes > 1) s = merge(s, second.rotated(block * stride[1]), mask(1));
+        if constexpr (kPlanes > 2) s = merge(s, third.rotated(block * stride[2]), mask(2));
         return s;
     }
 
 private:
     static constexpr int mask(int plane) {
-        return ((1 << plane_width(kBits, plane)) - 1) << bits_below(kBits, plane);
+        return ((1 << plane_width(kBits, plane)) - 1) << bits_before(kBits, plane);
     }
 };
 
@@ -77,27 +78,27 @@ struct PageStrides {
         : plane{codec.plane_stride[0], codec.plane_stride[1], codec.plane_stride[2]} {}
 };
 
-// Levels of 64 symbols, in kParts pieces of 64 bytes.
+// Levels of 64 indices, in kParts pieces of 64 bytes.
 template <int kBits>
 struct ByteLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::bytes;
     static constexpr int kParts = 1;
-    Lookup<(kBits < 4 ? 16 : 1 << kBits)> table;
+    Lookup<kBits> table;
 
     ByteLevels(const Codec& codec, int axis)
         : table(codec.low[axis], codec.values ? 0 : kKeyFlip) {}
-    void look_up(U8x64 symbols, U8x64* levels) const { levels[0] = table(symbols); }
+    void look_up(U8x64 indices, U8x64* levels) const { levels[0] = table(indices); }
 };
 
 template <int kBits>
 struct WordLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::words;
     static constexpr int kParts = 2;
-    Lookup<(kBits < 4 ? 16 : 1 << kBits)> low, high;
+    Lookup<kBits> low, high;
 
     WordLevels(const Codec& codec, int axis) : low(codec.low[axis], 0), high(codec.high[axis], 0) {}
-    void look_up(U8x64 symbols, U8x64* levels) const {
-        const U8x64 l = low(symbols), h = high(symbols);
+    void look_up(U8x64 indices, U8x64* levels) const {
+        const U8x64 l = low(indices), h = high(indices);
         levels[0] = even_words(l, h);
         levels[1] = odd_words(l, h);
     }
@@ -110,10 +111,10 @@ struct FloatLevels {
     const float* table;
 
     FloatLevels(const Codec& codec, int axis) : table(codec.exact[axis]) {}
-    void look_up(U8x64 symbols, U8x64* levels) const {
+    void look_up(U8x64 indices, U8x64* levels) const {
         alignas(64) std::uint8_t index[kUnitBytes];
         alignas(64) float lanes[kLanes];
-        store(index, symbols);
+        store(index, indices);
         for (int part = 0; part < kParts; ++part) {
             for (int i = 0; i < kLanes; ++i) lanes[i] = table[index[4 * i + part]];
             levels[part] = as_bytes(load(lanes));
@@ -134,10 +135,10 @@ void unpack_as(const Codec& codec, const std::uint8_t* page, std::uint8_t* tile)
     for (int u = 0; u < units; ++u) {
         const Planes planes(codec, page, codec.table + u * Planes::kPlanes);
         for (int block = 0; block < blocks; ++block) {
-            const U8x64 symbols = planes.symbols(strides.plane, block);
+            const U8x64 indices = planes.indices(strides.plane, block);
             for (int axis = 0; axis < kAxes; ++axis) {
                 U8x64 levels[kParts];
-                axes[axis].look_up(symbols, levels);
+                axes[axis].look_up(indices, levels);
                 std::uint8_t* to = tile + block * block_stride + (axis * units + u) * unit_stride;
                 for (int part = 0; part < kParts; ++part)
                     store(to + part * part_stride, levels[part]);

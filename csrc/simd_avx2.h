@@ -46,6 +46,9 @@ inline U8x64 load4(const std::uint8_t* p, const std::int32_t* offset) {
         return from_halves(_mm_loadu_si128(low), _mm_loadu_si128(high));
     });
 }
+inline U8x64 shift_right(U8x64 a, I32x16 count) {
+    return both<U8x64>([&](int i) { return _mm256_srlv_epi32(a.v[i], count.v[i]); });
+}
 inline U8x64 rotate_right(U8x64 a, I32x16 count) {
     return both<U8x64>([&](int i) {
         // A count of 32 shifts everything out: that is the rotation by 0.
@@ -78,9 +81,9 @@ inline U8x64 odd_words(U8x64 low, U8x64 high) {
 
 // vpshufb holds 16 entries and gives 0 for indices above 127: with saturation everything that is
 // not in a part of 16 entries ends up there, and the parts can be added.
-template <int kEntries>
+template <int kBits>
 struct Lookup {
-    static constexpr int kParts = kEntries / 16;
+    static constexpr int kParts = kBits <= 4 ? 1 : 1 << (kBits - 4);
     alignas(32) __m256i part[kParts];
 
     Lookup(const std::uint8_t* table, int) {
@@ -105,6 +108,7 @@ struct Lookup {
         return found;
     }
 };
+constexpr bool kLookupIgnoresUpperBits = false;
 
 inline I32x16 set1(std::int32_t x) {
     return both<I32x16>([&](int) { return _mm256_set1_epi32(x); });
@@ -241,9 +245,12 @@ inline float sum(F32x16 a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-inline F32x16 times_power(F32x16 a, F32x16 n) {
+inline F32x16 fraction(F32x16 x) {
+    return both<F32x16>([&](int i) { return _mm256_sub_ps(x.v[i], _mm256_floor_ps(x.v[i])); });
+}
+inline F32x16 times_power(F32x16 a, F32x16 x) {
     return both<F32x16>([&](int i) {
-        const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v[i]), 23);
+        const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x.v[i])), 23);
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v[i]), power));
     });
 }

@@ -36,15 +36,17 @@ inline U8x64 load4(const std::uint8_t* p, const std::int32_t* offset) {
     v = _mm512_inserti32x4(v, part(2), 2);
     return {_mm512_inserti32x4(v, part(3), 3)};
 }
-// Every 32-bit lane by its own count, 0 to 31.
+// Every 32-bit lane by its own count, 0 to 31. On Zen 4 a rotation takes a port of the products, a
+// shift does not.
+inline U8x64 shift_right(U8x64 a, I32x16 count) { return {_mm512_srlv_epi32(a.v, count.v)}; }
 inline U8x64 rotate_right(U8x64 a, I32x16 count) { return {_mm512_rorv_epi32(a.v, count.v)}; }
 inline U8x64 keep(U8x64 a, int byte) {
     return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
 }
-// a | (b & byte)
+// Bits of b where `byte` has ones, else of a.
 inline U8x64 merge(U8x64 a, U8x64 b, int byte) {
     const __m512i mask = _mm512_set1_epi8(static_cast<char>(byte));
-    return {_mm512_ternarylogic_epi32(a.v, b.v, mask, 0xF8)};
+    return {_mm512_ternarylogic_epi32(a.v, b.v, mask, 0xD8)};
 }
 
 // 16-bit levels of bytes 0 and 2 (even), or 1 and 3 (odd), of every lane.
@@ -55,24 +57,23 @@ inline U8x64 odd_words(U8x64 low, U8x64 high) {
     return {_mm512_mask_blend_epi8(0xAAAAAAAAAAAAAAAA, _mm512_srli_epi16(low.v, 8), high.v)};
 }
 
-// A table of kEntries bytes, indexed by bytes below kEntries; its entries come out xor `flip`.
-template <int kEntries>
+// A table indexed by the lower kBits of bytes, which repeats up to 64 entries; they come out xor
+// `flip`.
+template <int kBits>
 struct Lookup {
-    static constexpr int kParts = kEntries <= 64 ? 1 : kEntries / 64;
+    static constexpr int kParts = kBits <= 6 ? 1 : 1 << (kBits - 6);
     __m512i part[kParts];
 
     Lookup(const std::uint8_t* table, int flip) {
         const __m512i mask = _mm512_set1_epi8(static_cast<char>(flip));
         for (int i = 0; i < kParts; ++i)
             part[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), mask);
-        if constexpr (kEntries == 16) part[0] = _mm512_shuffle_i32x4(part[0], part[0], 0);
     }
     U8x64 operator()(U8x64 index) const {
-        if constexpr (kEntries == 16) return {_mm512_shuffle_epi8(part[0], index.v)};
-        else if constexpr (kEntries <= 64) return {_mm512_permutexvar_epi8(index.v, part[0])};
+        if constexpr (kParts == 1) return {_mm512_permutexvar_epi8(index.v, part[0])};
         else {
             const __m512i first = _mm512_permutex2var_epi8(part[0], index.v, part[1]);
-            if constexpr (kEntries == 128) return {first};
+            if constexpr (kParts == 2) return {first};
             else {
                 const __m512i second = _mm512_permutex2var_epi8(part[2], index.v, part[3]);
                 return {_mm512_mask_blend_epi8(_mm512_movepi8_mask(index.v), first, second)};
@@ -80,6 +81,7 @@ struct Lookup {
         }
     }
 };
+constexpr bool kLookupIgnoresUpperBits = true;
 
 inline I32x16 set1(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I32x16 load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -134,7 +136,9 @@ inline F32x16 larger(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 smaller(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float largest(F32x16 a) { return _mm512_reduce_max_ps(a.v); }
 inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
-inline F32x16 times_power(F32x16 a, F32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// x - floor(x), and a * 2^floor(x).
+inline F32x16 fraction(F32x16 x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}; }
+inline F32x16 times_power(F32x16 a, F32x16 x) { return {_mm512_scalef_ps(a.v, x.v)}; }
 inline Lanes less(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Lanes equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline F32x16 select(Lanes where, F32x16 a, F32x16 b) {

@@ -36,10 +36,17 @@ inline U8x64 load_twice(const std::uint8_t* p) {
 inline U8x64 load4(const std::uint8_t* p, const std::int32_t* offset) {
     return quarters<U8x64>([&](int i) { return vld1q_u8(p + offset[i]); });
 }
+// Negative counts shift to the right.
+inline U8x64 shift_right(U8x64 a, I32x16 count) {
+    return quarters<U8x64>([&](int i) {
+        const uint32x4_t bits = vreinterpretq_u32_u8(a.v[i]);
+        return vreinterpretq_u8_u32(vshlq_u32(bits, vnegq_s32(count.v[i])));
+    });
+}
 inline U8x64 rotate_right(U8x64 a, I32x16 count) {
     return quarters<U8x64>([&](int i) {
         const uint32x4_t bits = vreinterpretq_u32_u8(a.v[i]);
-        // Negative counts shift to the right; a count of 32 shifts everything out.
+        // A count of 32 shifts everything out.
         const int32x4_t left = vsubq_s32(vdupq_n_s32(32), count.v[i]);
         return vreinterpretq_u8_u32(
             vorrq_u32(vshlq_u32(bits, vnegq_s32(count.v[i])), vshlq_u32(bits, left)));
@@ -62,9 +69,9 @@ inline U8x64 odd_words(U8x64 low, U8x64 high) {
 }
 
 // tbl holds 64 entries and gives 0 beyond them; tbx leaves what other parts have found.
-template <int kEntries>
+template <int kBits>
 struct Lookup {
-    static constexpr int kParts = kEntries <= 64 ? 1 : kEntries / 64;
+    static constexpr int kParts = kBits <= 6 ? 1 : 1 << (kBits - 6);
     uint8x16x4_t part[kParts];
 
     Lookup(const std::uint8_t* table, int) {
@@ -73,7 +80,7 @@ struct Lookup {
     }
     U8x64 operator()(U8x64 index) const {
         return quarters<U8x64>([&](int i) {
-            if constexpr (kEntries == 16) return vqtbl1q_u8(part[0].val[0], index.v[i]);
+            if constexpr (kBits <= 4) return vqtbl1q_u8(part[0].val[0], index.v[i]);
             uint8x16_t found = vqtbl4q_u8(part[0], index.v[i]);
             for (int p = 1; p < kParts; ++p)
                 found = vqtbx4q_u8(found, part[p], vsubq_u8(index.v[i], vdupq_n_u8(64 * p)));
@@ -81,6 +88,7 @@ struct Lookup {
         });
     }
 };
+constexpr bool kLookupIgnoresUpperBits = false;
 
 inline I32x16 set1(std::int32_t x) {
     return quarters<I32x16>([&](int) { return vdupq_n_s32(x); });
@@ -209,9 +217,12 @@ inline float largest(F32x16 a) {
 inline float sum(F32x16 a) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3])));
 }
-inline F32x16 times_power(F32x16 a, F32x16 n) {
+inline F32x16 fraction(F32x16 x) {
+    return quarters<F32x16>([&](int i) { return vsubq_f32(x.v[i], vrndmq_f32(x.v[i])); });
+}
+inline F32x16 times_power(F32x16 a, F32x16 x) {
     return quarters<F32x16>([&](int i) {
-        const int32x4_t power = vshlq_n_s32(vcvtnq_s32_f32(n.v[i]), 23);
+        const int32x4_t power = vshlq_n_s32(vcvtmq_s32_f32(x.v[i]), 23);
         return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v[i]), power));
     });
 }

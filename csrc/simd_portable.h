@@ -50,12 +50,17 @@ inline U8x64 load4(const std::uint8_t* p, const std::int32_t* offset) {
     for (int i = 0; i < 4; ++i) __builtin_memcpy(bytes + 16 * i, p + offset[i], 16);
     return load(bytes);
 }
+inline U8x64 shift_right(U8x64 a, I32x16 count) {
+    return {as<U8Vector>(as<U32Vector>(a.v) >> as<U32Vector>(count.v))};
+}
 inline U8x64 rotate_right(U8x64 a, I32x16 count) {
     const U32Vector bits = as<U32Vector>(a.v), right = as<U32Vector>(count.v);
     return {as<U8Vector>((bits >> right) | (bits << ((32 - right) & 31)))};
 }
 inline U8x64 keep(U8x64 a, int byte) { return {a.v & static_cast<std::uint8_t>(byte)}; }
-inline U8x64 merge(U8x64 a, U8x64 b, int byte) { return {a.v | keep(b, byte).v}; }
+inline U8x64 merge(U8x64 a, U8x64 b, int byte) {
+    return {keep(a, ~byte).v | keep(b, byte).v};
+}
 // Little-endian, like the storage format.
 inline U8x64 even_words(U8x64 low, U8x64 high) {
     return {as<U8Vector>((as<I16Vector>(low.v) & 0x00FF) | (as<I16Vector>(high.v) << 8))};
@@ -65,7 +70,7 @@ inline U8x64 odd_words(U8x64 low, U8x64 high) {
     return {as<U8Vector>(shifted | (as<I16Vector>(high.v) & static_cast<std::int16_t>(0xFF00)))};
 }
 
-template <int kEntries>
+template <int kBits>
 struct Lookup {
     const std::uint8_t* table;
 
@@ -77,6 +82,7 @@ struct Lookup {
         return load(bytes);
     }
 };
+constexpr bool kLookupIgnoresUpperBits = true;
 
 inline I32x16 set1(std::int32_t x) { return {I32Vector{} + x}; }
 inline I32x16 load(const std::int32_t* p) { return {load_vector<I32Vector>(p)}; }
@@ -162,8 +168,11 @@ inline float sum(F32x16 a) {
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     return lanes[0];
 }
-inline F32x16 times_power(F32x16 a, F32x16 n) {
-    return {as<F32Vector>(as<I32Vector>(a.v) + (to_ints(n).v << 23))};
+// A whole number may also count as the one below, with a fraction of 1.
+inline I32x16 whole(F32x16 x) { return to_ints(sub(x, set1(0.5f))); }
+inline F32x16 fraction(F32x16 x) { return sub(x, to_floats(whole(x))); }
+inline F32x16 times_power(F32x16 a, F32x16 x) {
+    return {as<F32Vector>(as<I32Vector>(a.v) + (whole(x).v << 23))};
 }
 inline Lanes less(F32x16 a, F32x16 b) { return {a.v < b.v}; }
 inline Lanes equal(F32x16 a, F32x16 b) { return {a.v == b.v}; }
