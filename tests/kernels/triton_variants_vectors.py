@@ -3,16 +3,16 @@
 Import it where TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from sixfold.codebooks import centroids
 from sixfold.kernels._triton import launch
-from sixfold.kernels.decode.triton import decode_kernel, decode_pages_kernel
+from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
+from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
+from sixfold.kernels._triton.store import store_pages_kernel
 from sixfold.kernels.encode import Scale
-from sixfold.kernels.encode.triton import encode_kernel, encode_pages_kernel
 from sixfold.kernels.rotate.triton import rotate_kernel
 from sixfold.kernels.scores.triton import constants as scores_constants
 from sixfold.kernels.scores.triton import scores_kernel
@@ -66,7 +66,7 @@ def rotate(dim: int, inverse: bool = False, kind: RotationKind = "hadamard") -> 
     """`rotate_kernel` on float32 vectors."""
     types = {"x": "*fp32", "turns": "*fp32", "factor": "*fp32", "out": "*fp32", "count": "i32"}
     constants = _rotation(dim, kind)
-    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2), "INVERSE": inverse}
+    constants |= {"SHRINK": launch.shrink(constants), "INVERSE": inverse}
     direction = ", inverse" * inverse
     name = f"rotate dim {dim}{', dense' * (constants['ROUNDS'] == 0)}{direction}"
     return _variant(name, rotate_kernel, types, constants)
@@ -76,7 +76,7 @@ def encode(dim: int, bits: Bits, scale: Scale = "optimal") -> Variant:
     """`encode_kernel` on float32 vectors."""
     types = {"x": "*fp32", **_TABLES, "rows": "*i32", "scales": "*fp16", "count": "i32"}
     constants = _code(dim, bits, "hadamard")
-    constants |= {"STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2), "SCALE": scale}
+    constants |= {"STRETCH": launch.stretch(constants), "SCALE": scale}
     return _variant(f"encode {bits:g} bits, dim {dim}", encode_kernel, types, constants)
 
 
@@ -95,7 +95,7 @@ def encode_pages(dim: int, bits: Bits, layout: Layout) -> Variant:
     }
     constants = _code(dim, bits, "hadamard")
     constants |= {
-        "STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2),
+        "STRETCH": launch.stretch(constants),
         "SCALE": "unbiased" if keys else "optimal",
         "LAYOUT": layout,
         "HAS_MEAN": keys,
@@ -108,11 +108,34 @@ def encode_pages(dim: int, bits: Bits, layout: Layout) -> Variant:
     return _variant(name, encode_pages_kernel, types, constants, least=4)
 
 
+def store_pages(dim: int, key_bits: Bits, value_bits: Bits) -> Variant:
+    """`store_pages_kernel` as a cache stores bfloat16 keys and values."""
+    sides = ("key", "value")
+    types = {"keys": "*bf16", "values": "*bf16", "mean": "*fp32", "channel_scale": "*fp32"}
+    for side in sides:
+        types |= {f"{side}_{name}": kind for name, kind in _TABLES.items()}
+    for side in sides:
+        types |= {f"{side}_pages": "*i32", f"{side}_scales": "*fp16"}
+    types |= {"slots": "*i64", "n_pages": "i32", "heads": "i32"}
+    types |= {f"{side}_{axis}": "i32" for side in sides for axis in ("batch", "head", "token")}
+    types |= {f"{side}_{stride}": "i32" for side in sides for stride in _PAGE_STRIDES}
+    constants = _rotation(dim, "hadamard")
+    constants |= {"STRETCH": launch.stretch(constants), "HAS_MEAN": True, "HAS_SCALE": True}
+    for side, bits, scale in zip(
+        sides, (key_bits, value_bits), ("unbiased", "optimal"), strict=True
+    ):
+        code = launch.codebook(dim, bits, centroids(dim, bits))
+        constants |= {f"{side.upper()}_{name}": value for name, value in code.items()}
+        constants |= {f"{side.upper()}_SCALE": scale, f"{side}_channel": 1}
+    name = f"store_pages {key_bits:g} and {value_bits:g} bits, dim {dim}"
+    return _variant(name, store_pages_kernel, types, constants, least=4)
+
+
 def decode(dim: int, bits: Bits) -> Variant:
     """`decode_kernel`."""
     types = {"rows": "*u8", "scales": "*fp16", **_TABLES, "out": "*fp32", "count": "i32"}
     constants = _code(dim, bits, "hadamard")
-    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2)}
+    constants |= {"SHRINK": launch.shrink(constants)}
     return _variant(f"decode {bits:g} bits, dim {dim}", decode_kernel, types, constants)
 
 
@@ -132,7 +155,7 @@ def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) ->
     }
     constants = _code(dim, bits, "hadamard")
     constants |= {
-        "SHRINK": math.pow(dim, -constants["ROUNDS"] / 2),
+        "SHRINK": launch.shrink(constants),
         "LAYOUT": layout,
         "ROTATED": rotated,
         "HAS_MEAN": keys,
@@ -159,8 +182,7 @@ def representative() -> list[Variant]:
         rotate(128),
         rotate(80, inverse=True),
         rotate(33),
-        encode_pages(128, 4, "key"),
-        encode_pages(128, 2.5, "value"),
+        store_pages(128, 4, 2.5),
         encode_pages(96, 3, "value"),
         decode(128, 4),
         decode_pages(128, 3, "key"),
@@ -177,7 +199,15 @@ def variants() -> list[Variant]:
         rotate(128, kind="orthogonal"),
         *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
-        *(encode_pages(dim, bits, way) for dim in HEAD_DIMS for bits in BITS for way in layouts),
+        *(store_pages(dim, bits, bits) for dim in HEAD_DIMS for bits in BITS),
+        *(store_pages(dim, 4, 2) for dim in (*HEAD_DIMS, *OTHER_DIMS)),
+        # Keys and values of different dimensions.
+        *(
+            encode_pages(dim, bits, way)
+            for dim in HEAD_DIMS
+            for bits in (2.5, 4)
+            for way in layouts
+        ),
         *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
         *(decode(dim, 4) for dim in dims),
         *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),

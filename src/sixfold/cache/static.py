@@ -13,6 +13,7 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
+from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -180,10 +181,12 @@ class StaticLayer:
         slots = torch.where(full, own, self.spare)
         key_map = self.prefix.key_map
         oldest = self.window.slice(0, PAGE_TOKENS)
-        self.key_coder.write_slots(
-            self.key_coding, self.slab, slots, oldest.keys, key_map.mean, key_map.scale
+        maps = key_map.mean, key_map.scale
+        store_pages(
+            self.key_coder.side(self.slab, oldest.keys, *maps, coding=self.key_coding),
+            self.value_coder.side(self.slab, oldest.values, coding=self.value_coding),
+            slots,
         )
-        self.value_coder.write_slots(self.value_coding, self.slab, slots, oldest.values)
         for window in (self.window_keys, self.window_values):
             moved = torch.roll(window, -PAGE_TOKENS, 2)
             window.copy_(torch.where(full, moved, window))

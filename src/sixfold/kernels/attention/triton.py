@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sixfold.errors import ShapeError
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels._triton.operators import operator
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
@@ -80,12 +81,29 @@ def page_attention(
             mask=mask,
             softcap=softcap,
         )
-    out, lse = torch.ops.sixfold.page_attention(
+    out, lse = _page_attention(
         *arguments, float(key_bits), float(value_bits), value_dim, logit_offset, mask, softcap
     )
     return Partial(out, lse)
 
 
+def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    value_dim = arguments[12]
+    batch, heads, queries, _ = query.shape
+    return (
+        query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
+        query.new_empty(batch, heads, queries, dtype=torch.float32),
+    )
+
+
+@operator(
+    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
+    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
+    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
+    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
+    "-> (Tensor, Tensor)",
+    _page_attention_shapes,
+)
 def _page_attention(
     query: Tensor,
     key_pages: Tensor,
@@ -247,25 +265,3 @@ def _mask_arguments(
     readable = mask if mask.stride(-1) == 1 else mask.contiguous()
     readable = readable.float() if mask.dtype is torch.float64 else readable
     return readable, mask_strides(readable, batch, heads, queries), mask.shape[-1], float(never)
-
-
-def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    value_dim = arguments[12]
-    batch, heads, queries, _ = query.shape
-    return (
-        query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
-        query.new_empty(batch, heads, queries, dtype=torch.float32),
-    )
-
-
-# Not `custom_op`, which takes some ten microseconds a call more.
-_LIBRARY = torch.library.Library("sixfold", "FRAGMENT")
-_LIBRARY.define(
-    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
-    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
-    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
-    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.impl("page_attention", _page_attention, "CompositeExplicitAutograd")
-torch.library.register_fake("sixfold::page_attention", _page_attention_shapes, lib=_LIBRARY)
