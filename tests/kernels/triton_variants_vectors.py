@@ -25,6 +25,8 @@ _CPU = torch.device("cpu")
 HEAD_DIMS = (64, 128, 256)
 OTHER_DIMS = (32, 33, 80, 96, 100, 200)
 LARGE_DIMS = (576, 1024, 1536)
+# Widths that a cache is likely to have.
+WIDTHS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
 class Variant(NamedTuple):
@@ -191,28 +193,25 @@ def representative() -> list[Variant]:
 
 
 def variants() -> list[Variant]:
-    """Everything that is promised to compile."""
+    """Everything that is promised to compile: every width, every dimension, not all of both."""
     layouts: tuple[Layout, ...] = ("key", "value")
     dims = (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)
+    codes = [(128, bits) for bits in BITS]
+    codes += [(dim, bits) for dim in HEAD_DIMS if dim != 128 for bits in WIDTHS]
     return [
         *(rotate(dim, inverse) for dim in dims for inverse in (False, True)),
         rotate(128, kind="orthogonal"),
         *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
-        *(store_pages(dim, bits, bits) for dim in HEAD_DIMS for bits in BITS),
-        *(store_pages(dim, 4, 2) for dim in (*HEAD_DIMS, *OTHER_DIMS)),
+        *(store_pages(dim, bits, bits) for dim, bits in codes),
+        *(store_pages(dim, 4, 2) for dim in OTHER_DIMS),
         # Keys and values of different dimensions.
-        *(
-            encode_pages(dim, bits, way)
-            for dim in HEAD_DIMS
-            for bits in (2.5, 4)
-            for way in layouts
-        ),
+        *(encode_pages(dim, 4, layout) for dim in HEAD_DIMS for layout in layouts),
         *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
         *(decode(dim, 4) for dim in dims),
-        *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),
-        *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS),
+        *(decode_pages(128, bits, "value") for bits in BITS),
+        *(decode_pages(dim, 4, "key") for dim in (*HEAD_DIMS, *OTHER_DIMS)),
         decode_pages(128, 4, "key", rotated=True),
-        *(scores(dim, bits) for dim in HEAD_DIMS for bits in BITS),
-        *(scores(dim, 4, queries=64) for dim in (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)),
+        *(scores(128, bits) for bits in BITS),
+        *(scores(dim, 4, queries=64) for dim in dims),
     ]

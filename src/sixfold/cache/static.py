@@ -65,6 +65,9 @@ class StaticLayer:
         self.window_values = _padded(layer.window.values, size)
         self.recent = torch.tensor([layer.window.tokens], device=device)
         self.coded = torch.tensor([layer.history.tokens], device=device)
+        for x in self._own():
+            # What a compiled step writes in place: without this it is not captured in a graph.
+            torch._dynamo.mark_static_address(x)
 
     def _take_pages(
         self, history: PagedHistory, batch: int, more: int, device: torch.device
@@ -214,11 +217,13 @@ class StaticLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, shared coding tables included."""
-        own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
-        own += [self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
         coders, device = (self.key_coder, self.value_coder), self.table.device
         tables = [x for coder in coders for x in coder.tables(device)]
-        return own + self.prefix.tensors() + tables
+        return self._own() + self.prefix.tensors() + tables
+
+    def _own(self) -> list[Tensor]:
+        own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
+        return [*own, self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
