@@ -31,7 +31,7 @@ def _load(operation: str, backend: str) -> ModuleType | str:
     """The module of a backend, or why there is none."""
     if (operation, backend) not in _loaded:
         # All at once: what runs first is seldom traced, and the rest is ready when it is.
-        for each in (*OPERATIONS, operation):
+        for each in OPERATIONS:
             _loaded[each, backend] = _import(each, backend)
     return _loaded[operation, backend]
 

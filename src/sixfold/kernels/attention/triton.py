@@ -216,14 +216,23 @@ def page_constants(
 
 
 def max_rows(key_bits: Bits, value_bits: Bits) -> int:
-    """Query rows of a program; lookups of pairs leave few registers to their sums."""
-    return MIN_ROWS if is_paired(key_bits) or is_paired(value_bits) else 32
+    """Query rows of a program: what lookups and planes leave registers for, without spills."""
+    if is_paired(key_bits) or is_paired(value_bits):
+        return MIN_ROWS
+    return 16 if 3 in (key_bits, value_bits) else 32
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    return {"num_warps": 8 if widest * block_rows >= 128 * 16 else 4, "num_stages": 2}
+    paired = constants["KEY_PAIRED"] or constants["VALUE_PAIRED"]
+    # A decode step's few rows fit, unless pairs are looked up.
+    wide = widest * block_rows >= 128 * 16 and (block_rows > MIN_ROWS or paired)
+    return {
+        "num_warps": 8 if wide else 4,
+        # Pairs are looked up in the cache that a pipeline's buffers would take from.
+        "num_stages": 1 if paired else 2,
+    }
 
 
 @cache
