@@ -16,6 +16,7 @@ from sixfold.kernels.encode import Scale
 from sixfold.kernels.rotate.triton import rotate_kernel
 from sixfold.kernels.scores.triton import constants as scores_constants
 from sixfold.kernels.scores.triton import scores_kernel
+from sixfold.kernels.scores.triton import warps as scores_warps
 from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
 
@@ -175,7 +176,8 @@ def scores(dim: int, bits: Bits, queries: int = 16) -> Variant:
     constants = scores_constants(dim, bits, queries)
     constants |= launch.codebook(dim, bits, centroids(dim, bits))
     name = f"scores {bits:g} bits, dim {dim}, {constants['QUERIES']} queries"
-    return Variant(name, scores_kernel, types, constants, 4, 2, tensor_cores=True, exact=False)
+    options = (scores_warps(constants), 2)
+    return Variant(name, scores_kernel, types, constants, *options, tensor_cores=True, exact=False)
 
 
 def representative() -> list[Variant]:

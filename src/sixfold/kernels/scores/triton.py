@@ -83,8 +83,14 @@ def constants(dim: int, bits: Bits, n_queries: int) -> dict[str, int]:
         "PARTS": 8 // first,
         "QUERIES": queries,
         "N": 1024 if launch.interpreted() else 64,
-        "COLUMNS": min(64, max(16, triton.next_power_of_2(size))),
+        # Wider tiles do not fit the registers: each operand is there in two parts, for `tf32x3`.
+        "COLUMNS": min(32, max(16, triton.next_power_of_2(size))),
     }
+
+
+def warps(constants: dict[str, int]) -> int:
+    """Warps of a program."""
+    return 8 if constants["QUERIES"] == 64 else 4
 
 
 def scores(
@@ -136,7 +142,7 @@ def _scores(
             n_queries,
             n,
             **compiled,
-            num_warps=4,
+            num_warps=warps(compiled),
             num_stages=2,
             enable_fp_fusion=True,
         )
