@@ -2,13 +2,16 @@
 
 One command, one JSON, under nine minutes on an H200; needs torch, triton, numpy, safetensors and
 jaxtyping, and runs from a checkout (PYTHONPATH=src). Kernels are compared with the references
-first. `--smoke` runs everything at sizes that prove only that it runs, on a CPU in Triton's
-interpreter: no time in its rows means anything.
+first, then timed as CUDA graphs, as a compiled decode step runs them. The JSON is written anew
+after every case: what fails, or comes too late, costs nothing but itself. `--smoke` runs everything
+at sizes that prove only that it runs, on a CPU in Triton's interpreter: no time in its rows means
+anything.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -42,17 +45,20 @@ def parse() -> argparse.Namespace:
 
 
 class Bench:
-    """Collects rows; a case that fails or comes too late is a row that says so."""
+    """Collects checks and rows; a case that fails or comes too late is a row that says so."""
 
-    def __init__(self, smoke: bool, seconds: float) -> None:
+    def __init__(self, path: Path, smoke: bool, seconds: float) -> None:
         import torch
 
         from benchmarks.gpu_cases import Shape
 
-        self.smoke, self.deadline = smoke, time.monotonic() + seconds
+        self.path, self.smoke = path, smoke
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
         self.device = torch.device("cpu" if smoke else "cuda")
         self.shape = Shape(4, 2, 64, 256, 512) if smoke else Shape()
         self.bits = (2.5, 4) if smoke else BITS
+        self.checks: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.bandwidth = 0.0
 
@@ -67,15 +73,33 @@ class Bench:
         first, median, third = do_bench(call, warmup=20, rep=80, quantiles=[0.25, 0.5, 0.75])
         return first / 1e3, median / 1e3, third / 1e3
 
-    def add(self, case: str, timed: Any, **notes: Any) -> float:
-        """Time a contender and keep its row."""
-        first, median, third = self.seconds(timed.call)
+    def add(self, case: str, timed: Any, exact: Any = None, **notes: Any) -> float:
+        """Time a contender and keep its row; one that fails takes for ever."""
+        from benchmarks import gpu_cases as cases
+
+        named = {"case": case, "contender": timed.name, **notes}
+        try:
+            error = timed.error if exact is None else cases.relative(timed.call(), exact)
+            graph = None if self.smoke else cases.captured(timed.call)
+            first, median, third = self.seconds(graph or timed.call)
+        # Compilers and drivers raise what they like, and the rest is still wanted.
+        except Exception as problem:
+            self.fail(problem, **named)
+            return math.inf
         share = timed.nbytes / median / self.bandwidth if self.bandwidth else None
-        row = {"case": case, "contender": timed.name, **notes, "seconds": [first, median, third]}
-        row |= {"nbytes": timed.nbytes, "error": timed.error, "share_of_copy_bandwidth": share}
+        row = {**named, "seconds": [first, median, third], "nbytes": timed.nbytes, "error": error}
+        # Without a graph a short call waits for the host, and its time says so.
+        row |= {"share_of_copy_bandwidth": share, "captured": graph is not None}
         self.rows.append(row)
-        print(f"{case:34} {timed.name:24} {median * 1e6:10.1f} us  error {timed.error}", flush=True)
+        print(f"{case:34} {timed.name:24} {median * 1e6:10.1f} us  error {error}", flush=True)
         return median
+
+    def fail(self, problem: Exception, **named: Any) -> None:
+        """Keep what went wrong as a row."""
+        if self.smoke:
+            raise problem
+        self.rows.append({**named, "failed": f"{type(problem).__name__}: {problem}"[:500]})
+        print(f"{' '.join(map(str, named.values()))}: {problem}", flush=True)
 
     def run(self, case: str, work: Callable[[str], None]) -> None:
         """Do the work of a case; what it raises becomes its row."""
@@ -83,16 +107,46 @@ class Bench:
 
         if time.monotonic() > self.deadline:
             self.rows.append({"case": case, "skipped": "out of time"})
-            return
-        try:
-            work(case)
-        except (RuntimeError, ValueError) as error:
-            if self.smoke:
-                raise
-            self.rows.append({"case": case, "failed": str(error)[:500]})
-            print(f"{case}: {error}", flush=True)
-        if not self.smoke:
-            torch.cuda.empty_cache()
+        else:
+            try:
+                work(case)
+            except Exception as problem:
+                self.fail(problem, case=case)
+            if not self.smoke:
+                torch.cuda.empty_cache()
+        self.write()
+
+    def write(self) -> None:
+        """All there is so far."""
+        from sixfold.eval import machine
+
+        results = {
+            "machine": machine.describe(),
+            "smoke": self.smoke,
+            "shape": asdict(self.shape),
+            "copy_bandwidth": self.bandwidth,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "checks": self.checks,
+            "rows": self.rows,
+        }
+        self.path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    def check(self, case: str) -> None:
+        """Whether kernels are right, a row each; half of the time at most."""
+        from benchmarks import gpu_checks
+
+        late = self.started + (self.deadline - self.started) / 2
+        for name, work in gpu_checks.checks(self.device, self.bits, quick=self.smoke):
+            if time.monotonic() > late:
+                self.checks.append({"check": name, "passed": None, "skipped": "out of time"})
+                continue
+            try:
+                found = work()
+            except Exception as problem:
+                self.fail(problem, case=case, check=name)
+                found = {"passed": False}
+            self.checks.append({"check": name, **found})
+            print(f"{'ok  ' if found['passed'] else 'FAIL'} {name}", flush=True)
 
     def copy(self, case: str) -> None:
         """What a copy reads and writes a second."""
@@ -106,41 +160,39 @@ class Bench:
         median = self.add(case, Timed("copy", lambda: target.copy_(source), nbytes))
         self.bandwidth = nbytes / median
 
-    def attention(self, batch: int, tokens: int) -> Callable[[str], None]:
-        """Decode attention on codes and on bfloat16."""
+    def attention(self, size: tuple[int, int]) -> tuple[str, Callable[[str], None]]:
+        """Decode attention on codes and on bfloat16, for a batch of sequences of some tokens."""
+        batch, tokens = size
 
         def work(case: str) -> None:
             from benchmarks import gpu_cases as cases
+            from benchmarks import gpu_peers as peers
 
-            shape, size = self.shape, (batch, self.shape.kv_heads, tokens, self.shape.dim)
-            keys = cases.random(*size, device=self.device, seed=1)
-            values = cases.random(*size, device=self.device, seed=2)
+            shape = self.shape
+            held = (batch, shape.kv_heads, tokens, shape.dim)
+            keys, values = (cases.random(*held, device=self.device, seed=n) for n in (1, 2))
             query = cases.random(batch, shape.heads, 1, shape.dim, device=self.device, seed=3)
             small = batch * tokens <= EXACT_TOKENS
             exact = cases.exact_attention(query, keys, values) if small else None
             full = keys.nbytes + values.nbytes
 
-            def add(name: str, call: Callable[[], Any], nbytes: int, **notes: Any) -> float:
-                error = None if exact is None else cases.relative(call(), exact)
-                timed = cases.Timed(name, call, nbytes, error)
-                return self.add(case, timed, batch=batch, tokens=tokens, **notes)
-
+            sizes = {"batch": batch, "tokens": tokens}
             best = min(
-                add(name, call, full) for name, call in cases.sdpa_contenders(query, keys, values)
+                self.add(case, cases.Timed(name, call, full), exact, **sizes)
+                for name, call in peers.sdpa_contenders(query, keys, values)
             )
+            for name, call, nbytes in peers.vllm_contenders(query, keys):
+                self.add(case, cases.Timed(name, call, nbytes), **sizes)
             paged = {bits: cases.compressed(keys, values, bits, shape) for bits in self.bits}
             # A cache of codes has no room for the originals either.
             del keys, values
             for bits, pages in paged.items():
-                median = add(
-                    f"sixfold {bits:g} bits",
-                    partial(cases.attend, query.float(), pages, bits),
-                    pages.nbytes,
-                    bits=bits,
-                )
+                call = partial(cases.attend, query.float(), pages, bits)
+                timed = cases.Timed(f"sixfold {bits:g} bits", call, pages.nbytes)
+                median = self.add(case, timed, exact, bits=bits, **sizes)
                 self.rows[-1]["times_faster_than_best_bf16"] = best / median
 
-        return work
+        return f"attention, batch {batch}, {tokens:,} tokens", work
 
     def logits(self, case: str) -> None:
         """Attention logits alone, the paper's headline."""
@@ -164,24 +216,21 @@ class Bench:
         for bits in self.bits:
             paged = cases.compressed(x, x, bits, shape)
 
-            def both(bits: float = bits, paged: Any = paged) -> None:
-                cases.store(x, bits, "key", paged.keys, paged.slots)
-                cases.store(x, bits, "value", paged.values, paged.slots)
-
+            both = partial(cases.store, x, x, bits, paged, paged.slots)
             timed = cases.Timed(f"store {bits:g} bits", both, 2 * x.nbytes + paged.nbytes)
             median = self.add(case, timed, tokens=tokens, bits=bits)
             self.rows[-1]["share_of_prefill"] = median / whole
 
     def cases(self) -> Iterator[tuple[str, Callable[[str], None]]]:
         """Everything, the most wanted first."""
+        yield "checks", self.check
         yield "copy", self.copy
+        targets = [(2, 128)] if self.smoke else [(8, 32768), (1, 131072)]
+        sizes = [] if self.smoke else [(b, t) for t in CONTEXTS for b in BATCHES]
+        yield from map(self.attention, targets)
         yield "store", self.store
         yield "logits", self.logits
-        sizes = [(b, t) for t in CONTEXTS for b in BATCHES]
-        # The targets' own sizes, then the rest.
-        sizes.sort(key=lambda size: size not in ((8, 32768), (1, 131072)))
-        for batch, tokens in [(2, 128)] if self.smoke else sizes:
-            yield f"attention, batch {batch}, {tokens:,} tokens", self.attention(batch, tokens)
+        yield from (self.attention(size) for size in sizes if size not in targets)
 
 
 def main() -> None:
@@ -194,27 +243,14 @@ def main() -> None:
 
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs a CUDA device; --smoke runs it without one")
-    from benchmarks import gpu_checks
-    from sixfold.eval import machine
-
-    started = time.monotonic()
-    bench = Bench(options.smoke, options.seconds)
     if options.smoke:
+        from benchmarks import gpu_checks
+
         gpu_checks.use_interpreter()
-    checks = gpu_checks.checks(bench.device, bench.bits, quick=options.smoke)
+    bench = Bench(options.json, options.smoke, options.seconds)
     for case, work in bench.cases():
         bench.run(case, work)
-    results = {
-        "machine": machine.describe(),
-        "smoke": options.smoke,
-        "shape": asdict(bench.shape),
-        "copy_bandwidth": bench.bandwidth,
-        "seconds": round(time.monotonic() - started, 1),
-        "checks": checks,
-        "rows": bench.rows,
-    }
-    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    wrong = [check["check"] for check in checks if not check["passed"]]
+    wrong = [check["check"] for check in bench.checks if check["passed"] is False]
     if wrong:
         sys.exit(f"kernels are wrong: {', '.join(wrong)}")
 

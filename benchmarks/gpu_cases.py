@@ -1,7 +1,6 @@
 """What `benchmarks.gpu` times: our kernels and full-precision ones on the same data, on a GPU."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels.attention import page_attention
-from sixfold.kernels.encode import encode, encode_pages
+from sixfold.kernels.encode import Scale, Side, encode, store_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
@@ -51,6 +50,9 @@ class Paged:
     keys: tuple[Tensor, Tensor]
     values: tuple[Tensor, Tensor]
     slots: Tensor
+    starts: Tensor
+    lengths: Tensor
+    first_token: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -75,50 +77,53 @@ def empty_pages(
     return pages, scales
 
 
-def store(
-    x: Tensor, bits: Bits, layout: Layout, target: tuple[Tensor, Tensor], slots: Tensor
-) -> None:
-    """Encode [batch, heads, tokens, dim] into its slots."""
-    encode_pages(
-        x,
-        None,
-        None,
-        *tables(x.shape[-1], bits, x.device),
-        bits=bits,
-        scale="unbiased" if layout == "key" else "optimal",
-        layout=layout,
-        pages=target[0],
-        scales=target[1],
-        slots=slots,
+def side(
+    x: Tensor, bits: Bits, layout: Layout, scale: Scale, target: tuple[Tensor, Tensor]
+) -> Side:
+    """Vectors [batch, heads, tokens, dim] and where their codes go."""
+    return Side(x, None, None, *tables(x.shape[-1], bits, x.device), bits, scale, layout, *target)
+
+
+def store(keys: Tensor, values: Tensor, bits: Bits, paged: Paged, slots: Tensor) -> None:
+    """Encode keys and values, as a layer does."""
+    store_pages(
+        side(keys, bits, "key", "unbiased", paged.keys),
+        side(values, bits, "value", "optimal", paged.values),
+        slots,
     )
 
 
 def compressed(keys: Tensor, values: Tensor, bits: Bits, shape: Shape) -> Paged:
     """The store's pages of a layer, a chunk of tokens at a time."""
-    batch, tokens = keys.shape[0], keys.shape[2]
-    slots = torch.arange(batch * (tokens // PAGE_TOKENS), device=keys.device).view(batch, -1)
-    sides = [empty_pages(batch, tokens, shape, bits, keys.device) for _ in range(2)]
-    layouts: tuple[Layout, Layout] = ("key", "value")
-    for x, layout, target in zip((keys, values), layouts, sides, strict=True):
-        for start in range(0, tokens, CHUNK):
-            part = slots[:, start // PAGE_TOKENS : (start + CHUNK) // PAGE_TOKENS]
-            store(x[:, :, start : start + CHUNK], bits, layout, target, part)
-    return Paged(sides[0], sides[1], slots)
+    batch, tokens, device = keys.shape[0], keys.shape[2], keys.device
+    count = tokens // PAGE_TOKENS
+    paged = Paged(
+        empty_pages(batch, tokens, shape, bits, device),
+        empty_pages(batch, tokens, shape, bits, device),
+        torch.arange(batch * count, device=device).view(batch, -1),
+        torch.arange(count, device=device) * PAGE_TOKENS,
+        torch.full((count,), PAGE_TOKENS, device=device),
+        torch.zeros(batch, 1, dtype=torch.long, device=device),
+    )
+    for start in range(0, tokens, CHUNK):
+        part = paged.slots[:, start // PAGE_TOKENS : (start + CHUNK) // PAGE_TOKENS]
+        chunk = slice(start, start + CHUNK)
+        store(keys[:, :, chunk], values[:, :, chunk], bits, paged, part)
+    return paged
 
 
 def attend(query: Tensor, paged: Paged, bits: Bits) -> Tensor:
     """A decode step on codes, queries rotated and the output rotated back."""
     dim, device = query.shape[-1], query.device
     turns, factor, book = tables(dim, bits, device)
-    n_pages = paged.slots.shape[1]
     part = page_attention(
         rotate(query * dim**-0.5, turns, factor),
         *paged.keys,
         *paged.values,
         paged.slots,
-        torch.arange(n_pages, device=device) * PAGE_TOKENS,
-        torch.full((n_pages,), PAGE_TOKENS, device=device),
-        torch.zeros(query.shape[0], query.shape[2], dtype=torch.long, device=device),
+        paged.starts,
+        paged.lengths,
+        paged.first_token,
         book,
         book,
         key_bits=bits,
@@ -140,30 +145,26 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out.view(batch, heads, queries, dim)
 
 
-def sdpa_contenders(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[str, Call]]:
-    """Every full-precision kernel that torch offers for these tensors."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def captured(call: Call) -> Call | None:
+    """A CUDA graph of `call`: its kernels without the host's time between them; None if it cannot.
 
-    def call(backend: Any) -> Tensor:
-        with nullcontext() if backend is None else sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-    backends = {"torch default": None, "flash": SDPBackend.FLASH_ATTENTION}
-    backends |= {"cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    for name, backend in backends.items():
-        try:
-            call(backend)
-        except RuntimeError:
-            # Not for these shapes, or not in this build.
-            continue
-        yield f"sdpa {name} bf16", partial(call, backend)
-    grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[-1])
-
-    def matmul() -> Tensor:
-        weights = (grouped @ keys.mT * query.shape[-1] ** -0.5).softmax(-1)
-        return torch.matmul(weights, values).view(query.shape)
-
-    yield "matmul bf16", matmul
+    Three calls come first: kernels are compiled, and workspaces found, before the capture.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return None
+    torch.cuda.synchronize()
+    replay: Call = graph.replay
+    return replay
 
 
 def random(*size: int, device: torch.device, seed: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Whether the compiled kernels do what the references do, before anything is timed."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,18 +32,22 @@ def use_interpreter() -> None:
     _dispatch._FASTEST["cpu"] = "triton"
 
 
-def checks(device: torch.device, bits: Sequence[Bits], quick: bool) -> list[dict[str, Any]]:
-    """Codes and vectors bit for bit against the CPU's reference; attention against float64."""
-    found = []
-    for dim in (64, 80) if quick else (64, 80, 128, 256, 33):
-        for width in bits:
-            found.append(_codes(dim, width, device, 20 if quick else 2000))
-    shape = Shape(4, 2, 64) if quick else Shape()
+Check: TypeAlias = Callable[[], dict[str, Any]]
+
+
+def checks(device: torch.device, bits: Sequence[Bits], quick: bool) -> Iterator[tuple[str, Check]]:
+    """Codes and vectors bit for bit against the CPU's reference; attention against float64.
+
+    Every width at one dimension, every class of dimension at one width: each compiles anew.
+    """
+    count, shape = (20, Shape(4, 2, 64)) if quick else (2000, Shape())
+    dims = (80,) if quick else (64, 80, 256, 33)
     for width in bits:
-        found.append(_attention(width, shape, 128 if quick else 4096, device))
-    for check in found:
-        print(f"{'ok  ' if check['passed'] else 'FAIL'} {check['check']}", flush=True)
-    return found
+        name = f"attention, dim {shape.dim}, {width:g} bits"
+        yield name, partial(_attention, width, shape, 128 if quick else 4096, device)
+    for dim, width in [*((shape.dim, width) for width in bits), *((dim, 4) for dim in dims)]:
+        name = f"codes, dim {dim}, {width:g} bits"
+        yield name, partial(_codes, dim, width, device, count)
 
 
 def _codes(dim: int, bits: Bits, device: torch.device, count: int) -> dict[str, Any]:
@@ -60,7 +65,6 @@ def _codes(dim: int, bits: Bits, device: torch.device, count: int) -> dict[str, 
     same_vectors = bool(torch.allclose(vectors, decoded, 1e-6, 1e-9, equal_nan=True))
     exact = len(arrays[0]) > 0 and _same(vectors.nan_to_num(), decoded.nan_to_num())
     return {
-        "check": f"codes, dim {dim}, {bits:g} bits",
         "vectors": count,
         "differing_codes": differing,
         "bit_identical": differing == 0 and same_scales and exact,
@@ -102,7 +106,6 @@ def _attention(bits: Bits, shape: Shape, tokens: int, device: torch.device) -> d
     got = attend(query, paged, bits)
     error = relative(got, on_codes)
     return {
-        "check": f"attention, dim {shape.dim}, {bits:g} bits",
         "error_against_decoded_in_float64": error,
         "error_against_originals": relative(got, exact_attention(query, keys, values)),
         # Operands of float16, products added up in float32.

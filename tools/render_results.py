@@ -136,26 +136,37 @@ def benchmark_table(results: dict[str, Any]) -> str:
 
 
 def kernels_table(results: dict[str, Any]) -> str:
-    """One line for every kernel of `python -m tools.compile_kernels --json`."""
-    rows = results["rows"]
-    targets = list(rows[0]["targets"])
-    lines = [
-        _joined(["kernel", "warps", *targets]),
-        _joined(["---", "---:", *["---"] * len(targets)]),
+    """What the variants of every kernel need at most and at least, and each that spills."""
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        kernels.setdefault(row["kernel"].partition(" ")[0], []).append(row)
+    targets = list(results["rows"][0]["targets"])
+    columns = ["kernel", "target", "variants", "registers", "shared memory, kB", "spills"]
+    lines = [_joined([*columns, "tensor cores"]), _joined(["---", "---", *["---:"] * 4, "---"])]
+    for name, rows in kernels.items():
+        for target in targets:
+            needs = [row["targets"][target] for row in rows]
+            lines.append(_joined([f"`{name}`", target, str(len(rows)), *_ranges(needs)]))
+    spilling = [
+        f"- {row['kernel']}, {target}: {row['targets'][target]['spills']}"
+        for row in results["rows"]
+        for target in targets
+        if row["targets"][target]["spills"]
     ]
-    for row in rows:
-        cells = [_needs(row["targets"][target]) for target in targets]
-        lines.append(_joined([row["kernel"], str(row["warps"]), *cells]))
-    return "\n".join(
-        [*lines, "", f"Registers a thread and shared memory; Triton {results['triton']}."]
-    )
+    spills = ["", "Variants that spill, and how many instructions do:", "", *spilling]
+    lines += spills if spilling else ["", "No variant spills."]
+    return "\n".join([*lines, "", f"Registers of a thread; Triton {results['triton']}."])
 
 
-def _needs(needs: dict[str, Any]) -> str:
-    parts = [str(needs["registers"]), f"{needs['shared_bytes'] / 1024:.1f} kB"]
-    if needs["spills"]:
-        parts.append(f"{needs['spills']} spills")
-    return ", ".join([*parts, *(f"`{name}`" for name in needs["tensor_cores"])])
+def _ranges(needs: list[dict[str, Any]]) -> list[str]:
+    def between(name: str, unit: int = 1) -> str:
+        found = sorted(round(need[name] / unit) for need in needs)
+        return f"{found[0]} to {found[-1]}" if found[0] < found[-1] else str(found[0])
+
+    used = sorted({name for need in needs for name in need["tensor_cores"]})
+    cores = ", ".join(f"`{name}`" for name in used) or "-"
+    spills = max(need["spills"] for need in needs)
+    return [between("registers"), between("shared_bytes", 1024), str(spills), cores]
 
 
 OPTIONAL_COLUMNS = {

@@ -141,7 +141,6 @@ def polar_angles(level: int, bits: int) -> Float64[np.ndarray, " levels"]:
     return _frozen(math.pi / 4 + np.round(np.concatenate((-half[::-1], half)), _DIGITS))
 
 
-@lru_cache
 def centroids(
     dim: int, bits: Bits, device: torch.device = _CPU
 ) -> Float32[Tensor, " levels *pair"]:
@@ -154,6 +153,15 @@ def centroids(
     Raises:
         SixfoldError: `bits` is not a supported width or `dim` is below 1.
     """
+    return _tensor(dim, bits, device)
+
+
+# What `torch.compiler.assume_constant_result` does, without half of torch to import.
+centroids._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _tensor(dim: int, bits: Bits, device: torch.device) -> Float32[Tensor, " levels *pair"]:
     _check_dim(dim)
     book = (pair_grid if is_paired(bits) else lloyd_max)(dim, symbol_bits(bits))
     return torch.tensor(book, dtype=torch.float32, device=device)

@@ -96,6 +96,18 @@ def _tensors(
         return turns, factor
 
 
+def _turns(dim: int, kind: RotationKind, seed: int, device: torch.device) -> Tensor:
+    return _tensors(dim, kind, seed, device)[0]
+
+
+def _factor(dim: int, kind: RotationKind, seed: int, device: torch.device) -> Tensor:
+    return _tensors(dim, kind, seed, device)[1]
+
+
+# What `torch.compiler.assume_constant_result` does, without half of torch to import.
+_turns._dynamo_marked_constant = _factor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Rotation:
     """A fixed random rotation R of vectors of `dim` coordinates.
@@ -129,11 +141,11 @@ class Rotation:
 
     def turns(self, device: torch.device) -> Float32[Tensor, "rounds 2 half"]:
         """Plane rotations of each round, as `kernels.rotate` takes them. Cached: do not modify."""
-        return _tensors(self.dim, self.kind, self.seed, device)[0]
+        return _turns(self.dim, self.kind, self.seed, device)
 
     def factor(self, device: torch.device) -> Float32[Tensor, "m m"]:
         """±1 or dense factor, as `kernels.rotate` takes it. Cached: do not modify."""
-        return _tensors(self.dim, self.kind, self.seed, device)[1]
+        return _factor(self.dim, self.kind, self.seed, device)
 
     def rotate(
         self, x: Float[Tensor, "*b {self.dim}"], inverse: bool = False

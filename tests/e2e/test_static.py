@@ -51,10 +51,15 @@ def test_a_static_cache_decodes_as_the_growing_one() -> None:
     assert largest_difference(compiled=False) < 1e-4
 
 
-def test_a_compiled_step_has_no_graph_break() -> None:
+@pytest.mark.parametrize(
+    ("backend", "allowed"),
+    # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
+    [("reference", 1e-3), pytest.param("triton", 3e-3, marks=pytest.mark.slow)],
+)
+def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
     code = "from tests.e2e.test_static import largest_difference as d; print(d(compiled=True))"
-    environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": "reference"}
+    environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": backend}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -64,7 +69,7 @@ def test_a_compiled_step_has_no_graph_break() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.split()[-1]) < 1e-3
+    assert float(done.stdout.split()[-1]) < allowed
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
-"""Every architecture with attention on Triton's kernels, in its interpreter."""
+"""Every architecture with the whole cache on Triton's kernels, in its interpreter."""
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from sixfold import TurboQuantCache
-from sixfold.kernels import attention, cached_attention
-from sixfold.kernels.attention import triton as pages
 from sixfold.kernels.cached_attention import triton as layers
+from sixfold.kernels.encode import triton as encoding
 from tests.e2e.models import ARCHITECTURES, tiny_model
 from tests.e2e.test_architectures import NO_WINDOWS, SHORT, check_decoding
 
@@ -23,19 +22,21 @@ FAST = ("llama-20",)
     ],
 )
 def test_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls = {"attend": 0, "store": 0}
+    attend, store = layers.cached_attention, encoding.store_pages
 
-    def counted(*arguments: object, **options: object) -> object:
-        calls.append(name)
-        return layers.cached_attention(*arguments, **options)
+    def attending(*arguments: object, **options: object) -> object:
+        calls["attend"] += 1
+        return attend(*arguments, **options)
 
-    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
-    monkeypatch.setattr(cached_attention, "implementation", lambda *_: _Counted(counted))
+    def storing(*arguments: object) -> None:
+        calls["store"] += 1
+        store(*arguments)
+
+    monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
+    monkeypatch.setattr(layers, "cached_attention", attending)
+    monkeypatch.setattr(encoding, "store_pages", storing)
     check_decoding(name, TurboQuantCache.for_model(tiny_model(name), bits=8, **NO_WINDOWS), SHORT)
     fused = set(ARCHITECTURES[name].compressed) - set(ARCHITECTURES[name].dequantized)
-    assert bool(calls) == bool(fused)
-
-
-class _Counted:
-    def __init__(self, cached_attention: object) -> None:
-        self.cached_attention = cached_attention
+    assert bool(calls["attend"]) == bool(fused)
+    assert calls["store"]

@@ -116,7 +116,13 @@ class Case:
 
     @property
     def level_bias(self) -> float:
-        """What rounding the values' codebook shifts every output by: no average removes it."""
+        """Most that rounding the values' codebook may shift an output by: no average removes it.
+
+        Plain PyTorch rounds s·level anew for every token; a kernel rounds the level, alike for all.
+        Symbols are uniform here, so a level's mean error δ shifts each coordinate by δ·Σ p·s, and
+        scales are below 1.5. Codebooks that are symmetric have δ = 0 (rounding is odd); at 2.5
+        bits pairs are mirrored in one of their two coordinates only.
+        """
         book = self.values.centroids.double()
         return float((_eleven_bits(book) - book).mean(0).abs().max() * 1.5)
 

@@ -18,9 +18,12 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def rotate_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose modules are the backends of `rotate`: at first the reference alone."""
-    folder = tmp_path / "made_up_kernels" / "rotate"
-    folder.mkdir(parents=True)
-    for module in (folder.parent / "__init__.py", folder / "__init__.py", folder / "reference.py"):
+    package = tmp_path / "made_up_kernels"
+    folder = package / "rotate"
+    for operation in _dispatch.OPERATIONS:
+        (package / operation).mkdir(parents=True)
+        (package / operation / "__init__.py").touch()
+    for module in (package / "__init__.py", folder / "reference.py"):
         module.touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(_dispatch, "__package__", "made_up_kernels")

@@ -41,7 +41,7 @@ def assert_compiles(results: Path, *options: str) -> list[dict[str, Any]]:
 def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None:
     rows = assert_compiles(tmp_path / "kernels.json", "--representative")
     expected = {
-        "encode_pages 4 bits, dim 128, key",
+        "store_pages 4 and 2.5 bits, dim 128",
         "decode 4 bits, dim 128",
         "attend_pages 4 bits, dim 128, 8 rows",
     }
@@ -52,7 +52,7 @@ def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "kernel",
     [
-        *("rotate", "encode", "encode_pages", "decode", "decode_pages", "scores"),
+        *("rotate", "encode", "encode_pages", "store_pages", "decode", "decode_pages", "scores"),
         *("attend_pages", "merge_ranges"),
     ],
 )

@@ -3,19 +3,20 @@
 Import it where TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 
 from sixfold.codebooks import centroids
 from sixfold.kernels._triton import launch
-from sixfold.kernels.decode.triton import decode_kernel, decode_pages_kernel
+from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
+from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
+from sixfold.kernels._triton.store import store_pages_kernel
 from sixfold.kernels.encode import Scale
-from sixfold.kernels.encode.triton import encode_kernel, encode_pages_kernel
 from sixfold.kernels.rotate.triton import rotate_kernel
 from sixfold.kernels.scores.triton import constants as scores_constants
 from sixfold.kernels.scores.triton import scores_kernel
+from sixfold.kernels.scores.triton import warps as scores_warps
 from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
 
@@ -25,6 +26,8 @@ _CPU = torch.device("cpu")
 HEAD_DIMS = (64, 128, 256)
 OTHER_DIMS = (32, 33, 80, 96, 100, 200)
 LARGE_DIMS = (576, 1024, 1536)
+# Widths that a cache is likely to have.
+WIDTHS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
 class Variant(NamedTuple):
@@ -66,7 +69,7 @@ def rotate(dim: int, inverse: bool = False, kind: RotationKind = "hadamard") -> 
     """`rotate_kernel` on float32 vectors."""
     types = {"x": "*fp32", "turns": "*fp32", "factor": "*fp32", "out": "*fp32", "count": "i32"}
     constants = _rotation(dim, kind)
-    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2), "INVERSE": inverse}
+    constants |= {"SHRINK": launch.shrink(constants), "INVERSE": inverse}
     direction = ", inverse" * inverse
     name = f"rotate dim {dim}{', dense' * (constants['ROUNDS'] == 0)}{direction}"
     return _variant(name, rotate_kernel, types, constants)
@@ -76,7 +79,7 @@ def encode(dim: int, bits: Bits, scale: Scale = "optimal") -> Variant:
     """`encode_kernel` on float32 vectors."""
     types = {"x": "*fp32", **_TABLES, "rows": "*i32", "scales": "*fp16", "count": "i32"}
     constants = _code(dim, bits, "hadamard")
-    constants |= {"STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2), "SCALE": scale}
+    constants |= {"STRETCH": launch.stretch(constants), "SCALE": scale}
     return _variant(f"encode {bits:g} bits, dim {dim}", encode_kernel, types, constants)
 
 
@@ -95,7 +98,7 @@ def encode_pages(dim: int, bits: Bits, layout: Layout) -> Variant:
     }
     constants = _code(dim, bits, "hadamard")
     constants |= {
-        "STRETCH": math.pow(dim, (1 - constants["ROUNDS"]) / 2),
+        "STRETCH": launch.stretch(constants),
         "SCALE": "unbiased" if keys else "optimal",
         "LAYOUT": layout,
         "HAS_MEAN": keys,
@@ -108,11 +111,34 @@ def encode_pages(dim: int, bits: Bits, layout: Layout) -> Variant:
     return _variant(name, encode_pages_kernel, types, constants, least=4)
 
 
+def store_pages(dim: int, key_bits: Bits, value_bits: Bits) -> Variant:
+    """`store_pages_kernel` as a cache stores bfloat16 keys and values."""
+    sides = ("key", "value")
+    types = {"keys": "*bf16", "values": "*bf16", "mean": "*fp32", "channel_scale": "*fp32"}
+    for side in sides:
+        types |= {f"{side}_{name}": kind for name, kind in _TABLES.items()}
+    for side in sides:
+        types |= {f"{side}_pages": "*i32", f"{side}_scales": "*fp16"}
+    types |= {"slots": "*i64", "n_pages": "i32", "heads": "i32"}
+    types |= {f"{side}_{axis}": "i32" for side in sides for axis in ("batch", "head", "token")}
+    types |= {f"{side}_{stride}": "i32" for side in sides for stride in _PAGE_STRIDES}
+    constants = _rotation(dim, "hadamard")
+    constants |= {"STRETCH": launch.stretch(constants), "HAS_MEAN": True, "HAS_SCALE": True}
+    for side, bits, scale in zip(
+        sides, (key_bits, value_bits), ("unbiased", "optimal"), strict=True
+    ):
+        code = launch.codebook(dim, bits, centroids(dim, bits))
+        constants |= {f"{side.upper()}_{name}": value for name, value in code.items()}
+        constants |= {f"{side.upper()}_SCALE": scale, f"{side}_channel": 1}
+    name = f"store_pages {key_bits:g} and {value_bits:g} bits, dim {dim}"
+    return _variant(name, store_pages_kernel, types, constants, least=4)
+
+
 def decode(dim: int, bits: Bits) -> Variant:
     """`decode_kernel`."""
     types = {"rows": "*u8", "scales": "*fp16", **_TABLES, "out": "*fp32", "count": "i32"}
     constants = _code(dim, bits, "hadamard")
-    constants |= {"SHRINK": math.pow(dim, -constants["ROUNDS"] / 2)}
+    constants |= {"SHRINK": launch.shrink(constants)}
     return _variant(f"decode {bits:g} bits, dim {dim}", decode_kernel, types, constants)
 
 
@@ -132,7 +158,7 @@ def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) ->
     }
     constants = _code(dim, bits, "hadamard")
     constants |= {
-        "SHRINK": math.pow(dim, -constants["ROUNDS"] / 2),
+        "SHRINK": launch.shrink(constants),
         "LAYOUT": layout,
         "ROTATED": rotated,
         "HAS_MEAN": keys,
@@ -150,7 +176,8 @@ def scores(dim: int, bits: Bits, queries: int = 16) -> Variant:
     constants = scores_constants(dim, bits, queries)
     constants |= launch.codebook(dim, bits, centroids(dim, bits))
     name = f"scores {bits:g} bits, dim {dim}, {constants['QUERIES']} queries"
-    return Variant(name, scores_kernel, types, constants, 4, 2, tensor_cores=True, exact=False)
+    options = (scores_warps(constants), 2)
+    return Variant(name, scores_kernel, types, constants, *options, tensor_cores=True, exact=False)
 
 
 def representative() -> list[Variant]:
@@ -159,8 +186,7 @@ def representative() -> list[Variant]:
         rotate(128),
         rotate(80, inverse=True),
         rotate(33),
-        encode_pages(128, 4, "key"),
-        encode_pages(128, 2.5, "value"),
+        store_pages(128, 4, 2.5),
         encode_pages(96, 3, "value"),
         decode(128, 4),
         decode_pages(128, 3, "key"),
@@ -169,20 +195,25 @@ def representative() -> list[Variant]:
 
 
 def variants() -> list[Variant]:
-    """Everything that is promised to compile."""
+    """Everything that is promised to compile: every width, every dimension, not all of both."""
     layouts: tuple[Layout, ...] = ("key", "value")
     dims = (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)
+    codes = [(128, bits) for bits in BITS]
+    codes += [(dim, bits) for dim in HEAD_DIMS if dim != 128 for bits in WIDTHS]
     return [
         *(rotate(dim, inverse) for dim in dims for inverse in (False, True)),
         rotate(128, kind="orthogonal"),
         *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
-        *(encode_pages(dim, bits, way) for dim in HEAD_DIMS for bits in BITS for way in layouts),
+        *(store_pages(dim, bits, bits) for dim, bits in codes),
+        *(store_pages(dim, 4, 2) for dim in OTHER_DIMS),
+        # Keys and values of different dimensions.
+        *(encode_pages(dim, 4, layout) for dim in HEAD_DIMS for layout in layouts),
         *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
         *(decode(dim, 4) for dim in dims),
-        *(decode_pages(dim, bits, "value") for dim in HEAD_DIMS for bits in BITS),
-        *(decode_pages(dim, 4, "key") for dim in OTHER_DIMS),
+        *(decode_pages(128, bits, "value") for bits in BITS),
+        *(decode_pages(dim, 4, "key") for dim in (*HEAD_DIMS, *OTHER_DIMS)),
         decode_pages(128, 4, "key", rotated=True),
-        *(scores(dim, bits) for dim in HEAD_DIMS for bits in BITS),
-        *(scores(dim, 4, queries=64) for dim in (*HEAD_DIMS, *OTHER_DIMS, *LARGE_DIMS)),
+        *(scores(128, bits) for bits in BITS),
+        *(scores(dim, 4, queries=64) for dim in dims),
     ]

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from sixfold.cache import CachePolicy, coder
+from sixfold.cache import CachePolicy
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.attention import exact_attention
+from sixfold.kernels.encode import Side, encode_pages
 from tests.layers import (
     Shadow,
     Shape,
@@ -382,17 +384,16 @@ def test_a_failing_encoder_loses_no_token(
 ) -> None:
     shape = Shape()
     layer, twin = filled(tokens), filled(tokens)
-    encode_pages = coder.encode_pages
 
-    def failing(*args: Any, **options: Any) -> None:
-        if options["layout"] == side:
-            raise RuntimeError("out of memory")
-        encode_pages(*args, **options)
+    def failing(keys: Side, values: Side, slots: Tensor) -> None:
+        if side == "value":
+            encode_pages(**keys._asdict(), slots=slots)
+        raise RuntimeError("out of memory")
 
     new = shape.tokens(100, 1)
     held = [torch.cat(pair, 2) for pair in zip(layer.dequantized(), new[1:], strict=True)]
     with monkeypatch.context() as patch:
-        patch.setattr(coder, "encode_pages", failing)
+        patch.setattr("sixfold.cache.layer.store_pages", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             feed(layer, new)
         assert layer.held == tokens + 100

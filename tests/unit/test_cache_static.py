@@ -1,11 +1,22 @@
 """The layer of fixed size against the one that grows."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache.affine import KeyMap
+from sixfold.cache.dense import DenseTokens
+from sixfold.cache.pages import Slab
+from sixfold.cache.prefix import Prefix
 from sixfold.cache.static import StaticLayer
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.cached_attention import Coding
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -20,15 +31,15 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def prefilled(
-    count: int = 200, sliding_window: int | None = None, padding: int = 0
+    count: int = 200, sliding_window: int | None = None, padding: int = 0, device: str = "cpu"
 ) -> CompressedLayer:
-    query, keys, values = tokens(count, seed=0)
+    query, keys, values = (x.to(device) for x in tokens(count, seed=0))
     policy = CachePolicy(key_bits=4, value_bits=3, recent_window=16)
     layer = CompressedLayer(keys, values, policy, sliding_window)
     layer.append(keys, values)
     mask = None
     if padding:
-        mask = torch.ones(BATCH, 1, count, count, dtype=torch.bool).tril()
+        mask = torch.ones(BATCH, 1, count, count, dtype=torch.bool, device=device).tril()
         mask[0, :, :, :padding] = False
     layer.attend(query, scaling=DIM**-0.5, mask=mask)
     return layer
@@ -84,3 +95,84 @@ def test_what_cannot_be_static_says_so() -> None:
     _, keys, values = tokens(2, seed=1)
     with pytest.raises(ShapeError, match=r"one torch\.float32 token a step"):
         StaticLayer(layer, max_tokens=300).append(keys, values)
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what would read, or write, another device than a GPU: it would wait for it."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        out = function(*arguments, **(options or {}))
+        found = {
+            x.device.type
+            for x in tree_leaves((arguments, options, out))
+            if isinstance(x, torch.Tensor)
+        }
+        assert found <= {"meta"}, f"{function} meets tensors on {found}"
+        return out
+
+
+def faked(x: Any) -> Any:
+    """The tensors of a layer without their data, as if on a GPU."""
+    if isinstance(x, torch.Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if isinstance(x, Coding):
+        return Coding(*map(faked, x))
+    if isinstance(x, StaticLayer | Slab | Prefix | KeyMap | DenseTokens):
+        twin = copy.copy(x)
+        for name, part in vars(x).items():
+            object.__setattr__(twin, name, faked(part))
+        return twin
+    return x
+
+
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_a_step_on_a_gpu_waits_for_nothing(
+    sliding_window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that is captured may not. Fake tensors refuse what depends on data."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    growing = prefilled(sliding_window=sliding_window)
+    static = StaticLayer(growing, max_tokens=growing.held + 80)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
+    with FakeTensorMode():
+        layer, sinks = faked(static), faked(torch.zeros(HEADS))
+        query, keys, values = map(faked, tokens(1, seed=1))
+        with OnDevice():
+            layer.append(keys, values)
+            out = layer.attend(query, scaling=DIM**-0.5, softcap=20.0, sink_logits=sinks)
+    assert out.shape == (BATCH, HEADS, 1, DIM)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_a_captured_step_is_replayed_over_pages(sliding_window: int | None) -> None:
+    """One CUDA graph decodes whatever follows, whether or not it completes a page."""
+    growing = prefilled(sliding_window=sliding_window, device="cuda")
+    eager, captured = (StaticLayer(growing, max_tokens=growing.held + 150) for _ in range(2))
+    query, keys, values = (x.cuda() for x in tokens(1, seed=0))
+
+    def step(layer: StaticLayer) -> torch.Tensor:
+        layer.append(keys, values)
+        return layer.attend(query, scaling=DIM**-0.5)
+
+    # Kernels are compiled, and workspaces found, before anything is captured.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.testing.assert_close(step(captured), step(eager))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(captured)
+
+    before = int(eager.pages)
+    for seed in range(140):
+        for buffer, new in zip((query, keys, values), tokens(1, seed), strict=True):
+            buffer.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(out, step(eager))
+    assert int(captured.pages) == int(eager.pages) == before + 2
+    assert captured.length == eager.length == growing.held + 143

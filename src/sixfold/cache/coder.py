@@ -12,7 +12,7 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.codebooks import centroids
 from sixfold.kernels.cached_attention import Coding
 from sixfold.kernels.decode import decode_pages
-from sixfold.kernels.encode import encode_pages
+from sixfold.kernels.encode import Scale, Side
 from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation
 
@@ -50,41 +50,28 @@ class Coder:
         coding = self.coding(device)
         return [coding.turns, coding.factor, coding.centroids]
 
-    def write(
+    def side(
         self,
-        run: Run,
-        x: Float[Tensor, "batch kv_heads tokens dim"],
-        mean: Float32[Tensor, "batch kv_heads dim"] | None = None,
-        channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
-    ) -> None:
-        """Encode whole pages of vectors, mapped by ``(x - mean)·channel_scale``, into `run`."""
-        self.write_slots(self.coding(x.device), run.slab, run.slots, x, mean, channel_scale)
-
-    def write_slots(
-        self,
-        coding: Coding,
         slab: Slab,
-        slots: Int64[Tensor, "batch pages"],
         x: Float[Tensor, "batch kv_heads tokens dim"],
         mean: Float32[Tensor, "batch kv_heads dim"] | None = None,
         channel_scale: Float32[Tensor, "batch kv_heads dim"] | None = None,
-    ) -> None:
-        """`write`, into slots that no run refers to, with a coding made before."""
+        coding: Coding | None = None,
+    ) -> Side:
+        """Whole pages of vectors, mapped by ``(x - mean)·channel_scale``, on their way to `slab`.
+
+        Args:
+            slab: Where the pages will be.
+            x: The vectors.
+            mean: Of the map.
+            channel_scale: Of the map.
+            coding: What `coding` returns, where that cannot be traced.
+        """
+        coding = coding or self.coding(x.device)
+        scale: Scale = "unbiased" if self.layout == "key" else "optimal"
+        tables = coding.turns, coding.factor, coding.centroids
         pages, scales = self._storage(slab)
-        encode_pages(
-            x,
-            mean,
-            channel_scale,
-            coding.turns,
-            coding.factor,
-            coding.centroids,
-            bits=self.bits,
-            scale="unbiased" if self.layout == "key" else "optimal",
-            layout=self.layout,
-            pages=pages,
-            scales=scales,
-            slots=slots,
-        )
+        return Side(x, mean, channel_scale, *tables, self.bits, scale, self.layout, pages, scales)
 
     def read(
         self,

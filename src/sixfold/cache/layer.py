@@ -17,6 +17,7 @@ from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -180,8 +181,11 @@ class CompressedLayer:
         prefix = self.prefix or self._fixed_prefix()
         chunk = self.window.slice(0, pages * PAGE_TOKENS)
         run = self.history.reserve(len(self.padding), pages, self.padding.device)
-        self.key_coder.write(run, chunk.keys, prefix.key_map.mean, prefix.key_map.scale)
-        self.value_coder.write(run, chunk.values)
+        store_pages(
+            self.key_coder.side(run.slab, chunk.keys, prefix.key_map.mean, prefix.key_map.scale),
+            self.value_coder.side(run.slab, chunk.values),
+            run.slots,
+        )
         rest = self.window.copy_slice(chunk.tokens, self.window.tokens)
         # Nothing above changed the history: an error on the way loses no token.
         self.history.push(run)

@@ -13,6 +13,7 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
+from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -64,6 +65,9 @@ class StaticLayer:
         self.window_values = _padded(layer.window.values, size)
         self.recent = torch.tensor([layer.window.tokens], device=device)
         self.coded = torch.tensor([layer.history.tokens], device=device)
+        for x in self._own():
+            # What a compiled step writes in place: without this it is not captured in a graph.
+            torch._dynamo.mark_static_address(x)
 
     def _take_pages(
         self, history: PagedHistory, batch: int, more: int, device: torch.device
@@ -180,10 +184,12 @@ class StaticLayer:
         slots = torch.where(full, own, self.spare)
         key_map = self.prefix.key_map
         oldest = self.window.slice(0, PAGE_TOKENS)
-        self.key_coder.write_slots(
-            self.key_coding, self.slab, slots, oldest.keys, key_map.mean, key_map.scale
+        maps = key_map.mean, key_map.scale
+        store_pages(
+            self.key_coder.side(self.slab, oldest.keys, *maps, coding=self.key_coding),
+            self.value_coder.side(self.slab, oldest.values, coding=self.value_coding),
+            slots,
         )
-        self.value_coder.write_slots(self.value_coding, self.slab, slots, oldest.values)
         for window in (self.window_keys, self.window_values):
             moved = torch.roll(window, -PAGE_TOKENS, 2)
             window.copy_(torch.where(full, moved, window))
@@ -211,11 +217,13 @@ class StaticLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, shared coding tables included."""
-        own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
-        own += [self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
         coders, device = (self.key_coder, self.value_coder), self.table.device
         tables = [x for coder in coders for x in coder.tables(device)]
-        return own + self.prefix.tensors() + tables
+        return self._own() + self.prefix.tensors() + tables
+
+    def _own(self) -> list[Tensor]:
+        own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
+        return [*own, self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:

@@ -29,10 +29,11 @@ _loaded: dict[tuple[str, str], ModuleType | str] = {}
 
 def _load(operation: str, backend: str) -> ModuleType | str:
     """The module of a backend, or why there is none."""
-    found = _loaded.get((operation, backend))
-    if found is None:
-        found = _loaded[operation, backend] = _import(operation, backend)
-    return found
+    if (operation, backend) not in _loaded:
+        # All at once: what runs first is seldom traced, and the rest is ready when it is.
+        for each in OPERATIONS:
+            _loaded[each, backend] = _import(each, backend)
+    return _loaded[operation, backend]
 
 
 def _import(operation: str, backend: str) -> ModuleType | str:

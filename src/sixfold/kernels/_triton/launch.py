@@ -1,7 +1,9 @@
 """What launches of the vector kernels have in common."""
 
+import math
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -14,6 +16,8 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # 16 coordinates a thread, 32 of large vectors: they stay in registers.
 _TILE_ELEMENTS = 2048
 _INTERPRETED_ELEMENTS = 1 << 16
+# Longer vectors that are padded change their order through more registers than a thread has.
+_PADDED_COLUMNS = 512
 
 
 def interpreted() -> bool:
@@ -66,6 +70,45 @@ def codebook(dim: int, bits: Bits, centroids: Tensor) -> dict[str, int]:
     return {"SYMBOL": symbol, "PAIRED": paired}
 
 
+def encodes(x: Tensor, rotation: dict[str, int]) -> bool:
+    """Whether a kernel encodes it; otherwise plain PyTorch does, on the same device.
+
+    float64 is normalised in float64.
+    """
+    padded = rotation["SIZE"] != rotation["DIM"]
+    return x.dtype is not torch.float64 and not (padded and rotation["SIZE"] > _PADDED_COLUMNS)
+
+
+def stretch(rotation: dict[str, int]) -> float:
+    """What makes coordinates of a unit vector, rotated without its last product, of variance 1."""
+    return math.pow(rotation["DIM"], (1 - rotation["ROUNDS"]) / 2)
+
+
+def shrink(rotation: dict[str, int]) -> float:
+    """The last product of a rotation."""
+    return math.pow(rotation["DIM"], -rotation["ROUNDS"] / 2)
+
+
+def channel_maps(*maps: Tensor | None) -> list[Tensor | None]:
+    """Means or scales of channels as kernels read them."""
+    return [None if x is None else x.detach().float().contiguous() for x in maps]
+
+
+def check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:
+    """Refuse vectors that are not whole pages for `slots`.
+
+    Raises:
+        ShapeError: They are not.
+    """
+    heads = scales.shape[1]
+    expected = (slots.shape[0], heads, slots.shape[1] * PAGE_TOKENS)
+    if x.shape[:3] != expected:
+        raise ShapeError(
+            f"x: expected [{expected[0]}, {expected[1]}, {expected[2]}, dim], whole pages for "
+            f"slots {list(slots.shape)} of {heads} heads, got {list(x.shape)}"
+        )
+
+
 def check_pages(pages: Tensor, scales: Tensor, constants: dict[str, Any]) -> None:
     """Refuse pages of other bits or dimensions.
 
@@ -89,3 +132,12 @@ def tile(constants: dict[str, int], least: int = 1) -> dict[str, int]:
     elements = _INTERPRETED_ELEMENTS if interpreted() else elements
     vectors = min(64, max(least, elements // constants["SIZE"]))
     return {"N": vectors, "num_warps": 8 if vectors * constants["SIZE"] > 4096 else 4}
+
+
+def page_grid(
+    slots: Tensor, heads: int, rotation: dict[str, int], least: int = 1
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The programs of a kernel for pages, none if there are no pages, and their tile."""
+    chosen = tile(rotation, least)
+    parts = slots.numel() * (PAGE_TOKENS // chosen["N"])
+    return (parts, heads) if parts * heads else (), chosen

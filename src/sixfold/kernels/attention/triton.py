@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sixfold.errors import ShapeError
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels._triton.operators import operator
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
@@ -80,12 +81,29 @@ def page_attention(
             mask=mask,
             softcap=softcap,
         )
-    out, lse = torch.ops.sixfold.page_attention(
+    out, lse = _page_attention(
         *arguments, float(key_bits), float(value_bits), value_dim, logit_offset, mask, softcap
     )
     return Partial(out, lse)
 
 
+def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    value_dim = arguments[12]
+    batch, heads, queries, _ = query.shape
+    return (
+        query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
+        query.new_empty(batch, heads, queries, dtype=torch.float32),
+    )
+
+
+@operator(
+    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
+    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
+    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
+    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
+    "-> (Tensor, Tensor)",
+    _page_attention_shapes,
+)
 def _page_attention(
     query: Tensor,
     key_pages: Tensor,
@@ -198,14 +216,23 @@ def page_constants(
 
 
 def max_rows(key_bits: Bits, value_bits: Bits) -> int:
-    """Query rows of a program; lookups of pairs leave few registers to their sums."""
-    return MIN_ROWS if is_paired(key_bits) or is_paired(value_bits) else 32
+    """Query rows of a program: what lookups and planes leave registers for, without spills."""
+    if is_paired(key_bits) or is_paired(value_bits):
+        return MIN_ROWS
+    return 16 if 3 in (key_bits, value_bits) else 32
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    return {"num_warps": 8 if widest * block_rows >= 128 * 16 else 4, "num_stages": 2}
+    paired = constants["KEY_PAIRED"] or constants["VALUE_PAIRED"]
+    # A decode step's few rows fit, unless pairs are looked up.
+    wide = widest * block_rows >= 128 * 16 and (block_rows > MIN_ROWS or paired)
+    return {
+        "num_warps": 8 if wide else 4,
+        # Pairs are looked up in the cache that a pipeline's buffers would take from.
+        "num_stages": 1 if paired else 2,
+    }
 
 
 @cache
@@ -247,25 +274,3 @@ def _mask_arguments(
     readable = mask if mask.stride(-1) == 1 else mask.contiguous()
     readable = readable.float() if mask.dtype is torch.float64 else readable
     return readable, mask_strides(readable, batch, heads, queries), mask.shape[-1], float(never)
-
-
-def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    value_dim = arguments[12]
-    batch, heads, queries, _ = query.shape
-    return (
-        query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
-        query.new_empty(batch, heads, queries, dtype=torch.float32),
-    )
-
-
-# Not `custom_op`, which takes some ten microseconds a call more.
-_LIBRARY = torch.library.Library("sixfold", "FRAGMENT")
-_LIBRARY.define(
-    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
-    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
-    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
-    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.impl("page_attention", _page_attention, "CompositeExplicitAutograd")
-torch.library.register_fake("sixfold::page_attention", _page_attention_shapes, lib=_LIBRARY)

@@ -1,6 +1,6 @@
 """Vectors to codes: normalise, rotate, quantize each coordinate, pack."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
@@ -9,6 +9,22 @@ from sixfold.kernels._dispatch import implementation
 from sixfold.packing import Bits, Layout
 
 Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
+
+
+class Side(NamedTuple):
+    """Keys, or values, and the pages they go to: what `encode_pages` takes, but for the slots."""
+
+    x: Float[Tensor, "batch heads tokens dim"]
+    mean: Float[Tensor, "batch heads dim"] | None
+    channel_scale: Float[Tensor, "batch heads dim"] | None
+    turns: Float[Tensor, "rounds 2 half"]
+    factor: Float[Tensor, "m m"]
+    centroids: Float32[Tensor, " levels *pair"]
+    bits: Bits
+    scale: Scale
+    layout: Layout
+    pages: UInt8[Tensor, "slots heads page_bytes"]
+    scales: Float16[Tensor, "slots heads page_tokens"]
 
 
 def encode(
@@ -96,3 +112,14 @@ def encode_pages(
         scales=scales,
         slots=slots,
     )
+
+
+def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+    """`encode_pages` of keys (layout `"key"`) and of values, at once where a backend can.
+
+    Args:
+        keys: Vectors of whole pages and where they go.
+        values: As many.
+        slots: Distinct page numbers, the same for both.
+    """
+    implementation("encode", slots.device).store_pages(keys, values, slots)

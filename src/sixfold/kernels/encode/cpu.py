@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sixfold.errors import ShapeError
 from sixfold.kernels._native import address, compiled
-from sixfold.kernels.encode import Scale, reference
+from sixfold.kernels.encode import Scale, Side, reference
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -182,3 +182,9 @@ def encode_pages(
         written,
         torch.get_num_threads(),
     )
+
+
+def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+    """See `sixfold.kernels.encode.store_pages`."""
+    encode_pages(**keys._asdict(), slots=slots)
+    encode_pages(**values._asdict(), slots=slots)

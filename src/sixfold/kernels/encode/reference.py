@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sixfold.kernels._codewords import lookup
 from sixfold.kernels._tiles import page_tiles, tiles
-from sixfold.kernels.encode import Scale
+from sixfold.kernels.encode import Scale, Side
 from sixfold.kernels.rotate.reference import unnormalized
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -77,6 +77,12 @@ def encode_pages(
         where = slots[rows, columns]
         pages[where] = to_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
         scales[where] = stored
+
+
+def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+    """See `sixfold.kernels.encode.store_pages`."""
+    encode_pages(**keys._asdict(), slots=slots)
+    encode_pages(**values._asdict(), slots=slots)
 
 
 def _encode(

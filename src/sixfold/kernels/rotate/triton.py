@@ -1,7 +1,5 @@
 """Rotation in Triton: a tile of vectors in registers, one read and one write."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +7,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sixfold.kernels._triton import launch
+from sixfold.kernels._triton.operators import operator
 from sixfold.kernels._triton.rotate import coordinates, inside, unnormalized
 from sixfold.kernels.rotate import reference
 
@@ -49,6 +48,16 @@ def rotate(
     """See `sixfold.kernels.rotate.rotate`."""
     if x.requires_grad and torch.is_grad_enabled():
         return reference.rotate(x, turns, factor, inverse)
+    rotated: Tensor = _rotate(x, turns, factor, inverse)
+    return rotated
+
+
+def _rotated_shape(x: Tensor, turns: Tensor, factor: Tensor, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@operator("rotate(Tensor x, Tensor turns, Tensor factor, bool inverse) -> Tensor", _rotated_shape)
+def _rotate(x: Tensor, turns: Tensor, factor: Tensor, inverse: bool) -> Tensor:
     dim, count = x.shape[-1], x.shape[:-1].numel()
     constants = launch.rotation(dim, turns, factor)
     x = x.contiguous()
@@ -61,7 +70,7 @@ def rotate(
             factor.contiguous(),
             out,
             count,
-            SHRINK=math.pow(dim, -len(turns) / 2),
+            SHRINK=launch.shrink(constants),
             INVERSE=inverse,
             **tile,
             **constants,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sixfold.errors import ShapeError
 from sixfold.kernels._triton import launch
+from sixfold.kernels._triton.operators import operator
 from sixfold.kernels._triton.pages import decoded_scale
 from sixfold.kernels._triton.unpack import row_symbols
 from sixfold.kernels.scores import reference
@@ -82,8 +83,14 @@ def constants(dim: int, bits: Bits, n_queries: int) -> dict[str, int]:
         "PARTS": 8 // first,
         "QUERIES": queries,
         "N": 1024 if launch.interpreted() else 64,
-        "COLUMNS": min(64, max(16, triton.next_power_of_2(size))),
+        # Wider tiles do not fit the registers: each operand is there in two parts, for `tf32x3`.
+        "COLUMNS": min(32, max(16, triton.next_power_of_2(size))),
     }
+
+
+def warps(constants: dict[str, int]) -> int:
+    """Warps of a program."""
+    return 8 if constants["QUERIES"] == 64 else 4
 
 
 def scores(
@@ -97,6 +104,23 @@ def scores(
     """See `sixfold.kernels.scores.scores`."""
     if queries.requires_grad and torch.is_grad_enabled():
         return reference.scores(queries, rows, scales, centroids, bits=bits)
+    products: Tensor = _scores(queries, rows, scales, centroids, float(bits))
+    return products
+
+
+def _products_shape(
+    queries: Tensor, rows: Tensor, scales: Tensor, centroids: Tensor, bits: float
+) -> Tensor:
+    return queries.new_empty((*queries.shape[:-1], scales.shape[-1]), dtype=torch.float32)
+
+
+@operator(
+    "scores(Tensor queries, Tensor rows, Tensor scales, Tensor centroids, float bits) -> Tensor",
+    _products_shape,
+)
+def _scores(
+    queries: Tensor, rows: Tensor, scales: Tensor, centroids: Tensor, bits: float
+) -> Tensor:
     *batch, n_queries, dim = queries.shape
     count, n = torch.Size(batch).numel(), scales.shape[-1]
     compiled = constants(dim, bits, n_queries) | launch.codebook(dim, bits, centroids)
@@ -106,7 +130,7 @@ def scores(
             f"rows: expected {list(expected)} for queries {list(queries.shape)}, got "
             f"{list(rows.shape)} and scales {list(scales.shape)}"
         )
-    products = queries.new_empty(*batch, n_queries, n)
+    products = queries.new_empty((*batch, n_queries, n), dtype=torch.float32)
     if products.numel():
         grid = (triton.cdiv(n, compiled["N"]), triton.cdiv(n_queries, compiled["QUERIES"]), count)
         scores_kernel[grid](
@@ -118,7 +142,7 @@ def scores(
             n_queries,
             n,
             **compiled,
-            num_warps=4,
+            num_warps=warps(compiled),
             num_stages=2,
             enable_fp_fusion=True,
         )

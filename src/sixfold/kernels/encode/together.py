@@ -1,0 +1,123 @@
+"""Keys and values to their pages in one launch, on a GPU.
+
+What a decode step stores, a page of a sequence, is a few programs that leave most of the device
+idle: it should not wait for them twice.
+"""
+
+import torch
+from torch import Tensor
+
+from sixfold.kernels._triton import launch
+from sixfold.kernels._triton.operators import in_place, operator
+from sixfold.kernels._triton.store import store_pages_kernel
+from sixfold.kernels.encode import Scale, Side
+
+
+def together(keys: Side, values: Side) -> bool:
+    """Whether `store_together` takes them: both are rotated alike, and values are not mapped."""
+    rotation = launch.rotation(keys.x.shape[-1], keys.turns, keys.factor)
+    alike = keys.x.shape == values.x.shape and keys.turns.shape == values.turns.shape
+    alike = alike and launch.encodes(keys.x, rotation) and launch.encodes(values.x, rotation)
+    return alike and values.mean is None and values.channel_scale is None
+
+
+def store_together(keys: Side, values: Side, slots: Tensor) -> None:
+    """Encode whole pages of both."""
+    _store_pages(
+        keys.x.detach(),
+        values.x.detach(),
+        *launch.channel_maps(keys.mean, keys.channel_scale),
+        keys.turns,
+        keys.factor,
+        keys.centroids,
+        values.turns,
+        values.factor,
+        values.centroids,
+        keys.pages,
+        keys.scales,
+        values.pages,
+        values.scales,
+        slots,
+        float(keys.bits),
+        keys.scale,
+        float(values.bits),
+        values.scale,
+    )
+
+
+@operator(
+    "store_pages(Tensor keys, Tensor values, Tensor? mean, Tensor? channel_scale, "
+    "Tensor key_turns, Tensor key_factor, Tensor key_centroids, Tensor value_turns, "
+    "Tensor value_factor, Tensor value_centroids, Tensor(a!) key_pages, Tensor(b!) key_scales, "
+    "Tensor(c!) value_pages, Tensor(d!) value_scales, Tensor slots, float key_bits, "
+    "str key_scale, float value_bits, str value_scale) -> ()",
+    in_place,
+)
+def _store_pages(
+    keys: Tensor,
+    values: Tensor,
+    mean: Tensor | None,
+    channel_scale: Tensor | None,
+    key_turns: Tensor,
+    key_factor: Tensor,
+    key_centroids: Tensor,
+    value_turns: Tensor,
+    value_factor: Tensor,
+    value_centroids: Tensor,
+    key_pages: Tensor,
+    key_scales: Tensor,
+    value_pages: Tensor,
+    value_scales: Tensor,
+    slots: Tensor,
+    key_bits: float,
+    key_scale: Scale,
+    value_bits: float,
+    value_scale: Scale,
+) -> None:
+    rotation = launch.rotation(keys.shape[-1], key_turns, key_factor)
+    key_code = launch.codebook(keys.shape[-1], key_bits, key_centroids)
+    value_code = launch.codebook(keys.shape[-1], value_bits, value_centroids)
+    launch.check_pages(key_pages, key_scales, rotation | key_code)
+    launch.check_pages(value_pages, value_scales, rotation | value_code)
+    launch.check_vectors(keys, key_scales, slots)
+    launch.check_vectors(values, value_scales, slots)
+    grid, tile = launch.page_grid(slots, keys.shape[1], rotation, least=4)
+    key_words, value_words = (pages.view(torch.int32) for pages in (key_pages, value_pages))
+    if grid:
+        store_pages_kernel[(*grid, 2)](
+            keys,
+            values,
+            mean,
+            channel_scale,
+            key_turns.contiguous(),
+            key_factor.contiguous(),
+            key_centroids.contiguous(),
+            value_turns.contiguous(),
+            value_factor.contiguous(),
+            value_centroids.contiguous(),
+            key_words,
+            key_scales,
+            value_words,
+            value_scales,
+            slots.contiguous(),
+            slots.shape[1],
+            keys.shape[1],
+            *keys.stride(),
+            *values.stride(),
+            *key_words.stride()[:2],
+            *key_scales.stride()[:2],
+            *value_words.stride()[:2],
+            *value_scales.stride()[:2],
+            HAS_MEAN=mean is not None,
+            HAS_SCALE=channel_scale is not None,
+            STRETCH=launch.stretch(rotation),
+            KEY_SCALE=key_scale,
+            KEY_SYMBOL=key_code["SYMBOL"],
+            KEY_PAIRED=key_code["PAIRED"],
+            VALUE_SCALE=value_scale,
+            VALUE_SYMBOL=value_code["SYMBOL"],
+            VALUE_PAIRED=value_code["PAIRED"],
+            **tile,
+            **rotation,
+            **launch.EXACT,
+        )
