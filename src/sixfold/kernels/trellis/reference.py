@@ -80,19 +80,20 @@ def _viterbi(
         before: Bits that left it before the first step.
         seam: The bits that were left then, and must be left after the last step. Free without.
     """
-    states = len(codewords)
+    states, n = len(codewords), u.shape[1]
     # kept[b]: least cost of all paths whose window holds the bits b once the lowest have left.
-    kept = u.new_zeros(states >> before, u.shape[1])
+    kept = u.new_zeros(states >> before, n)
     if seam is not None:
         kept.fill_(math.inf).scatter_(0, seam[None], 0)
     history = [kept]
-    cost = u.new_empty(states, u.shape[1])
+    cost = u.new_empty(states, n)
     for x, advance in zip(u, advances, strict=True):
         torch.sub(x, codewords[:, None], out=cost).square_()
         # The bits that enter are the highest: every value of them goes on from the same `kept`.
-        cost.view(-1, *kept.shape).add_(kept)
-        kept = cost.view(states >> advance, 1 << advance, -1).amin(1)
+        cost.view(1 << before, states >> before, n).add_(kept)
+        kept = cost.view(states >> advance, 1 << advance, n).amin(1)
         history.append(kept)
+        before = advance
     last = history.pop()
     return _trace(u, codewords, advances, history, last.argmin(0) if seam is None else seam)
 
@@ -101,7 +102,7 @@ def _trace(
     u: Float32[Tensor, "steps n"],
     codewords: Float32[Tensor, " states"],
     advances: Sequence[int],
-    history: Sequence[Float32[Tensor, "kept n"]],
+    history: Sequence[Float32[Tensor, "_ n"]],
     kept: Int64[Tensor, " n"],
 ) -> Int64[Tensor, "steps n"]:
     """Follow the least costs back from the bits kept after the last step.
