@@ -115,6 +115,14 @@ def test_more_states_lose_less(bits: Bits) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
+def test_the_unbiased_scale_keeps_the_product_with_the_vector(bits: Bits) -> None:
+    quantizer = TrellisQuantizer(40, bits, scale="unbiased")
+    x = gaussian(30, 40, seed=8)
+    decoded = quantizer.decode(quantizer.encode(x))
+    torch.testing.assert_close((x * decoded).sum(1), x.square().sum(1), rtol=1e-3, atol=0)
+
+
 def test_scores_read_codes_in_tiles() -> None:
     quantizer = TrellisQuantizer(64, 2)
     codes = quantizer.encode(gaussian(64, 64, seed=6))[torch.arange(64).repeat(1024)]

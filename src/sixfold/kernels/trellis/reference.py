@@ -102,10 +102,10 @@ def _trace(
     u: Float32[Tensor, "steps n"],
     codewords: Float32[Tensor, " states"],
     advances: Sequence[int],
-    history: Sequence[Float32[Tensor, "_ n"]],
+    history: Sequence[Tensor],
     kept: Int64[Tensor, " n"],
 ) -> Int64[Tensor, "steps n"]:
-    """Follow the least costs back from the bits kept after the last step.
+    """Follow the least costs, `history` [kept, n] before every step, back from the bits kept last.
 
     The few costs it needs are computed again, bit for bit: cheaper than noting every decision.
     """
