@@ -7,6 +7,7 @@ embedded model, plain and hard, whose cache holds the one or the other code in t
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from sixfold.eval.perplexity import compare_caches, windows_of
 from sixfold.packing import Bits
 from sixfold.trellis import STATES, TRELLIS_BITS
 
-SCALAR = "TurboQuantMSE"
-CACHE_BITS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
+SCALAR, TRELLIS = "TurboQuantMSE", "trellis"
 
 
 def distortion(dim: int, bits: Bits, vectors: int, rotations: int) -> dict[str, Any]:
@@ -42,23 +42,25 @@ def distortion(dim: int, bits: Bits, vectors: int, rotations: int) -> dict[str, 
     return {"dim": dim, "bits": bits, "error": means, "bound": 4.0**-bits}
 
 
-def divergence(model_name: str, windows: int, tokens: int) -> list[dict[str, Any]]:
-    """Both codes at every width, with and without full-precision windows."""
+def divergence(
+    model_name: str, widths: Sequence[Bits], windows: int, tokens: int
+) -> list[dict[str, Any]]:
+    """Both codes at every width, without full-precision windows that would hide the difference."""
     title, load = MODELS[model_name]
     model, tokenizer = load()
     ids = windows_of(tokenizer, haystack(), tokens, windows)
+    caches = {
+        f"{bits} {name}": decoded_cache(bits, trellis=name == TRELLIS, **NO_WINDOWS)
+        for bits, name in itertools.product(widths, (SCALAR, TRELLIS))
+    }
+    compared = compare_caches(model, ids, caches, prefill=tokens // 2, chunk=CHUNK)
     rows = []
-    for bits, exact in itertools.product(CACHE_BITS, (True, False)):
-        options = {} if exact else NO_WINDOWS
-        caches = {
-            name: decoded_cache(bits, trellis=name != SCALAR, **options)
-            for name in (SCALAR, "trellis")
-        }
-        found = compare_caches(model, ids, caches, prefill=tokens // 2, chunk=CHUNK)
-        difference = found["trellis"].kl_difference(found[SCALAR])
-        row = {"model": title, "bits": bits, "windows": exact, "difference": asdict(difference)}
+    for bits in widths:
+        found = {name: compared[f"{bits} {name}"] for name in (SCALAR, TRELLIS)}
+        difference = found[TRELLIS].kl_difference(found[SCALAR])
+        row = {"model": title, "bits": bits, "difference": asdict(difference)}
         rows.append(row | {name: result.to_dict() for name, result in found.items()})
-        print(title, bits, exact, *(f"{one.kl.mean:.5f}" for one in found.values()), flush=True)
+        print(title, bits, *(f"{one.kl.mean:.5f}" for one in found.values()), flush=True)
     return rows
 
 
@@ -73,6 +75,7 @@ def main() -> None:
     """Measure; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--bits", type=float, nargs="+", default=[2, 2.5, 3], help="of caches")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vectors", type=int, default=2048)
     parser.add_argument("--rotations", type=int, default=4)
@@ -88,8 +91,8 @@ def main() -> None:
         print(dim, bits, rows[-1]["error"], flush=True)
     sizes = {"vectors": arguments.vectors, "rotations": arguments.rotations}
     write(arguments.out, "trellis_distortion", **sizes, rows=rows)
-    shape = arguments.windows, arguments.tokens
-    rows = [row for name in arguments.models for row in divergence(name, *shape)]
+    size = arguments.bits, arguments.windows, arguments.tokens
+    rows = [row for name in arguments.models for row in divergence(name, *size)]
     windows = [rows[0][SCALAR]["windows"], arguments.tokens]
     write(arguments.out, "trellis_kl", windows=windows, chunk=CHUNK, rows=rows)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from sixfold.errors import SixfoldError
 from sixfold.packing import Bits
 
-# states -> bits -> (multiplier, spread) of `codewords`.
+# states -> bits -> (multiplier, spread) of `quantile_codebook`.
 _CODEBOOKS: dict[int, dict[Bits, tuple[int, float]]] = {
     256: {
         1: (123, 0.9),
@@ -134,22 +134,29 @@ def unpack_path(
     return (window | first << wrap) & (states - 1)
 
 
+def quantile_codebook(states: int, multiplier: int, spread: float) -> Float32[Tensor, " {states}"]:
+    """Normal quantiles of standard deviation `spread`, in the order of an odd `multiplier`.
+
+    State s has the quantile (m·(2s + 1) mod 2·states) / (2·states). The map is a permutation; the
+    states that can follow one state get quantiles an equal distance apart, so that one of them is
+    near wherever the coordinate lies; and complementing all bits of a state negates its codeword.
+    """
+    normal, steps = NormalDist(0, spread), range(1, 2 * states, 2)
+    quantiles = [multiplier * step % (2 * states) / (2 * states) for step in steps]
+    levels = [round(normal.inv_cdf(quantile), _DIGITS) for quantile in quantiles]
+    return torch.tensor(levels, dtype=torch.float32)
+
+
 @lru_cache
 def codewords(states: int, bits: Bits, device: torch.device = _CPU) -> Float32[Tensor, " {states}"]:
     """What each state stands for, in standard deviations of a coordinate.
 
-    State s is the quantile (m·(2s + 1) mod 2·states) / (2·states) of the normal law, times a
-    spread: with an odd multiplier m a permutation of `states` evenly spaced quantiles in which the
-    states that can follow one state are themselves evenly spaced. Complementing all bits of a
-    state negates its codeword.
+    Multipliers and spreads were found by trying all odd ones, then spreads a twentieth apart
+    (`python -m benchmarks.trellis_choices --search BITS`).
 
     Args:
         states: One of `STATES`.
         bits: One of `TRELLIS_BITS`.
         device: Of the result. Cached: do not modify.
     """
-    multiplier, spread = _CODEBOOKS[states][bits]
-    normal, steps = NormalDist(0, spread), range(1, 2 * states, 2)
-    quantiles = [multiplier * step % (2 * states) / (2 * states) for step in steps]
-    levels = [round(normal.inv_cdf(quantile), _DIGITS) for quantile in quantiles]
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+    return quantile_codebook(states, *_CODEBOOKS[states][bits]).to(device)
