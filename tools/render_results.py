@@ -113,8 +113,7 @@ def evaluation_table(results: dict[str, Any]) -> str:
 def trellis_choices_table(results: dict[str, Any]) -> str:
     """One row for every codebook and seam, a column for every width."""
     widths = list(results["rows"][0]["error"])
-    lines = [_joined(["", *(f"{b} bits" for b in widths)])]
-    lines += [_joined(["---", *["---:"] * len(widths)])]
+    lines = [_joined(["bits", *widths]), _joined(["---", *["---:"] * len(widths)])]
     for row in results["rows"]:
         lines.append(_joined([row["variant"], *(f"{row['error'][b]:.5f}" for b in widths)]))
     return "\n".join([*lines, "", f"{results['vectors']} Gaussian vectors."])
@@ -271,15 +270,12 @@ TRELLIS_BLOCKS = tuple(
     Block(TRELLIS, RESULTS / f"{name}.json", name, table) for name, table in TRELLIS_TABLES.items()
 )
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
+OPTIONAL_BLOCKS = (*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS, GPU_BLOCK)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(
-        block
-        for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS, GPU_BLOCK)
-        if block.results.exists()
-    ),
+    *(block for block in OPTIONAL_BLOCKS if block.results.exists()),
 )
 
 
