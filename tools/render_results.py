@@ -110,6 +110,49 @@ def evaluation_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def trellis_choices_table(results: dict[str, Any]) -> str:
+    """One row for every codebook and seam, a column for every width."""
+    widths = list(results["rows"][0]["error"])
+    lines = [_joined(["bits", *widths]), _joined(["---", *["---:"] * len(widths)])]
+    for row in results["rows"]:
+        lines.append(_joined([row["variant"], *(f"{row['error'][b]:.5f}" for b in widths)]))
+    return "\n".join([*lines, "", f"{results['vectors']} Gaussian vectors."])
+
+
+def trellis_distortion_table(results: dict[str, Any]) -> str:
+    """One row for every dimension and width: the scalar code, the trellises, Shannon's bound."""
+    codes = list(results["rows"][0]["error"])
+    names = [f"{code} states" if code.isdigit() else f"`{code}`" for code in codes]
+    columns = ["dim", "bits", *names, "256 states: less by", "bound 4^-bits"]
+    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    for row in results["rows"]:
+        found = row["error"]
+        cells = [str(row["dim"]), f"{row['bits']:g}", *(f"{found[code]:.5f}" for code in codes)]
+        cells += [f"{1 - found['256'] / found[codes[0]]:.0%}", f"{row['bound']:.5f}"]
+        lines.append(_joined(cells))
+    vectors = results["vectors"] * results["rotations"]
+    return "\n".join([*lines, "", f"{vectors} Gaussian vectors a row."])
+
+
+def trellis_kl_table(results: dict[str, Any]) -> str:
+    """One row for every model and width: both codes, and their difference."""
+    columns = ["model", "bits", "bits in this run", "scalar", "trellis", "difference", "ratio"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    for row in results["rows"]:
+        scalar, trellis = row["TurboQuantMSE"], row["trellis"]
+        cells = [row["model"], f"{row['bits']:g}", f"{trellis['bits_per_value']:.2f}"]
+        for one in (scalar["kl"], trellis["kl"], row["difference"]):
+            cells += [f"{one['mean']:.4f} ± {one['half_width']:.4f}"]
+        lines.append(_joined([*cells, f"{trellis['kl']['mean'] / scalar['kl']['mean']:.2f}"]))
+    windows, tokens = results["windows"]
+    lines += [
+        "",
+        f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
+        f"{results['chunk']}; ± half a 95 % interval over windows; differences are paired.",
+    ]
+    return "\n".join(lines)
+
+
 def benchmark_table(results: dict[str, Any]) -> str:
     """One line for every row of `python -m benchmarks.run --json`, losers included."""
     rows, machine = results["rows"], results["machine"]
@@ -228,12 +271,22 @@ EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in ("eval_embedded", "eval_hard")
 )
+TRELLIS = ROOT / "src/sixfold/kernels/trellis/README.md"
+TRELLIS_TABLES = {
+    "trellis_choices": trellis_choices_table,
+    "trellis_distortion": trellis_distortion_table,
+    "trellis_kl": trellis_kl_table,
+}
+TRELLIS_BLOCKS = tuple(
+    Block(TRELLIS, RESULTS / f"{name}.json", name, table) for name, table in TRELLIS_TABLES.items()
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
+OPTIONAL_BLOCKS = (*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS, GPU_BLOCK)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK) if block.results.exists()),
+    *(block for block in OPTIONAL_BLOCKS if block.results.exists()),
 )
 
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from sixfold._version import __version__
 from sixfold.errors import SixfoldError
-from sixfold.quantizers import QJL, OutlierSplit, PolarQuant, TurboQuantMSE, TurboQuantProd
+from sixfold.quantizers import (
+    QJL,
+    OutlierSplit,
+    PolarQuant,
+    TrellisQuantizer,
+    TurboQuantMSE,
+    TurboQuantProd,
+)
 
 if TYPE_CHECKING:
     from sixfold.integrations.transformers import TurboQuantCache
@@ -18,6 +25,7 @@ __all__ = [
     "OutlierSplit",
     "PolarQuant",
     "SixfoldError",
+    "TrellisQuantizer",
     "TurboQuantCache",
     "TurboQuantMSE",
     "TurboQuantProd",

@@ -103,6 +103,14 @@ class MSECodes(Codes):
 
 
 @dataclass(frozen=True, eq=False)
+class TrellisCodes(Codes):
+    """Packed paths through a trellis and one scale per vector, in its units / sqrt(dim)."""
+
+    packed: UInt8[Tensor, "*b path_bytes"]
+    scales: Float16[Tensor, "*b"]
+
+
+@dataclass(frozen=True, eq=False)
 class QJLCodes(Codes):
     """Packed signs of the projections and the norm of each vector, in its units."""
 

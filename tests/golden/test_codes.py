@@ -75,6 +75,13 @@ GOLDEN: dict[Any, str] = {
     sixfold.QJL(64, 100): "4f62c5315ad48575",
     sixfold.PolarQuant(120): "3c2cd480fed34d01",
     sixfold.OutlierSplit(128): "8635ee98359b0c22",
+    sixfold.TrellisQuantizer(64, 1): "09ef5ac2862250b4",
+    sixfold.TrellisQuantizer(128, 2): "db59d5fde1b3723e",
+    sixfold.TrellisQuantizer(128, 2.5): "b6692d7eb328b6e2",
+    sixfold.TrellisQuantizer(96, 3, 1024): "a88191db70a99646",
+    sixfold.TrellisQuantizer(80, 3.5, scale="unbiased"): "d85103f75c4d13d7",
+    sixfold.TrellisQuantizer(256, 4, scale="norm"): "4f4d3761ecd85147",
+    sixfold.TrellisQuantizer(37, 2.5, 1024, rotation="orthogonal", seed=7): "b61f898bfb4ecd26",
 }
 
 

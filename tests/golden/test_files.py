@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sixfold.packing import (
     unpack,
 )
 from sixfold.rotation import Rotation
+from sixfold.trellis import STATES, TRELLIS_BITS, codewords, pack_path, unpack_path
 from tests.golden import make, reader
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -108,6 +110,27 @@ def check_planes(lines: list[list[str]], dim: int, bits: float) -> None:
 def test_the_rows_of_the_worked_example() -> None:
     check_planes(example(r"symbols +7"), 8, 3)
     check_planes(example(r"symbols +31"), 5, 2.5)
+
+
+def test_the_trellis_row_of_the_worked_example() -> None:
+    row, states, levels = (line[1:] for line in example("row "))
+    packed = torch.tensor([int(word, 16) for word in row], dtype=torch.uint8)
+    path = unpack_path(packed, 5, 2.5, 256)
+    assert path.tolist() == [int(word) for word in states]
+    assert torch.equal(pack_path(path, 2.5), packed)
+    found = codewords(256, 2.5)[path].tolist()
+    assert found == pytest.approx([float(word) for word in levels], abs=5e-5)
+
+
+def test_the_codebooks_of_the_trellis_are_those_of_the_document() -> None:
+    for states in STATES:
+        (line,) = re.findall(rf"^\| {states} \| (.*) \|$", FORMAT.read_text(), re.MULTILINE)
+        for bits, cell in zip(TRELLIS_BITS, line.split(" | "), strict=True):
+            multiplier, spread = map(float, cell.split(", "))
+            steps = np.arange(1, 2 * states, 2) * int(multiplier) % (2 * states)
+            normal = NormalDist(0, spread)
+            expected = [normal.inv_cdf(step / (2 * states)) for step in steps.tolist()]
+            np.testing.assert_allclose(codewords(states, bits), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ["key", "value"])

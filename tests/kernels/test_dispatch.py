@@ -40,7 +40,8 @@ def name(module: ModuleType) -> str:
 
 
 @pytest.mark.parametrize(
-    "operation", ["rotate", "encode", "decode", "scores", "attention", "cached_attention"]
+    "operation",
+    ["rotate", "encode", "decode", "scores", "trellis", "attention", "cached_attention"],
 )
 def test_every_operation_has_a_reference(operation: str) -> None:
     assert available_backends(operation)[0] == "reference"

@@ -19,6 +19,7 @@ QUANTIZERS: list[Any] = [
     sixfold.TurboQuantProd(64, 3),
     sixfold.QJL(33, 40),
     sixfold.PolarQuant(72),
+    sixfold.TrellisQuantizer(48, 2.5),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sixfold import OutlierSplit, PolarQuant, TurboQuantMSE
+from sixfold import OutlierSplit, PolarQuant, TrellisQuantizer, TurboQuantMSE
 from sixfold.codebooks import expected_mse
 from sixfold.hadamard import hadamard_factor
 from sixfold.packing import BITS, Bits
@@ -145,3 +145,56 @@ def test_split_loses_what_its_parts_do() -> None:
         ratio = (lost[part].sum() / energy[part].sum()).item()
         # The four true outliers dominate the 32 channels: few degrees of freedom, one rotation.
         assert ratio == pytest.approx(expected, rel=0.25 if part is large else 0.02)
+
+
+# (dim, states) -> bits -> error with the optimal scale (kernels/trellis/README.md).
+TRELLIS = {
+    (32, 256): {1: 0.3, 2: 0.07366, 2.5: 0.03802, 3: 0.0187, 3.5: 0.01002, 4: 0.004937},
+    (32, 1024): {1: 0.3153, 2: 0.07617, 2.5: 0.03701, 3: 0.01848, 3.5: 0.009375, 4: 0.004696},
+    (64, 256): {1: 0.2813, 2: 0.07384, 2.5: 0.03887, 3: 0.01903, 3.5: 0.01032, 4: 0.005109},
+    (64, 1024): {1: 0.2802, 2: 0.07157, 2.5: 0.03665, 3: 0.01819, 3.5: 0.009375, 4: 0.004683},
+    (128, 256): {1: 0.2814, 2: 0.07443, 2.5: 0.03942, 3: 0.01922, 3.5: 0.01049, 4: 0.005208},
+    (128, 1024): {1: 0.2751, 2: 0.07149, 2.5: 0.03705, 3: 0.01827, 3.5: 0.009443, 4: 0.004722},
+    (256, 256): {1: 0.2818, 2: 0.07477, 2.5: 0.03974, 3: 0.0194, 3.5: 0.01058, 4: 0.005277},
+    (256, 1024): {1: 0.2754, 2: 0.07165, 2.5: 0.03717, 3: 0.01836, 3.5: 0.0095, 4: 0.004748},
+}
+
+
+def check_trellis(batches: list[Tensor], states: int, rotation: RotationKind = "hadamard") -> None:
+    dim = batches[0].shape[-1]
+    for bits, stated in TRELLIS[dim, states].items():
+        errors = []
+        for seed, x in enumerate(batches):
+            quantizer = TrellisQuantizer(dim, bits, states, rotation=rotation, seed=seed + 100)
+            errors.append(normalized_error(x, quantizer.decode(quantizer.encode(x))))
+        assert torch.cat(errors).mean().item() == pytest.approx(stated, rel=0.02), bits
+
+
+@pytest.mark.parametrize("dim", [32, 128])
+def test_trellis_loses_what_is_stated(dim: int) -> None:
+    check_trellis([gaussian(50_000 // dim, dim, seed=9)], 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rotation", get_args(RotationKind))
+@pytest.mark.parametrize(("dim", "states"), TRELLIS)
+def test_trellis_loses_what_is_stated_with_any_rotation(
+    dim: int, states: int, rotation: RotationKind
+) -> None:
+    check_trellis([gaussian(50_000 // dim, dim, seed) for seed in range(4)], states, rotation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SPARSE)
+def test_trellis_loses_the_same_on_sparse_vectors(kind: str) -> None:
+    check_trellis([KINDS[kind](8, 64, seed) for seed in range(400)], 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [11, 37, 80, 100, 200, 576])
+def test_trellis_beats_the_scalar_code_at_any_dimension(dim: int) -> None:
+    x = gaussian(40_000 // dim, dim, seed=10)
+    for bits in (2, 2.5, 3, 3.5, 4):
+        quantizer = TrellisQuantizer(dim, bits)
+        error = normalized_error(x, quantizer.decode(quantizer.encode(x))).mean()
+        assert error < (0.75 if dim > 16 else 1.0) * expected_mse(dim, bits)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sixfold import QJL, TurboQuantMSE, TurboQuantProd
+from sixfold import QJL, TrellisQuantizer, TurboQuantMSE, TurboQuantProd
 from sixfold.codebooks import expected_mse
 from tests.vectors import gaussian, spiky
 
@@ -37,6 +37,13 @@ PUBLISHED = [
     *(
         (TurboQuantProd(128, bits, "gaussian"), c)
         for bits, c in enumerate([1.30, 0.551, 0.176, 0.0526], 1)
+    ),
+    # What is left is orthogonal to x: 3/4 of the squared error of kernels/trellis/README.md, over
+    # 1 less that error.
+    pytest.param(
+        TrellisQuantizer(128, 2, scale="unbiased"),
+        0.75 * 0.0746 / (1 - 0.0746),
+        marks=pytest.mark.slow,
     ),
 ]
 
@@ -75,6 +82,11 @@ BY_SEED = [
     (lambda seed: TurboQuantProd(64, 2, seed=seed), 0.2),
     (lambda seed: TurboQuantProd(64, 3, "gaussian", seed=seed), 0.2),
     (lambda seed: QJL(64, 40, seed=seed), 2.0),
+    pytest.param(
+        lambda seed: TrellisQuantizer(64, 2, scale="unbiased", seed=seed),
+        0.07,
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

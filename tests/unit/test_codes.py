@@ -20,6 +20,7 @@ QUANTIZERS: list[Any] = [
     sixfold.QJL(DIM, 40),
     sixfold.PolarQuant(DIM),
     sixfold.OutlierSplit(DIM, outlier_channels=8),
+    sixfold.TrellisQuantizer(DIM, 3),
 ]
 INDICES: list[Any] = [
     1,
@@ -100,6 +101,9 @@ def test_every_byte_is_counted() -> None:
     assert split.nbytes == 10 * (12 + 24 + 2 * 2) + 32 * 4
     assert split[:5].nbytes == 5 * 40 + 32 * 4
     assert sixfold.TurboQuantMSE(128, 2.5).encode(x).nbytes == 10 * (32 + 8 + 2)
+    assert sixfold.TrellisQuantizer(128, 2.5).encode(x).nbytes == 10 * (40 + 2)
+    # 37 bits of 15 coordinates, in whole words.
+    assert sixfold.TrellisQuantizer(15, 2.5).encode(x[:, :15]).nbytes == 10 * (8 + 2)
 
 
 @pytest.mark.parametrize("verb", ["decode", "scores"])

@@ -20,6 +20,8 @@ QUANTIZERS: list[Any] = [
     sixfold.QJL(DIM, 100),
     sixfold.PolarQuant(DIM),
     sixfold.OutlierSplit(DIM, outlier_channels=8),
+    sixfold.TrellisQuantizer(DIM, 2),
+    sixfold.TrellisQuantizer(DIM, 3.5, scale="unbiased", rotation="orthogonal"),
 ]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -172,6 +174,15 @@ def test_bad_queries_get_one_clear_error(quantizer: Any) -> None:
         ("PolarQuant", {"dim": 8, "bits": (4, 2.5)}),
         ("OutlierSplit", {"dim": 32}),
         ("OutlierSplit", {"dim": 64, "bits": 0}),
+        ("TrellisQuantizer", {"dim": 0, "bits": 2}),
+        ("TrellisQuantizer", {"dim": 3, "bits": 2.5}),
+        ("TrellisQuantizer", {"dim": 9, "bits": 1, "states": 1024}),
+        ("TrellisQuantizer", {"dim": 8, "bits": 5}),
+        ("TrellisQuantizer", {"dim": 8, "bits": "2"}),
+        ("TrellisQuantizer", {"dim": 8, "bits": 2, "states": 255}),
+        ("TrellisQuantizer", {"dim": 8, "bits": 2, "scale": "best"}),
+        ("TrellisQuantizer", {"dim": 8, "bits": 2, "rotation": "none"}),
+        ("TrellisQuantizer", {"dim": 8, "bits": 2, "seed": -1}),
     ],
 )
 @pytest.mark.usefixtures("unhooked")

@@ -18,7 +18,7 @@ from sixfold.kernels import _native
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
 
-OPERATIONS = ("rotate", "encode", "decode", "scores", "attention", "cached_attention")
+OPERATIONS = ("rotate", "encode", "decode", "scores", "trellis", "attention", "cached_attention")
 
 _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 

@@ -5,5 +5,13 @@ from sixfold.quantizers.polar import PolarQuant
 from sixfold.quantizers.prod import TurboQuantProd
 from sixfold.quantizers.qjl import QJL
 from sixfold.quantizers.split import OutlierSplit
+from sixfold.quantizers.trellis import TrellisQuantizer
 
-__all__ = ["QJL", "OutlierSplit", "PolarQuant", "TurboQuantMSE", "TurboQuantProd"]
+__all__ = [
+    "QJL",
+    "OutlierSplit",
+    "PolarQuant",
+    "TrellisQuantizer",
+    "TurboQuantMSE",
+    "TurboQuantProd",
+]

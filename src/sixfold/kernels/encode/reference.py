@@ -88,6 +88,18 @@ def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"])
 def _encode(
     x: Tensor, turns: Tensor, factor: Tensor, centroids: Tensor, *, bits: Bits, scale: Scale
 ) -> tuple[Tensor, Tensor]:
+    u, unit = rotated_direction(x, turns, factor)
+    indices = _nearest_pairs(u, centroids, bits) if is_paired(bits) else _nearest(u, centroids)
+    stored = unit * correction(u, lookup(indices, centroids, x.shape[-1]), scale)
+    return pack(indices, symbol_bits(bits)), encode_scale(stored)
+
+
+def rotated_direction(
+    x: Float[Tensor, "*b dim"],
+    turns: Float[Tensor, "rounds 2 half"],
+    factor: Float[Tensor, "m m"],
+) -> tuple[Float32[Tensor, "*b dim"], Float64[Tensor, "*b"]]:
+    """What is quantized: u = sqrt(dim)·R·x/‖x‖, and its unit ‖x‖/sqrt(dim)."""
     dim = x.shape[-1]
     x, power = _moderate(x)
     # In float64, because vector libraries round a float32 root to one of its two neighbours.
@@ -97,10 +109,7 @@ def _encode(
     stretch = torch.full_like(norm, math.pow(dim, 1 / 2 - len(turns) / 2)) / norm
     rotated = torch.where(valid[..., None], unnormalized(x, turns, factor), 0)
     u = (rotated * torch.where(valid, stretch, 0)[..., None]).contiguous()
-    indices = _nearest_pairs(u, centroids, bits) if is_paired(bits) else _nearest(u, centroids)
-    unit = norm.double() / power * dim**-0.5
-    stored = unit * _correction(u, lookup(indices, centroids, dim), scale)
-    return pack(indices, symbol_bits(bits)), encode_scale(stored)
+    return u, norm.double() / power * dim**-0.5
 
 
 def _moderate(
@@ -157,7 +166,7 @@ def _nearest_pairs(u: Tensor, centroids: Tensor, bits: Bits) -> Tensor:
     return index | nearest
 
 
-def _correction(u: Tensor, q: Tensor, scale: Scale) -> Tensor:
+def correction(u: Tensor, q: Tensor, scale: Scale) -> Tensor:
     """What multiplies ‖x‖/sqrt(dim), in float64; 1 or finite for a zero vector."""
     if scale == "norm":
         return torch.ones((), dtype=torch.float64, device=u.device)
