@@ -3,13 +3,12 @@
 No document states a number that no committed file holds: a test runs this and expects no change.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import reproduction_tables
+from tools.blocks import RESULTS, ROOT, Block
+
 COLUMNS = (
     *("bits a value", "needles found", "perplexity", "mean KL, nats"),
     *("same top token", "bytes held", "smaller", "tokens/s"),
@@ -186,28 +185,6 @@ def _time(seconds: dict[str, float]) -> str:
     return f"{median:.{digits}f} {unit} ({first:.{digits}f} to {third:.{digits}f})"
 
 
-@dataclass(frozen=True)
-class Block:
-    """A part of a document that is written from a file of results."""
-
-    document: Path
-    results: Path
-    name: str
-    table: Callable[[dict[str, Any]], str]
-
-    def rendered(self) -> str:
-        """The document with the block replaced."""
-        text = self.document.read_text(encoding="utf-8")
-        begin, end = f"<!-- {self.name}:begin -->", f"<!-- {self.name}:end -->"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
-            raise SystemExit(f"{self.document} must hold the markers {begin!r} and {end!r}")
-        results = json.loads(self.results.read_text(encoding="utf-8"))
-        return f"{before}{begin}\n{self.table(results)}\n{end}{after}"
-
-
-RESULTS = ROOT / "docs/results"
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
@@ -217,11 +194,17 @@ EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in ("eval_embedded", "eval_hard")
 )
+REPRODUCTION = ROOT / "docs/reproduction.md", RESULTS / "reproduction.json"
+REPRODUCTION_BLOCKS = tuple(
+    Block(*REPRODUCTION, f"reproduction_{table.__name__}", table, table.__name__)
+    for table in reproduction_tables.TABLES
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
+    *REPRODUCTION_BLOCKS,
     *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK) if block.results.exists()),
 )
 
