@@ -1,8 +1,8 @@
 """A million tokens: filled, attended, cropped: ``python -m benchmarks.long_context --json FILE``.
 
-One attention layer of Llama 3's shape at several widths. Random keys and values arrive in chunks, so
-that nothing of the size of the context exists in full precision; a float64 oracle attends to every
-chunk as it passes. A few needles are hidden: keys that one query each is looking for.
+One attention layer of Llama 3's shape at several widths. Random keys and values arrive in chunks,
+so that nothing of the size of the context exists in full precision; a float64 oracle attends to
+every chunk as it passes. A few needles are hidden: keys that one query each is looking for.
 """
 
 import argparse
@@ -112,7 +112,8 @@ class Text:
         mean = queries.mean(1)
         # The least logit of the group reaches the margin.
         least = (queries @ mean[..., None]).amin(1) * SCALING
-        return mean * (math.log(self.tokens) + 0.5 + MARGIN) / least
+        keys: Tensor = mean * (math.log(self.tokens) + 0.5 + MARGIN) / least
+        return keys
 
 
 def fill(text: Text, layers: Sequence[CompressedLayer]) -> tuple[Tensor, Tensor, list[float]]:
@@ -145,9 +146,9 @@ def _write(layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
 
 
 def attend(layer: CompressedLayer, query: Tensor) -> Tensor:
-    """One decode step on a fork: the newest token has a key that nobody looks for."""
+    """One decode step on a fork, of a token with neither key nor value."""
+    # A key of zeros weighs what an average token weighs: the oracle does without.
     silent = torch.zeros(1, KV_HEADS, 1, HEAD_DIM, dtype=query.dtype)
-    # As the last token of what is held, it must not count: its logit is far below all others.
     twin = layer.fork()
     twin.append(silent, silent)
     return twin.attend(query[None, :, None], scaling=SCALING)[0, :, 0]
@@ -178,7 +179,11 @@ def measure(tokens: int, widths: Sequence[Bits], steps: int, bandwidth: float) -
     rows = []
     for bits, layer, filling in zip(widths, layers, seconds, strict=True):
         times = [time_once(partial(attend, layer, text.queries[0])) for _ in range(steps)]
-        row = {"bits": bits, "fill_seconds": filling, "step_seconds": statistics.median(times)}
+        row: dict[str, Any] = {"bits": bits, "fill_seconds": filling}
+        row |= {
+            "step_seconds": statistics.median(times),
+            "floor_seconds": _bytes(layer) / bandwidth,
+        }
         row |= {"nbytes": _bytes(layer), "whole": check(layer, text, whole, 1.0)}
         layer.crop(tokens - tokens // 2)
         row |= {"half_nbytes": _bytes(layer), "half": check(layer, text, half, 0.5)}

@@ -6,7 +6,7 @@ No document states a number that no committed file holds: a test runs this and e
 from collections.abc import Sequence
 from typing import Any
 
-from tools import reproduction_tables
+from tools import long_context_tables, reproduction_tables
 from tools.blocks import RESULTS, ROOT, Block
 
 COLUMNS = (
@@ -199,13 +199,21 @@ REPRODUCTION_BLOCKS = tuple(
     Block(*REPRODUCTION, f"reproduction_{table.__name__}", table, table.__name__)
     for table in reproduction_tables.TABLES
 )
+LONG_CONTEXT = ROOT / "docs/long_context.md"
+LONG_CONTEXT_BLOCKS = (
+    Block(LONG_CONTEXT, RESULTS / "long_context.json", "million", long_context_tables.million),
+    Block(LONG_CONTEXT, RESULTS / "needles.json", "needles", long_context_tables.needles),
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
+OPTIONAL_BLOCKS = (
+    *(*CPU_BLOCKS, *EVALUATION_BLOCKS, *REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS),
+    GPU_BLOCK,
+)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *REPRODUCTION_BLOCKS,
-    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK) if block.results.exists()),
+    *(block for block in OPTIONAL_BLOCKS if block.results.exists()),
 )
 
 
