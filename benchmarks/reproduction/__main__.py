@@ -1,6 +1,7 @@
 """Measure everything in docs/reproduction.md: ``python -m benchmarks.reproduction --json FILE``.
 
 Product quantization and RaBitQ take part where faiss can be imported (``pip install faiss-cpu``).
+With ``--sections`` the others stay in the file as they are.
 """
 
 import argparse
@@ -48,6 +49,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with torch_threads(arguments.threads):
         document = measure(arguments.sections)
+    if arguments.json and arguments.json.exists():
+        before = json.loads(arguments.json.read_text(encoding="utf-8"))["sections"]
+        document["sections"] = {**before, **document["sections"]}
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     if arguments.json:
         arguments.json.write_text(text, encoding="utf-8")

@@ -111,9 +111,10 @@ def test_the_command_says_what_it_leaves_out(
     path = tmp_path / "results.json"
     words = ["reproduction", "--threads", "1", "--sections", "codebook", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", words)
+    path.write_text(json.dumps({"sections": {"mse": {"rows": []}, "codebook": {"rows": []}}}))
     command.main()
     assert "faiss is not installed" in capsys.readouterr().out
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert list(document["sections"]) == ["codebook"]
+    assert list(document["sections"]) == ["mse", "codebook"]
     assert document["faiss"] is None
     assert not math.isnan(document["sections"]["codebook"]["rows"][0]["wrong"])
