@@ -3,13 +3,12 @@
 No document states a number that no committed file holds: a test runs this and expects no change.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import long_context_tables, reproduction_tables
+from tools.blocks import RESULTS, ROOT, Block
+
 COLUMNS = (
     *("bits a value", "needles found", "perplexity", "mean KL, nats"),
     *("same top token", "bytes held", "smaller", "tokens/s"),
@@ -240,28 +239,6 @@ def _time(seconds: dict[str, float]) -> str:
     return f"{median:.{digits}f} {unit} ({first:.{digits}f} to {third:.{digits}f})"
 
 
-@dataclass(frozen=True)
-class Block:
-    """A part of a document that is written from a file of results."""
-
-    document: Path
-    results: Path
-    name: str
-    table: Callable[[dict[str, Any]], str]
-
-    def rendered(self) -> str:
-        """The document with the block replaced."""
-        text = self.document.read_text(encoding="utf-8")
-        begin, end = f"<!-- {self.name}:begin -->", f"<!-- {self.name}:end -->"
-        before, found_begin, rest = text.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
-            raise SystemExit(f"{self.document} must hold the markers {begin!r} and {end!r}")
-        results = json.loads(self.results.read_text(encoding="utf-8"))
-        return f"{before}{begin}\n{self.table(results)}\n{end}{after}"
-
-
-RESULTS = ROOT / "docs/results"
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
@@ -280,8 +257,21 @@ TRELLIS_TABLES = {
 TRELLIS_BLOCKS = tuple(
     Block(TRELLIS, RESULTS / f"{name}.json", name, table) for name, table in TRELLIS_TABLES.items()
 )
+REPRODUCTION = ROOT / "docs/reproduction.md", RESULTS / "reproduction.json"
+REPRODUCTION_BLOCKS = tuple(
+    Block(*REPRODUCTION, f"reproduction_{table.__name__}", table, table.__name__)
+    for table in reproduction_tables.TABLES
+)
+LONG_CONTEXT = ROOT / "docs/long_context.md"
+LONG_CONTEXT_BLOCKS = (
+    Block(LONG_CONTEXT, RESULTS / "long_context.json", "million", long_context_tables.million),
+    Block(LONG_CONTEXT, RESULTS / "needles.json", "needles", long_context_tables.needles),
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
-OPTIONAL_BLOCKS = (*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS, GPU_BLOCK)
+OPTIONAL_BLOCKS = (
+    *(*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS),
+    *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, GPU_BLOCK),
+)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),

@@ -1,6 +1,5 @@
 """The project as a whole: what importing loads, and that the README states measured numbers."""
 
-import json
 import re
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def test_rendering_replaces_the_block_and_nothing_else(
     begin, end = f"<!-- {block.name}:begin -->", f"<!-- {block.name}:end -->"
     page.write_text(f"before\n{begin}\nSTALE\n{end}\nafter\n", encoding="utf-8")
     once = replace(block, document=page).rendered()
-    rows = json.loads(block.results.read_text(encoding="utf-8"))["rows"]
+    rows = block.data()["rows"]
     assert once.startswith(f"before\n{begin}\n| ")
     assert once.endswith(f"\n{end}\nafter\n")
     assert "STALE" not in once

@@ -1,0 +1,1 @@
+"""The TurboQuant, PolarQuant and QJL papers' own claims, measured again."""
