@@ -49,7 +49,7 @@ results: setup
 	$(BIN)/python -m benchmarks.key_map --json docs/results/key_map.json
 	$(BIN)/python -m benchmarks.rotation --json docs/results/rotation.json
 	$(BIN)/python -m benchmarks.evaluate --out docs/results
-	$(BIN)/python tools/render_results.py
+	$(BIN)/python -m tools.render_results
 
 # Where the system has no CMake, the environment gets one.
 CMAKE = PATH="$$PATH:$(abspath $(BIN))" cmake

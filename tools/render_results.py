@@ -6,8 +6,11 @@ No document states a number that no committed file holds: a test runs this and e
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tools.quality_tables import evaluation_table, needle_table, recipe_table
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -82,30 +85,6 @@ def rotation_table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{results['seeds']} rotations a row, a vector each; ± one standard error.",
-    ]
-    return "\n".join(lines)
-
-
-def evaluation_table(results: dict[str, Any]) -> str:
-    """One row for every cache, by the bits it holds a value of a long context."""
-    columns = ["cache", f"bits at {results['long_context']:,} tokens", "bits in this run"]
-    columns += ["mean KL, nats", "99 % KL", "perplexity", "change", "same top token"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
-    for row in results["rows"]:
-        kl, change, top = row["kl"], row["perplexity_change"], row["top1_agreement"]
-        cells = [row["cache"], f"{row['bits_long']:.2f}", f"{row['bits_per_value']:.2f}"]
-        cells += [f"{kl['mean']:.4f} ± {kl['half_width']:.4f}", f"{row['kl_p99']:.4f}"]
-        cells += [f"{row['perplexity']:.2f}"]
-        cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}", f"{top['mean']:.1%}"]
-        lines.append(_joined(cells))
-    windows, tokens = results["windows"]
-    plain = results["rows"][0]["uncompressed_perplexity"]
-    lines += [
-        "",
-        f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
-        f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
-        f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
-        f"transformers {results['machine']['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 
@@ -217,12 +196,32 @@ EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in ("eval_embedded", "eval_hard")
 )
+NEEDLE_BLOCKS = tuple(
+    Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, needle_table)
+    for name in ("needles_embedded", "needles_hard")
+)
+RECIPE_BLOCKS = tuple(
+    Block(
+        ROOT / "docs/recipe.md",
+        RESULTS / "recipe.json",
+        f"recipe_{study}",
+        partial(recipe_table, study),
+    )
+    for study in (
+        *("splits", "splits_windows", "spread", "first_tokens", "key_scales", "value_scales"),
+        *("value_maps", "windows", "layers", "codes"),
+    )
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
-    *(block for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, GPU_BLOCK) if block.results.exists()),
+    *(
+        block
+        for block in (*CPU_BLOCKS, *EVALUATION_BLOCKS, *NEEDLE_BLOCKS, *RECIPE_BLOCKS, GPU_BLOCK)
+        if block.results.exists()
+    ),
 )
 
 
