@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from benchmarks.needles import needles
+from benchmarks.needle_table import needles
 from sixfold import TurboQuantCache
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
 from sixfold.eval import machine
