@@ -37,7 +37,7 @@ def measure(study: str, name: str) -> list[dict[str, Any]]:
                 "model": name,
                 "case": case.label,
                 "bits": case.bits,
-                "bits_long": bits_held(model.config, case.bits, case.options),
+                "bits_long": bits_held(model.config, case.bits, case.settings),
                 **result.to_dict(),
                 "kl_change": {
                     "mean": difference.mean / first.kl.mean,
@@ -85,7 +85,7 @@ def _with_needles(
 
 
 def _caches(cases: list[Case]) -> dict[str, MakeCache]:
-    return {f"{one.bits} {one.label}": compressed(one.bits, **one.options) for one in cases}
+    return {f"{one.bits} {one.label}": compressed(one.bits, **one.settings) for one in cases}
 
 
 def _counts(found: Retrieval) -> dict[str, int]:

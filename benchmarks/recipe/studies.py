@@ -36,6 +36,11 @@ class Case:
     patch: Patch = nullcontext
     change: Change | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every option: keys and values alike where the case does not say."""
+        return {"key_bits": self.bits, "value_bits": self.bits, **self.options}
+
 
 @dataclass(frozen=True)
 class Study:
