@@ -61,7 +61,16 @@ def recipe_table(study: str, results: dict[str, Any]) -> str:
         if needles:
             cells.append(f"{row['needles_exact'] / row['needles_asked']:.1%}")
         lines.append(_joined(cells))
-    return "\n".join(lines)
+    note = (
+        f"{rows[-1]['windows']} windows of {results['window_tokens']} tokens, the second half "
+        f"scored in chunks of {results['chunk']}; ± half a 95 % interval over windows, paired."
+    )
+    if needles:
+        note += (
+            f" {rows[-1]['needles_asked']} needles in documents of {results['needle_tokens']:,} "
+            "tokens."
+        )
+    return "\n".join([*lines, "", note])
 
 
 def _models(row: dict[str, Any]) -> int:
@@ -72,11 +81,17 @@ def _recipe_quality(row: dict[str, Any]) -> list[str]:
     change, perplexity = row["kl_change"], row["perplexity_change"]
     return [
         f"{row['kl']['mean']:.4f}",
-        f"{change['mean']:+.0%} ± {change['half_width']:.0%}" if change["half_width"] else "",
+        _change(change) if change["mean"] else "",
         f"{row['kl_p99']:.3f}",
-        f"{perplexity['mean']:+.2%} ± {perplexity['half_width']:.2%}",
+        _change(perplexity, 2),
         f"{row['top1_agreement']['mean']:.1%}",
     ]
+
+
+def _change(estimate: dict[str, Any], digits: int = 0) -> str:
+    """A relative change, and half its interval where there is more than one window."""
+    width = estimate["half_width"]
+    return f"{estimate['mean']:+.{digits}%}" + (f" ± {width:.{digits}%}" if width else "")
 
 
 def _joined(cells: Sequence[str]) -> str:

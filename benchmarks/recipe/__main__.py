@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluate import LONG_CONTEXT
-from benchmarks.recipe.measure import CHUNK, NEEDLE_TOKENS, TOKENS, WINDOWS, measure
+from benchmarks.recipe.measure import CHUNK, NEEDLE_TOKENS, TOKENS, measure
 from benchmarks.recipe.studies import STUDIES
 from sixfold.eval import machine
 
@@ -35,19 +35,20 @@ def main() -> None:
             for row in done:
                 kl = f"KL {row['kl']['mean']:.5f}" if "kl" in row else ""
                 print(study, row["model"], f"{row['bits']:g}", row["case"], kl, flush=True)
-    if arguments.json:
-        _write(arguments.json, rows)
+            if arguments.json:
+                _write(arguments.json, rows)
 
 
 def _write(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     held = json.loads(path.read_text(encoding="utf-8"))["studies"] if path.exists() else {}
+    held |= {study: found for study, found in rows.items() if found}
     document = {
         "machine": machine.describe(),
-        "windows": [WINDOWS, TOKENS],
+        "window_tokens": TOKENS,
         "chunk": CHUNK,
         "long_context": LONG_CONTEXT,
         "needle_tokens": NEEDLE_TOKENS,
-        "studies": {name: (held | rows)[name] for name in STUDIES if name in held | rows},
+        "studies": {name: held[name] for name in STUDIES if name in held},
     }
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
