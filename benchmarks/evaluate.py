@@ -1,8 +1,8 @@
 """Sixfold and its peers on the embedded model, plain and hard: ``python -m benchmarks.evaluate``.
 
-Perplexity, KL to the uncompressed model and true bytes of every cache, as tables for
-docs/evaluation.md. The models run in float16, in which KV caches are kept, so that scales and
-windows have the bytes they have in practice.
+Perplexity, KL to the uncompressed model, true bytes and needles found of every cache, as tables for
+docs/evaluation.md. Where bytes are counted the models run in float16, in which KV caches are kept,
+so that scales and windows have the bytes they have in practice.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from benchmarks.needle_table import needles
 from sixfold import TurboQuantCache
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
 from sixfold.eval import machine
@@ -28,6 +29,7 @@ from sixfold.integrations.transformers.config import layer_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 BITS = (4, 3.5, 3, 2.5, 2)
+PARTS = ("caches", "needles")
 LONG_CONTEXT = 32768
 CHUNK = 64
 DETECTION_TOKENS = 1500
@@ -73,11 +75,26 @@ def long_bits(config: PreTrainedConfig) -> dict[str, float]:
     shapes = layer_shapes(config, [None] * config.num_hidden_layers)
     plain = uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
     held = {name: stored_nbytes(*PEERS[name], shapes, tokens=LONG_CONTEXT) for name in PEERS}
-    for name, (bits, options) in variants().items():
-        layers = TurboQuantCache(config, bits, **options).layers
-        policies = [x.policy if isinstance(x, TurboQuantLayer) else None for x in layers]
-        held[name] = cache_nbytes(layer_shapes(config, policies), tokens=LONG_CONTEXT)
-    return {name: 16 * nbytes / plain for name, nbytes in held.items()}
+    ours = {name: bits_held(config, *variant) for name, variant in variants().items()}
+    return {name: 16 * nbytes / plain for name, nbytes in held.items()} | ours
+
+
+def bits_held(config: PreTrainedConfig, bits: float, options: dict[str, Any]) -> float:
+    """Bits a value of `TurboQuantCache(config, bits, **options)` at `LONG_CONTEXT` tokens."""
+    layers = TurboQuantCache(config, bits, **options).layers
+    policies = [x.policy if isinstance(x, TurboQuantLayer) else None for x in layers]
+    shapes = layer_shapes(config, policies)
+    held = cache_nbytes(shapes, tokens=LONG_CONTEXT)
+    return 16 * held / uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
+
+
+def find_needles(name: str) -> dict[str, Any]:
+    """Needles found through caches without windows and through peers of their size."""
+    title, load = MODELS[name]
+    model, tokenizer = load()
+    held = long_bits(model.config)
+    ours = {row: variant for row, variant in variants().items() if variant[1]}
+    return needles(title, model.float(), tokenizer, ours, held, _dots)
 
 
 def evaluate(name: str, windows: int, tokens: int) -> dict[str, Any]:
@@ -106,27 +123,38 @@ def evaluate(name: str, windows: int, tokens: int) -> dict[str, Any]:
 
 
 def _dots(done: int, total: int) -> None:
-    print(f"\r{done} of {total} chunks", end="\n" if done == total else "", flush=True)
+    print(f"\r{done} of {total}", end="\n" if done == total else "", flush=True)
 
 
 def main() -> None:
     """Measure every cache on the chosen models; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--tokens", type=int, default=768, help="of a window")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files, one a model")
+    parser.add_argument("--out", type=Path, help="folder of the JSON files, two a model")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in arguments.models:
         print(MODELS[name][0])
-        document = evaluate(name, arguments.windows, arguments.tokens)
-        for row in document["rows"]:
-            print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  KL {row['kl']['mean']:.5f}")
-        if arguments.out:
-            text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-            (arguments.out / f"eval_{name}.json").write_text(text, encoding="utf-8")
+        if "caches" in arguments.parts:
+            document = evaluate(name, arguments.windows, arguments.tokens)
+            for row in document["rows"]:
+                print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  KL {row['kl']['mean']:.5f}")
+            _write(arguments.out, f"eval_{name}.json", document)
+        if "needles" in arguments.parts:
+            document = find_needles(name)
+            for row in document["rows"]:
+                print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  {row['exact']}")
+            _write(arguments.out, f"needles_{name}.json", document)
+
+
+def _write(folder: Path | None, name: str, document: dict[str, Any]) -> None:
+    if folder is not None:
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

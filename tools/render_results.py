@@ -4,10 +4,12 @@ No document states a number that no committed file holds: a test runs this and e
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from tools import long_context_tables, reproduction_tables
 from tools.blocks import RESULTS, ROOT, Block
+from tools.quality_tables import evaluation_table, needle_table, recipe_table
 
 COLUMNS = (
     *("bits a value", "needles found", "perplexity", "mean KL, nats"),
@@ -81,30 +83,6 @@ def rotation_table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{results['seeds']} rotations a row, a vector each; ± one standard error.",
-    ]
-    return "\n".join(lines)
-
-
-def evaluation_table(results: dict[str, Any]) -> str:
-    """One row for every cache, by the bits it holds a value of a long context."""
-    columns = ["cache", f"bits at {results['long_context']:,} tokens", "bits in this run"]
-    columns += ["mean KL, nats", "99 % KL", "perplexity", "change", "same top token"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
-    for row in results["rows"]:
-        kl, change, top = row["kl"], row["perplexity_change"], row["top1_agreement"]
-        cells = [row["cache"], f"{row['bits_long']:.2f}", f"{row['bits_per_value']:.2f}"]
-        cells += [f"{kl['mean']:.4f} ± {kl['half_width']:.4f}", f"{row['kl_p99']:.4f}"]
-        cells += [f"{row['perplexity']:.2f}"]
-        cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}", f"{top['mean']:.1%}"]
-        lines.append(_joined(cells))
-    windows, tokens = results["windows"]
-    plain = results["rows"][0]["uncompressed_perplexity"]
-    lines += [
-        "",
-        f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
-        f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
-        f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
-        f"transformers {results['machine']['versions']['transformers']}.",
     ]
     return "\n".join(lines)
 
@@ -267,9 +245,25 @@ LONG_CONTEXT_BLOCKS = (
     Block(LONG_CONTEXT, RESULTS / "long_context.json", "million", long_context_tables.million),
     Block(LONG_CONTEXT, RESULTS / "needles.json", "needles", long_context_tables.needles),
 )
+NEEDLE_BLOCKS = tuple(
+    Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, needle_table)
+    for name in ("needles_embedded", "needles_hard")
+)
+RECIPE_BLOCKS = tuple(
+    Block(
+        ROOT / "docs/recipe.md",
+        RESULTS / "recipe.json",
+        f"recipe_{study}",
+        partial(recipe_table, study),
+    )
+    for study in (
+        *("splits", "splits_windows", "spread", "first_tokens", "key_scales", "value_scales"),
+        *("value_maps", "windows", "layers", "codes"),
+    )
+)
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
 OPTIONAL_BLOCKS = (
-    *(*CPU_BLOCKS, *EVALUATION_BLOCKS, *TRELLIS_BLOCKS),
+    *(*CPU_BLOCKS, *EVALUATION_BLOCKS, *NEEDLE_BLOCKS, *RECIPE_BLOCKS, *TRELLIS_BLOCKS),
     *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, GPU_BLOCK),
 )
 BLOCKS = (

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from sixfold.errors import SixfoldError
 from sixfold.eval import niah
 from sixfold.eval.caches import compressed, fork, held_bytes, uncompressed
-from sixfold.eval.embedded import haystack
+from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.needles import split_sentences
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -118,3 +118,19 @@ def test_texts_and_documents_too_short_are_refused() -> None:
 def test_impossible_depths_are_refused(depths: tuple[float, ...]) -> None:
     with pytest.raises(SixfoldError, match=r"expected 1 to \d+ depths from 0 to 1"):
         niah.retrieve(tiny_model(), tiny_tokenizer(), "", {}, lengths=[500], depths=depths)
+
+
+def test_forced_answers_count_as_decoded_ones_do() -> None:
+    # The embedded model finds some needles of so many at two bits, and misses others.
+    model, tokenizer = load_embedded()
+    caches = {"2": compressed(2, sink_tokens=0, recent_window=0), "16": uncompressed}
+    depths = [index / 15 for index in range(16)]
+    forced, decoded = (
+        niah.retrieve(
+            model, tokenizer, haystack(), caches, lengths=[768], depths=depths, forced=forced
+        )
+        for forced in (True, False)
+    )
+    assert [cell.exact for cell in forced["16"].cells] == [c.exact for c in decoded["16"].cells]
+    assert 0 < forced["2"].exact < 16
+    assert abs(forced["2"].exact - decoded["2"].exact) <= 1

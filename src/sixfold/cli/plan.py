@@ -13,7 +13,7 @@ from sixfold.cli.common import JsonOption, parse_bits, parse_list, parse_size, q
 from sixfold.cli.render import Output, human_bytes
 from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
-from sixfold.integrations.transformers.config import layer_shapes, layer_types
+from sixfold.integrations.transformers.config import keys_are_longer, layer_shapes, layer_types
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
@@ -27,6 +27,11 @@ class Shape:
     layers: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def keys_are_longer(self) -> bool:
+        """Whether keys have more coordinates than values."""
+        return self.config is not None and keys_are_longer(self.config)
 
     def layer_shapes(self, policy: CachePolicy | None) -> list[LayerShape]:
         """The attention layers under one policy; None leaves them uncompressed."""
@@ -73,7 +78,7 @@ def plan(
         raise SixfoldError(f"--contexts: expected positive numbers of tokens, got {contexts!r}")
     found = [_capacity(UNCOMPRESSED, shape.layer_shapes(None), sizes, free)]
     for width in parse_bits(bits):
-        policy = CachePolicy(key_bits=width, value_bits=width)
+        policy = CachePolicy.spending(width, longer_keys=shape.keys_are_longer)
         found.append(_capacity(width, shape.layer_shapes(policy), sizes, free))
     output.table(
         f"Users that fit in {human_bytes(free)}",

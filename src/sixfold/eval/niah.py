@@ -136,6 +136,7 @@ def retrieve(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     documents: int = 1,
     seed: int = 0,
+    forced: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Retrieval]:
     """Ask for every needle of every document through every cache.
@@ -149,6 +150,9 @@ def retrieve(
         depths: Where in a document a needle is hidden, 0 first to 1 last.
         documents: Documents a length; each asks for one needle a depth.
         seed: Seed of excerpts, names and numbers; every cache sees the same documents.
+        forced: Feed the right answer in one pass and see whether each of its tokens, and no digit
+            after them, would have been chosen. That finds what greedy decoding finds, several times
+            faster, except that the answer does not read its own first digits from codes.
         progress: Called after every document and cache.
 
     Returns:
@@ -167,7 +171,7 @@ def retrieve(
         questions = build_questions(tokenizer, sentences, depths, size, rng)
         for name, make_cache in caches.items():
             cache = make_cache(model)
-            found = _ask_all(model, tokenizer, questions, cache)
+            found = _ask_all(model, tokenizer, questions, cache, forced)
             held[name] = held_bytes(cache), half_precision_bytes(cache)
             for depth, hit in zip(depths, found, strict=True):
                 hits[name][size, depth] += hit
@@ -212,17 +216,34 @@ def excerpt(
 
 @torch.no_grad()
 def _ask_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Questions, cache: Cache
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    cache: Cache,
+    forced: bool,
 ) -> list[bool]:
     context = questions.context[None].to(model.device)
     model.base_model(input_ids=context, past_key_values=cache, use_cache=True)
     answers = []
     for needle, tail in zip(questions.needles, questions.tails, strict=True):
-        # One token more than the answer: a number that goes on is a wrong number.
-        steps = token_count(tokenizer, needle.answer) + 1
-        ids = greedy(model, tail.to(model.device), fork(cache), steps)
+        answer = torch.tensor(tokenizer(needle.answer, add_special_tokens=False)["input_ids"])
+        if forced:
+            ids = _would_choose(model, torch.cat((tail, answer)), fork(cache), len(answer) + 1)
+        else:
+            # One token more than the answer: a number that goes on is a wrong number.
+            ids = greedy(model, tail.to(model.device), fork(cache), len(answer) + 1)
         answers.append(is_exact(str(tokenizer.decode(ids)), needle))
     return answers
+
+
+def _would_choose(
+    model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache, last: int
+) -> Int[Tensor, " last"]:
+    """The most likely token after each of the last `last` tokens of `ids`, itself not followed."""
+    ids = ids[None].to(model.device)
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
+    chosen: Tensor = out.logits[0].argmax(-1)
+    return chosen
 
 
 @torch.no_grad()

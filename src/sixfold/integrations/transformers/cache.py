@@ -12,11 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
+from sixfold.cache.policy import SPLITS
 from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import NAME, register
 from sixfold.integrations.transformers.config import (
     COMPRESSED_TYPES,
     attends_through_interface,
+    keys_are_longer,
     layer_types,
     shared_layers,
 )
@@ -39,9 +41,11 @@ class TurboQuantCache(Cache):
 
     Args:
         config: The model's config.
-        bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5.
-        key_bits: Bits of the keys, if other than `bits`.
-        value_bits: Bits of the values, if other than `bits`.
+        bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5. 3.5 are spent as 4 on keys
+            and 3 on values, 3 as 3.5 and 2.5, unless keys have more coordinates than values
+            (docs/recipe.md).
+        key_bits: Bits of the keys. Values then have `bits`, if not told otherwise.
+        value_bits: Bits of the values. Keys then have `bits`, if not told otherwise.
         sink_tokens: First tokens of every sequence kept in the model's dtype.
         recent_window: Last tokens kept in the model's dtype (and up to 63 more, until a page of
             64 is full).
@@ -74,9 +78,11 @@ class TurboQuantCache(Cache):
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
-        policy = CachePolicy(
-            key_bits=bits if key_bits is None else key_bits,
-            value_bits=bits if value_bits is None else value_bits,
+        policy = CachePolicy.spending(
+            bits,
+            longer_keys=bits in SPLITS and keys_are_longer(config),
+            key_bits=key_bits,
+            value_bits=value_bits,
             sink_tokens=sink_tokens,
             recent_window=recent_window,
             center_keys=center_keys,

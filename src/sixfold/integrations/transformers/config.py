@@ -99,6 +99,12 @@ def layer_shapes(
     return shapes
 
 
+def keys_are_longer(config: PreTrainedConfig) -> bool:
+    """Whether some layer caches keys of more coordinates than its values."""
+    shapes = layer_shapes(config, [None] * len(layer_types(config)[0]))
+    return any(shape.key_dim > shape.value_dim for shape in shapes)
+
+
 def _dims(config: PreTrainedConfig) -> tuple[int, int, int]:
     """KV heads, key dimension and value dimension of one layer."""
     if getattr(config, "kv_lora_rank", None) is not None:

@@ -1,0 +1,98 @@
+"""Tables of what caches cost in quality: evaluation, needles, recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def evaluation_table(results: dict[str, Any]) -> str:
+    """One row for every cache, by the bits it holds a value of a long context."""
+    columns = ["cache", f"bits at {results['long_context']:,} tokens", "bits in this run"]
+    columns += ["mean KL, nats", "99 % KL", "perplexity", "change", "same top token"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    for row in results["rows"]:
+        kl, change, top = row["kl"], row["perplexity_change"], row["top1_agreement"]
+        cells = [row["cache"], f"{row['bits_long']:.2f}", f"{row['bits_per_value']:.2f}"]
+        cells += [f"{kl['mean']:.4f} ± {kl['half_width']:.4f}", f"{row['kl_p99']:.4f}"]
+        cells += [f"{row['perplexity']:.2f}"]
+        cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}", f"{top['mean']:.1%}"]
+        lines.append(_joined(cells))
+    windows, tokens = results["windows"]
+    plain = results["rows"][0]["uncompressed_perplexity"]
+    lines += [
+        "",
+        f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
+        f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
+        f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
+        f"transformers {results['machine']['versions']['transformers']}.",
+    ]
+    return "\n".join(lines)
+
+
+def needle_table(results: dict[str, Any]) -> str:
+    """One row for every cache, a column for every length of document."""
+    lengths = list(results["rows"][0]["asked"])
+    columns = ["cache", "bits at 32,768 tokens", *(f"{int(n):,} tokens" for n in lengths), "all"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    for row in results["rows"]:
+        asked, exact = row["asked"], row["exact"]
+        shares = [exact[n] / asked[n] for n in lengths]
+        whole = sum(exact.values()) / sum(asked.values())
+        cells = [row["cache"], f"{row['bits_long']:.2f}", *(f"{share:.1%}" for share in shares)]
+        lines.append(_joined([*cells, f"{whole:.1%}"]))
+    lines += [
+        "",
+        f"{results['documents']} documents of every length, {results['needles']} needles in each, "
+        f"all digits right. {results['model']}, float32.",
+    ]
+    return "\n".join(lines)
+
+
+def recipe_table(study: str, results: dict[str, Any]) -> str:
+    """One row for every model and case of a study; the first of a width is what ships."""
+    rows = sorted(results["studies"][study], key=lambda row: (_models(row), -row["bits"]))
+    needles = any("needles_asked" in row for row in rows)
+    columns = ["model", "bits", "case", "bits at 32,768 tokens", "mean KL, nats"]
+    columns += ["against the first", "99 % KL", "perplexity", "same top token"]
+    columns += ["needles"] * needles
+    lines = [_joined(columns), _joined(["---", "---:", "---", *["---:"] * (len(columns) - 3)])]
+    for row in rows:
+        cells = [row["model"], f"{row['bits']:g}", row["case"], f"{row['bits_long']:.2f}"]
+        cells += _recipe_quality(row) if "kl" in row else ["-"] * 5
+        if needles:
+            cells.append(f"{row['needles_exact'] / row['needles_asked']:.1%}")
+        lines.append(_joined(cells))
+    note = (
+        f"{rows[-1]['windows']} windows of {results['window_tokens']} tokens, the second half "
+        f"scored in chunks of {results['chunk']}; ± half a 95 % interval over windows, paired."
+    )
+    if needles:
+        note += (
+            f" {rows[-1]['needles_asked']} needles in documents of {results['needle_tokens']:,} "
+            "tokens."
+        )
+    return "\n".join([*lines, "", note])
+
+
+def _models(row: dict[str, Any]) -> int:
+    return ("plain", "hard", "massive x2").index(row["model"])
+
+
+def _recipe_quality(row: dict[str, Any]) -> list[str]:
+    change, perplexity = row["kl_change"], row["perplexity_change"]
+    return [
+        f"{row['kl']['mean']:.4f}",
+        _change(change) if change["mean"] else "",
+        f"{row['kl_p99']:.3f}",
+        _change(perplexity, 2),
+        f"{row['top1_agreement']['mean']:.1%}",
+    ]
+
+
+def _change(estimate: dict[str, Any], digits: int = 0) -> str:
+    """A relative change, and half its interval where there is more than one window."""
+    width = estimate["half_width"]
+    return f"{estimate['mean']:+.{digits}%}" + (f" ± {width:.{digits}%}" if width else "")
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
