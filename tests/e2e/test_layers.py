@@ -9,6 +9,7 @@ from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, cache_nbytes
 from sixfold.integrations.transformers import layer_shapes
 from sixfold.integrations.transformers.cache import layer_policies
+from sixfold.integrations.transformers.config import keys_are_longer
 from tests.e2e.decoding import batch, decode, forward, relative_error, uncompressed_logits
 from tests.e2e.models import ARCHITECTURES, tiny_model
 
@@ -92,7 +93,8 @@ def test_bytes_are_known_from_the_config_alone(name: str) -> None:
             id(x): x.nbytes for layer in cache.compressed_layers for x in layer.store.tensors()
         }.values()
     )
-    policies = layer_policies(len(cache.layers), CachePolicy(3, 3), (), {})
+    policy = CachePolicy.spending(3, longer_keys=keys_are_longer(model.config))
+    policies = layer_policies(len(cache.layers), policy, (), {})
     shapes = layer_shapes(model.config, policies)
     rows = len(data.ids)
     assert cache_nbytes(shapes, tokens=data.prompt, batch=rows, element_size=4) == held
