@@ -24,23 +24,17 @@ MAX_REGISTERS = 255
 # Loads and stores of spilled registers a variant may have, by its name; with a reason each.
 SPILLS = {
     # A few values are kept in local memory around subroutines (float64 division) or a loop's
-    # start, while registers are free.
+    # start, most of them while registers are free.
     "rotate dim 32, inverse": 2,
-    "encode_pages 2 bits, dim 256, value": 2,
+    "store_pages 2 and 2 bits, dim 256": 2,
+    "store_pages 2.5 and 2.5 bits, dim 128": 4,
+    "store_pages 3 and 3 bits, dim 64": 6,
+    "store_pages 3.5 and 3.5 bits, dim 64": 2,
+    "store_pages 4 and 4 bits, dim 64": 2,
     "encode_pages 4 bits, dim 256, key": 2,
-    "encode_pages 3.5 bits, dim 256, key": 15,
     "decode 4 bits, dim 256": 5,
     "decode_pages 4 bits, dim 100, key": 2,
-    # Three TensorFloat-32 products hold both operands in two parts.
-    "scores 2.5 bits, dim 256, 16 queries": 10,
-    "scores 3.5 bits, dim 256, 16 queries": 12,
-    "scores 6 bits, dim 256, 16 queries": 8,
-    "scores 7 bits, dim 256, 16 queries": 2,
-    "scores 4 bits, dim 256, 64 queries": 16,
-    "scores 4 bits, dim 200, 64 queries": 30,
-    "scores 4 bits, dim 576, 64 queries": 16,
-    "scores 4 bits, dim 1024, 64 queries": 10,
-    "scores 4 bits, dim 1536, 64 queries": 10,
+    "scores 5 bits, dim 128, 16 queries": 4,
 }
 
 _VARIANTS = ("tests.kernels.triton_variants_vectors", "tests.kernels.triton_variants")
