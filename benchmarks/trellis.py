@@ -25,6 +25,7 @@ from sixfold.packing import Bits
 from sixfold.trellis import STATES, TRELLIS_BITS
 
 SCALAR, TRELLIS = "TurboQuantMSE", "trellis"
+CACHE_BITS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
 def distortion(dim: int, bits: Bits, vectors: int, rotations: int) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def main() -> None:
     """Measure; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--bits", type=float, nargs="+", default=[2, 2.5, 3], help="of caches")
+    parser.add_argument("--bits", type=float, nargs="+", default=CACHE_BITS, help="of caches")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vectors", type=int, default=2048)
     parser.add_argument("--rotations", type=int, default=4)

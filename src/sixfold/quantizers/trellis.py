@@ -21,8 +21,9 @@ from sixfold.trellis import check_trellis, codewords
 class TrellisQuantizer:
     """Random rotation and a trellis code, in which neighbouring coordinates share their bits.
 
-    A third to a half less squared error than `TurboQuantMSE` at the same size, for an encoder that
-    costs some hundred times as much; decoding any coordinate is still one table lookup.
+    From 2 bits on 30 to 45 % less squared error than `TurboQuantMSE` of the same size. The encoder
+    takes some forty times the operations; decoding any coordinate is still one table lookup. Meant
+    for 32 coordinates or more: in fewer than 16 the ends of a path can cost more than it gains.
 
     Attributes:
         dim: Coordinates per vector; dim·bits at least log2(states).

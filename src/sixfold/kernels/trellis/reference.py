@@ -41,7 +41,10 @@ def encode(
         u, unit = rotated_direction(vectors[tile], turns, factor)
         path = search(u, codewords, bits)
         rows[tile] = pack_path(path, bits)
-        scales[tile] = encode_scale(unit * correction(u, codewords[path], scale))
+        # A path of hardly more than one window may point away from a vector, where nearest
+        # codewords never do; a negative scale would be read as a large one.
+        factors = correction(u, codewords[path], scale).clamp(min=0)
+        scales[tile] = encode_scale(unit * factors)
     return rows.view(*batch, size), scales.view(batch)
 
 
