@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from sixfold import TrellisQuantizer, TurboQuantCache
 from sixfold.cache.attend import Mask, fit_mask
 from sixfold.cache.coder import Coder
+from sixfold.cache.dense import DenseTokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import Run
+from sixfold.cache.prefix import Prefix
 from sixfold.codes import TrellisCodes
 from sixfold.eval.caches import MakeCache
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -105,6 +107,12 @@ class TrellisLayer(DecodedLayer):
             TrellisCoder(one.layout, one.dim, one.bits, one.seed)
             for one in (self.key_coder, self.value_coder)
         )
+
+    def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
+        assert isinstance(self.key_coder, TrellisCoder)
+        assert isinstance(self.value_coder, TrellisCoder)
+        self.key_coder.write(run, chunk.keys, prefix.key_map.mean, prefix.key_map.scale)
+        self.value_coder.write(run, chunk.values)
 
 
 class _DecodedCacheLayer(TurboQuantLayer):

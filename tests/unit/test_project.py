@@ -56,11 +56,16 @@ def test_rendering_replaces_the_block_and_nothing_else(
     begin, end = f"<!-- {block.name}:begin -->", f"<!-- {block.name}:end -->"
     page.write_text(f"before\n{begin}\nSTALE\n{end}\nafter\n", encoding="utf-8")
     once = replace(block, document=page).rendered()
-    rows = block.data()["rows"]
+    results = block.data()
+    study = block.name.removeprefix("recipe_")
+    rows = results["studies"][study] if study != block.name else results["rows"]
     assert once.startswith(f"before\n{begin}\n| ")
     assert once.endswith(f"\n{end}\nafter\n")
     assert "STALE" not in once
-    assert once.count("\n|") == len(rows) + 2
+    if block.name == "gpu_kernels":  # variants of a kernel share a line
+        assert 2 < once.count("\n|") < len(rows)
+    else:
+        assert once.count("\n|") == len(rows) + 2
     page.write_text("no block", encoding="utf-8")
     with pytest.raises(SystemExit, match="must hold the markers"):
         replace(block, document=page).rendered()

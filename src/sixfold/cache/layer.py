@@ -11,7 +11,7 @@ from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
 from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
-from sixfold.cache.pages import PagedHistory
+from sixfold.cache.pages import PagedHistory, Run
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
@@ -181,15 +181,18 @@ class CompressedLayer:
         prefix = self.prefix or self._fixed_prefix()
         chunk = self.window.slice(0, pages * PAGE_TOKENS)
         run = self.history.reserve(len(self.padding), pages, self.padding.device)
+        self._write(run, chunk, prefix)
+        rest = self.window.copy_slice(chunk.tokens, self.window.tokens)
+        # Nothing above changed the history: an error on the way loses no token.
+        self.history.push(run)
+        self.window, self.prefix, self.query_energy = rest, prefix, None
+
+    def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
         store_pages(
             self.key_coder.side(run.slab, chunk.keys, prefix.key_map.mean, prefix.key_map.scale),
             self.value_coder.side(run.slab, chunk.values),
             run.slots,
         )
-        rest = self.window.copy_slice(chunk.tokens, self.window.tokens)
-        # Nothing above changed the history: an error on the way loses no token.
-        self.history.push(run)
-        self.window, self.prefix, self.query_energy = rest, prefix, None
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens; codes that stay are not touched.
