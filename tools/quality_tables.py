@@ -47,9 +47,9 @@ def needle_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def recipe_table(study: str, results: dict[str, Any]) -> str:
+def recipe_table(results: dict[str, Any]) -> str:
     """One row for every model and case of a study; the first of a width is what ships."""
-    rows = sorted(results["studies"][study], key=lambda row: (_models(row), -row["bits"]))
+    rows = sorted(results["rows"], key=lambda row: (_models(row), -row["bits"]))
     needles = any("needles_asked" in row for row in rows)
     columns = ["model", "bits", "case", "bits at 32,768 tokens", "mean KL, nats"]
     columns += ["against the first", "99 % KL", "perplexity", "same top token"]

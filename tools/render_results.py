@@ -4,7 +4,6 @@ No document states a number that no committed file holds: a test runs this and e
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from tools import long_context_tables, reproduction_tables
@@ -254,7 +253,8 @@ RECIPE_BLOCKS = tuple(
         ROOT / "docs/recipe.md",
         RESULTS / "recipe.json",
         f"recipe_{study}",
-        partial(recipe_table, study),
+        recipe_table,
+        study,
     )
     for study in (
         *("splits", "splits_windows", "spread", "first_tokens", "key_scales", "value_scales"),

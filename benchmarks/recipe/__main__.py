@@ -40,15 +40,13 @@ def main() -> None:
 
 
 def _write(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
-    held = json.loads(path.read_text(encoding="utf-8"))["studies"] if path.exists() else {}
-    held |= {study: found for study, found in rows.items() if found}
+    held = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.exists() else {}
+    shared = {"window_tokens": TOKENS, "chunk": CHUNK, "needle_tokens": NEEDLE_TOKENS}
+    held |= {study: {**shared, "rows": found} for study, found in rows.items() if found}
     document = {
         "machine": machine.describe(),
-        "window_tokens": TOKENS,
-        "chunk": CHUNK,
         "long_context": LONG_CONTEXT,
-        "needle_tokens": NEEDLE_TOKENS,
-        "studies": {name: held[name] for name in STUDIES if name in held},
+        "sections": {name: held[name] for name in STUDIES if name in held},
     }
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from sixfold.cache import affine, coder, prefix
 from sixfold.cache.layer import CompressedLayer
 from sixfold.integrations.transformers import layer as cache_layer
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.encode import Scale, encode_pages
+from sixfold.kernels.encode import Scale, Side
 from sixfold.quantizers import OutlierSplit
 
 Patch: TypeAlias = Callable[[], AbstractContextManager[Any]]
@@ -23,13 +23,12 @@ MASSIVE = 2.0
 
 def scales(keys: Scale, values: Scale) -> Patch:
     """Store these scales in place of the norms."""
-    original = encode_pages
 
-    def encode(*args: Any, **options: Any) -> None:
-        chosen = {"key": keys, "value": values}[options["layout"]]
-        original(*args, **{**options, "scale": chosen})
+    def side(*args: Any) -> Side:
+        given = Side(*args)
+        return given._replace(scale=keys if given.layout == "key" else values)
 
-    return lambda: mock.patch.object(coder, "encode_pages", encode)
+    return lambda: mock.patch.object(coder, "Side", side)
 
 
 def moment(power: int) -> Patch:

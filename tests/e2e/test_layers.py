@@ -9,7 +9,7 @@ from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, cache_nbytes
 from sixfold.integrations.transformers import layer_shapes
 from sixfold.integrations.transformers.cache import layer_policies
-from sixfold.integrations.transformers.config import keys_are_longer
+from sixfold.integrations.transformers.config import coded_dims
 from tests.e2e.decoding import batch, decode, forward, relative_error, uncompressed_logits
 from tests.e2e.models import ARCHITECTURES, tiny_model
 
@@ -93,7 +93,7 @@ def test_bytes_are_known_from_the_config_alone(name: str) -> None:
             id(x): x.nbytes for layer in cache.compressed_layers for x in layer.store.tensors()
         }.values()
     )
-    policy = CachePolicy.spending(3, longer_keys=keys_are_longer(model.config))
+    policy = CachePolicy.spending(3, coded_dims(model.config))
     policies = layer_policies(len(cache.layers), policy, (), {})
     shapes = layer_shapes(model.config, policies)
     rows = len(data.ids)

@@ -6,7 +6,7 @@ from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig
 from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, cache_nbytes
 from sixfold.cache.policy import SPLITS
-from sixfold.integrations.transformers.config import keys_are_longer, layer_shapes
+from sixfold.integrations.transformers.config import layer_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.packing import Bits
 
@@ -52,6 +52,12 @@ def test_a_split_holds_no_more_bytes(bits: Bits) -> None:
 
 def test_longer_keys_get_no_more() -> None:
     config = DeepseekV3Config(num_hidden_layers=2)
-    assert keys_are_longer(config)
     assert widths(policies(config, 3)[0]) == (3, 3)
-    assert CachePolicy.spending(3, longer_keys=True) == CachePolicy(key_bits=3, value_bits=3)
+
+
+# Codes fill whole bytes: at 3.5 and 2.5 bits vectors of 80 coordinates take 4 bytes more than at 3.
+@pytest.mark.parametrize(("dim", "split"), [(64, True), (80, False), (96, False), (128, True)])
+def test_bytes_decide(dim: int, split: bool) -> None:
+    assert widths(CachePolicy.spending(3, [(dim, dim)])) == (SPLITS[3] if split else (3, 3))
+    assert widths(CachePolicy.spending(3.5, [(dim, dim)])) == SPLITS[3.5]
+    assert widths(CachePolicy.spending(3, [(128, 128), (dim, dim)]))[0] == (3.5 if split else 3)

@@ -92,7 +92,6 @@ def test_every_width_has_a_reference_at_its_own_bytes(study: str) -> None:
 def test_a_study_runs_to_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.recipe.measure.WINDOWS", 2)
     rows = measure("codes", "plain")
-    document = {"studies": {"codes": rows}, "window_tokens": 768, "chunk": 64}
-    lines = recipe_table("codes", document).splitlines()
+    lines = recipe_table({"rows": rows, "window_tokens": 768, "chunk": 64}).splitlines()
     assert len([line for line in lines if line.startswith("|")]) == len(rows) + 2
     assert rows[0]["kl_change"]["mean"] == 0

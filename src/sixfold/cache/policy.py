@@ -1,10 +1,11 @@
 """What to keep, and at how many bits."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Self
 
 from sixfold.errors import SixfoldError
-from sixfold.packing import Bits, check_bits
+from sixfold.packing import Bits, check_bits, n_symbols, row_bytes, symbol_bits
 
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
 SPLITS: dict[Bits, tuple[Bits, Bits]] = {3.5: (4, 3), 3: (3.5, 2.5)}
@@ -42,22 +43,32 @@ class CachePolicy:
                 raise SixfoldError(f"{name} must be a whole number of 0 or more, got {number!r}.")
 
     @classmethod
-    def spending(cls, bits: Bits, *, longer_keys: bool = False, **fields: Any) -> Self:
+    def spending(cls, bits: Bits, dims: Iterable[tuple[int, int]] = (), **fields: Any) -> Self:
         """A policy that spends `bits` bits a coordinate where they matter most.
 
         Args:
             bits: Bits a coordinate, keys and values together.
-            longer_keys: Whether a key has more coordinates than a value, so that bits moved to it
-                would make the cache larger: none are.
+            dims: Dimensions of keys and values in the layers meant. Where moving bits from values
+                to keys would make the cache larger, keys having more coordinates than values or
+                codes filling whole bytes less well, none are moved.
             fields: Of the policy. With `key_bits` or `value_bits` among them, those have the bits
                 named and the others have `bits`.
         """
         given = {name: fields.pop(name, None) for name in ("key_bits", "value_bits")}
         chosen = {name: width for name, width in given.items() if width is not None}
-        even = longer_keys or bool(chosen)
-        key_bits, value_bits = (bits, bits) if even else SPLITS.get(bits, (bits, bits))
+        even, split = (bits, bits), SPLITS.get(bits, (bits, bits))
+        larger = any(_pair_bytes(split, pair) > _pair_bytes(even, pair) for pair in dims)
+        key_bits, value_bits = even if chosen or larger else split
         return cls(**{"key_bits": key_bits, "value_bits": value_bits, **chosen, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+def _pair_bytes(widths: tuple[Bits, Bits], dims: tuple[int, int]) -> int:
+    """Bytes of the codes of a key and a value."""
+    return sum(
+        row_bytes(n_symbols(dim, bits), symbol_bits(bits))
+        for dim, bits in zip(dims, widths, strict=True)
+    )

@@ -13,7 +13,7 @@ from sixfold.cli.common import JsonOption, parse_bits, parse_list, parse_size, q
 from sixfold.cli.render import Output, human_bytes
 from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
-from sixfold.integrations.transformers.config import keys_are_longer, layer_shapes, layer_types
+from sixfold.integrations.transformers.config import layer_shapes, layer_types
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
@@ -27,11 +27,6 @@ class Shape:
     layers: int
     kv_heads: int
     head_dim: int
-
-    @property
-    def keys_are_longer(self) -> bool:
-        """Whether keys have more coordinates than values."""
-        return self.config is not None and keys_are_longer(self.config)
 
     def layer_shapes(self, policy: CachePolicy | None) -> list[LayerShape]:
         """The attention layers under one policy; None leaves them uncompressed."""
@@ -77,8 +72,9 @@ def plan(
     if min(sizes) < 1:
         raise SixfoldError(f"--contexts: expected positive numbers of tokens, got {contexts!r}")
     found = [_capacity(UNCOMPRESSED, shape.layer_shapes(None), sizes, free)]
+    dims = {(one.key_dim, one.value_dim) for one in shape.layer_shapes(None)}
     for width in parse_bits(bits):
-        policy = CachePolicy.spending(width, longer_keys=shape.keys_are_longer)
+        policy = CachePolicy.spending(width, dims)
         found.append(_capacity(width, shape.layer_shapes(policy), sizes, free))
     output.table(
         f"Users that fit in {human_bytes(free)}",

@@ -18,7 +18,7 @@ from sixfold.integrations.transformers.attention import NAME, register
 from sixfold.integrations.transformers.config import (
     COMPRESSED_TYPES,
     attends_through_interface,
-    keys_are_longer,
+    coded_dims,
     layer_types,
     shared_layers,
 )
@@ -42,8 +42,7 @@ class TurboQuantCache(Cache):
     Args:
         config: The model's config.
         bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5. 3.5 are spent as 4 on keys
-            and 3 on values, 3 as 3.5 and 2.5, unless keys have more coordinates than values
-            (docs/recipe.md).
+            and 3 on values, 3 as 3.5 and 2.5, where that takes no more bytes (docs/recipe.md).
         key_bits: Bits of the keys. Values then have `bits`, if not told otherwise.
         value_bits: Bits of the values. Keys then have `bits`, if not told otherwise.
         sink_tokens: First tokens of every sequence kept in the model's dtype.
@@ -80,7 +79,7 @@ class TurboQuantCache(Cache):
     ) -> None:
         policy = CachePolicy.spending(
             bits,
-            longer_keys=bits in SPLITS and keys_are_longer(config),
+            coded_dims(config) if bits in SPLITS else (),
             key_bits=key_bits,
             value_bits=value_bits,
             sink_tokens=sink_tokens,

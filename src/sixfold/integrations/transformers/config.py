@@ -99,10 +99,10 @@ def layer_shapes(
     return shapes
 
 
-def keys_are_longer(config: PreTrainedConfig) -> bool:
-    """Whether some layer caches keys of more coordinates than its values."""
+def coded_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
+    """Key and value dimension of every layer that caches any."""
     shapes = layer_shapes(config, [None] * len(layer_types(config)[0]))
-    return any(shape.key_dim > shape.value_dim for shape in shapes)
+    return {(shape.key_dim, shape.value_dim) for shape in shapes}
 
 
 def _dims(config: PreTrainedConfig) -> tuple[int, int, int]:
