@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from sixfold.cli import doctor
 from sixfold.cli.app import app
 from sixfold.kernels import _native
+from sixfold.kernels._dispatch import NO_BACKEND
 
 
 def processor(isa: str, available: list[str], missing: dict[str, list[str]]) -> SimpleNamespace:
@@ -92,3 +93,22 @@ def test_an_install_without_the_extension_says_what_to_do(monkeypatch: pytest.Mo
     assert "install a C++ compiler" in text
     assert "SIXFOLD_REQUIRE_EXTENSION=1" in text
     assert found()["extension"]["problem"] == reason
+
+
+def test_an_operation_without_such_a_backend_lacks_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    selected = {"trellis": "reference"}
+    monkeypatch.setattr(
+        doctor,
+        "implementation",
+        lambda name, _: SimpleNamespace(__name__=f"kernels.{selected.get(name, 'cpu')}"),
+    )
+    assert "Every operation runs on its fastest backend for cpu, cpu." in said()
+    selected["encode"] = "reference"
+    monkeypatch.setattr(
+        doctor,
+        "missing_backends",
+        lambda name: {"cpu": NO_BACKEND if name == "trellis" else "gone"},
+    )
+    assert "The cpu backend of encode does not run: gone." in said()

@@ -10,6 +10,7 @@ from sixfold.cli.render import Output
 from sixfold.eval import machine
 from sixfold.kernels._dispatch import (
     ENVIRONMENT_VARIABLE,
+    NO_BACKEND,
     OPERATIONS,
     available_backends,
     implementation,
@@ -141,7 +142,12 @@ def _advice(
 
 
 def _choice(operations: list[Operation], fastest: str, device: torch.device) -> str:
-    slow = [one for one in operations if one.selected != fastest]
+    # An operation that nobody has written it for lacks nothing.
+    slow = [
+        one
+        for one in operations
+        if one.selected != fastest and one.missing.get(fastest) != NO_BACKEND
+    ]
     if not slow:
         return f"Every operation runs on its fastest backend for {device.type}, {fastest}."
     reasons = {one.missing.get(fastest, "not chosen") for one in slow}

@@ -20,6 +20,9 @@ ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
 
 OPERATIONS = ("rotate", "encode", "decode", "scores", "trellis", "attention", "cached_attention")
 
+NO_BACKEND = "not part of this install"
+"""Why a backend is missing that an operation does not have."""
+
 _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 
@@ -39,7 +42,7 @@ def _load(operation: str, backend: str) -> ModuleType | str:
 def _import(operation: str, backend: str) -> ModuleType | str:
     name = f"{__package__}.{operation}.{backend}"
     if importlib.util.find_spec(name) is None:
-        return "not part of this install"
+        return NO_BACKEND
     try:
         return importlib.import_module(name)
     except ImportError as error:
