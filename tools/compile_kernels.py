@@ -28,6 +28,7 @@ SPILLS = {
     "rotate dim 32, inverse": 2,
     "store_pages 2 and 2 bits, dim 256": 2,
     "store_pages 2.5 and 2.5 bits, dim 128": 4,
+    "store_pages 4 and 2.5 bits, dim 128": 4,
     "store_pages 3 and 3 bits, dim 64": 6,
     "store_pages 3.5 and 3.5 bits, dim 64": 2,
     "store_pages 4 and 4 bits, dim 64": 2,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sixfold.cache.policy import SPLITS
 from sixfold.codebooks import centroids
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
@@ -206,6 +207,7 @@ def variants() -> list[Variant]:
         *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
         *(store_pages(dim, bits, bits) for dim, bits in codes),
+        *(store_pages(128, *bits) for bits in ((4, 2.5), *SPLITS.values())),
         *(store_pages(dim, 4, 2) for dim in OTHER_DIMS),
         # Keys and values of different dimensions.
         *(encode_pages(dim, 4, layout) for dim in HEAD_DIMS for layout in layouts),
