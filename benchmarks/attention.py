@@ -1,6 +1,6 @@
 """A layer's decode attention: one query a head over the whole context."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from benchmarks import vllm_peer
 from benchmarks.harness import Case, Contender
 from benchmarks.ours import Options, variants
 from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.packing import Bits
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOKENS = (1024, 4096, 32768, 131072)
@@ -23,29 +24,34 @@ def case(tokens: int, options: Options) -> Case:
     query = torch.randn(1, HEADS, 1, HEAD_DIM, generator=generator).bfloat16()
     size = (1, KV_HEADS, tokens, HEAD_DIM)
     keys, values = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))
+    # A layer, and the one that a model attends to before it: equal, in memory of its own.
+    layers = [(query, keys, values), (query, keys.clone(), values.clone())]
     contenders = []
     for bits in options.bits:
-        contenders += variants("attention", _codes(query, keys, values, bits), options)
+        contenders += variants("attention", _codes(layers, bits), options)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        tensors = [x.to(dtype) for x in (query, keys, values)]
-        size_bytes = tensors[1].nbytes + tensors[2].nbytes
-        contenders += [
-            Contender(f"torch sdpa {name}", partial(_sdpa, *tensors), size_bytes),
-            Contender(f"torch matmul {name}", partial(_grouped, *tensors), size_bytes),
-        ]
+        tensors = [[x.to(dtype) for x in layer] for layer in layers]
+        size_bytes = sum(x.nbytes for x in tensors[0][1:])
+        for kind, attend in (("sdpa", _sdpa), ("matmul", _grouped)):
+            call, lead = (partial(attend, *each) for each in tensors)
+            contenders.append(Contender(f"torch {kind} {name}", call, size_bytes, lead=lead))
     if options.vllm_python is not None:
         contenders += vllm_peer.contenders(options.vllm_python, query, keys, values)
     return Case(contenders, _grouped(query.double(), keys.double(), values.double()))
 
 
-def _codes(query: Tensor, keys: Tensor, values: Tensor, bits: float) -> Contender:
-    """A real cache layer: sinks, window, mapping and rotation of the query are included."""
-    layer = CompressedLayer(keys, values, CachePolicy(key_bits=bits, value_bits=bits))
-    layer.append(keys, values)
-    layer.compress()
-    held = sum(tensor.nbytes for tensor in layer.tensors())
-    call: Callable[[], Tensor] = partial(layer.attend, query, scaling=SCALING)
-    return Contender(f"sixfold {bits:g} bits", call, held, notes={"bits": bits})
+def _codes(layers: Sequence[tuple[Tensor, Tensor, Tensor]], bits: Bits) -> Contender:
+    """Real cache layers: sinks, window, mapping and rotation of the query are included."""
+    policy = CachePolicy(key_bits=bits, value_bits=bits)
+    calls: list[Callable[[], Tensor]] = []
+    for query, keys, values in layers:
+        layer = CompressedLayer(keys, values, policy)
+        layer.append(keys, values)
+        layer.compress()
+        calls.append(partial(layer.attend, query, scaling=SCALING))
+        held = sum(tensor.nbytes for tensor in layer.tensors())
+    call, lead = calls
+    return Contender(f"sixfold {bits:g} bits", call, held, lead=lead, notes={"bits": bits})
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How contenders are timed: in turn, cold or settled, with the error beside every time."""
+"""How contenders are timed: in turn, each after its own kind, with the error beside the time."""
 
 import os
 import statistics
@@ -25,6 +25,8 @@ class Contender:
         nbytes: Bytes that a call has to read and write, weights of a model left out.
         result: What `call` returned, made comparable to the exact result; None: no error is stated.
         prepare: Called before every timed call.
+        lead: Called right before every timed call, after the sleep: the layer before, on tensors
+            of its own, so that threads are awake and caches hold something else, as in a model.
         timed: Times itself and returns seconds (another process); `call` is then for the error.
         steps: What one call does so many of: times are per step.
         environment: Variables set while it runs.
@@ -36,6 +38,7 @@ class Contender:
     nbytes: int = 0
     result: Callable[[Any], Tensor] | None = lambda result: result
     prepare: Callable[[], object] | None = None
+    lead: Callable[[], object] | None = None
     timed: Callable[[], float] | None = None
     steps: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -90,8 +93,8 @@ def measure(case: Case, *, repeats: int, settle: float, warmup: int = 2) -> Iter
     Args:
         case: What is compared. All contenders are alive at once.
         repeats: Timed calls of each.
-        settle: Seconds of sleep before every timed call. Threads of OpenMP spin for a few
-            milliseconds after their work, in the way of contenders that have other threads.
+        settle: Seconds of sleep before every timed call and its lead. Threads of OpenMP spin for
+            a few milliseconds after their work, in the way of contenders with other threads.
         warmup: Calls of each that are not counted.
     """
     seconds: list[list[float]] = [[] for _ in case.contenders]
@@ -109,6 +112,8 @@ def _time(one: Contender, settle: float) -> float:
         if one.prepare is not None:
             one.prepare()
         time.sleep(settle)
+        if one.lead is not None:
+            one.lead()
         return time_once(one.call) if one.timed is None else one.timed()
 
 

@@ -89,10 +89,13 @@ def main() -> None:
         verb, *words = line.split()
         if verb == "load":
             torch.set_num_threads(int(words[1]))
-            call, isa = attention(torch.load(words[0], weights_only=True), words[2])
+            tensors = torch.load(words[0], weights_only=True)
+            # The layer before, as every contender has one: its cache is another.
+            (call, isa), (lead, _) = (attention(tensors, words[2]) for _ in range(2))
             answer: dict[str, Any] = {"isa": isa}
         elif verb == "time":
             assert call is not None
+            lead()
             start = time.perf_counter()
             call()
             answer = {"seconds": time.perf_counter() - start}

@@ -62,13 +62,14 @@ def test_contenders_alternate_and_only_the_call_is_timed() -> None:
             name,
             lambda: order.append(name),
             prepare=lambda: order.append(f"before {name}"),
+            lead=lambda: order.append(f"lead of {name}"),
             environment={"SIXFOLD_TEST": name},
         )
 
     timed = Contender("c", lambda: order.append("c"), timed=lambda: 4.0, steps=2)
     case = Case([contender("a"), contender("b"), timed])
     rows = list(measure(case, repeats=3, settle=0, warmup=1))
-    assert order == ["before a", "a", "before b", "b"] * 4
+    assert order == ["before a", "lead of a", "a", "before b", "lead of b", "b"] * 4
     assert [row.name for row in rows] == ["a", "b", "c"]
     assert rows[2].seconds == Quartiles(2.0, 2.0, 2.0, 3)
     assert "SIXFOLD_TEST" not in os.environ
