@@ -1,5 +1,7 @@
 """Every byte is counted, known in advance, and few."""
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -137,6 +139,29 @@ def test_an_empty_cache_holds_nothing() -> None:
     cache = make_cache([None, None])
     assert cache.nbytes == 0
     assert cache.compression_ratio == 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("chunk", [70, 200, 330, 1000])
+def test_growth_by_chunks_leaves_no_slab_half_empty(chunk: int, batch: int) -> None:
+    shape = dataclasses.replace(Shape(), batch=batch)
+    layer, by_page = (CompressedLayer(*shape.empty(), CachePolicy()) for _ in range(2))
+    _, keys, values = shape.tokens(4000, seed=chunk)
+    for start, stop in itertools.pairwise([0, *range(500, 4001, chunk)]):
+        part = keys[:, :, start:stop], values[:, :, start:stop]
+        layer.append(*part)
+        layer.compress()
+        # The same first chunk, and so the same map of keys; then pages come one at a time.
+        for piece in [part] if start == 0 else zip(*(x.split(64, 2) for x in part), strict=True):
+            by_page.append(*piece)
+            by_page.compress()
+        slabs = {run.slab for run in layer.history.runs}
+        held = sum(slab.key_codes.shape[0] for slab in slabs)
+        used = sum(run.slots.numel() for run in layer.history.runs)
+        assert held - used <= max(used // 16, 4 * batch)
+    assert len(layer.history.runs) > 2
+    for ours, theirs in zip(layer.dequantized(), by_page.dequantized(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---------------------------------------------------------------- targets

@@ -58,8 +58,8 @@ def cache_nbytes(
 
     Args:
         shapes: The model's attention layers.
-        tokens: Tokens a sequence; they arrive in one chunk, so no slab has slack. Growing by
-            single tokens adds at most 1/16 of the codes.
+        tokens: Tokens a sequence; they arrive in one chunk, so no slab has slack. Growing
+            adds at most 1/16 of the codes.
         batch: Sequences.
         element_size: Bytes a value of the model's dtype: windows and sinks are kept in it.
 

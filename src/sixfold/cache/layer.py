@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -179,12 +180,13 @@ class CompressedLayer:
             self.window = self.window.owned()
             return
         prefix = self.prefix or self._fixed_prefix()
-        chunk = self.window.slice(0, pages * PAGE_TOKENS)
-        run = self.history.reserve(len(self.padding), pages, self.padding.device)
-        self._write(run, chunk, prefix)
-        rest = self.window.copy_slice(chunk.tokens, self.window.tokens)
+        runs = self.history.reserve(len(self.padding), pages, self.padding.device)
+        for run, stop in zip(runs, accumulate(run.tokens for run in runs), strict=True):
+            self._write(run, self.window.slice(stop - run.tokens, stop), prefix)
+        rest = self.window.copy_slice(pages * PAGE_TOKENS, self.window.tokens)
         # Nothing above changed the history: an error on the way loses no token.
-        self.history.push(run)
+        for run in runs:
+            self.history.push(run)
         self.window, self.prefix, self.query_energy = rest, prefix, None
 
     def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:

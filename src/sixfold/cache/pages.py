@@ -67,8 +67,8 @@ class Slab:
         """Key codes, key scales, value codes, value scales."""
         return self.key_codes, self.key_scales, self.value_codes, self.value_scales
 
-    def take(self, count: int) -> Int64[Tensor, " count"] | None:
-        """Slots nobody uses, or None if there are not `count` of them."""
+    def take(self, count: int, multiple: int) -> Int64[Tensor, " taken"]:
+        """Slots nobody uses: `count` of them, or the most there are that `multiple` divides."""
         capacity = self.key_codes.shape[0]
         device = self.key_codes.device
         if capacity - self.used >= count:
@@ -77,11 +77,9 @@ class Slab:
         free = torch.ones(capacity, dtype=torch.bool, device=device)
         for run in self.runs:
             free[run.slots.flatten()] = False
-        idle = free.nonzero().flatten()[:count]
-        if len(idle) < count:
-            return None
         self.used = capacity
-        return idle
+        idle = free.nonzero().flatten()[:count]
+        return idle[: len(idle) // multiple * multiple]
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,12 +152,18 @@ class PagedHistory:
         """Compressed tokens a sequence."""
         return sum(run.tokens for run in self.runs)
 
-    def reserve(self, batch: int, pages: int, device: torch.device) -> Run:
-        """Room for `pages` full pages a sequence, not yet part of the history: write, then push."""
-        slab, slots = self._room(batch * pages, device)
-        table = slots.view(pages, batch).T.contiguous()
-        lengths = torch.full((pages,), PAGE_TOKENS, device=device)
-        return Run.of(slab, table, lengths)
+    def reserve(self, batch: int, pages: int, device: torch.device) -> list[Run]:
+        """Room for `pages` full pages a sequence, not yet part of the history: write, then push.
+
+        What is left of the last slab is used up before there is a new one.
+        """
+        slabs = [self.runs[-1].slab] if self.runs else []
+        found = [(slab, slab.take(pages * batch, batch)) for slab in slabs]
+        missing = pages * batch - sum(len(slots) for _, slots in found)
+        if missing:
+            slab = self._new_slab(missing, batch, device)
+            found.append((slab, slab.take(missing, batch)))
+        return [_full_pages(slab, slots, batch) for slab, slots in found if len(slots)]
 
     def push(self, run: Run) -> None:
         """Append reserved pages that have been written."""
@@ -168,18 +172,10 @@ class PagedHistory:
         else:
             self.runs.append(run)
 
-    def _room(self, count: int, device: torch.device) -> tuple[Slab, Int64[Tensor, " count"]]:
-        if self.runs:
-            slots = self.runs[-1].slab.take(count)
-            if slots is not None:
-                return self.runs[-1].slab, slots
+    def _new_slab(self, count: int, batch: int, device: torch.device) -> Slab:
         held = sum(run.slots.numel() for run in self.runs)
-        batch = self.runs[-1].slots.shape[0] if self.runs else 1
         capacity = max(count, held // GROWTH, MIN_SLAB_PAGES * batch if self.runs else 0)
-        slab = Slab.allocate(capacity, self.kv_heads, self.key_bytes, self.value_bytes, device)
-        slots = slab.take(count)
-        assert slots is not None
-        return slab, slots
+        return Slab.allocate(capacity, self.kv_heads, self.key_bytes, self.value_bytes, device)
 
     def keep_first(self, tokens: int) -> None:
         """Forget everything after the first `tokens` tokens."""
@@ -227,6 +223,11 @@ class PagedHistory:
         self.runs = [
             run if run.slots.device == device else _gathered(run, device) for run in self.runs
         ]
+
+
+def _full_pages(slab: Slab, slots: Int64[Tensor, " count"], batch: int) -> Run:
+    table = slots.view(-1, batch).T.contiguous()
+    return Run.of(slab, table, torch.full((table.shape[1],), PAGE_TOKENS, device=slots.device))
 
 
 def _compacted(run: Run) -> Run:
