@@ -13,6 +13,7 @@ from sixfold.packing import PAGE_TOKENS
 
 MIN_SLAB_PAGES = 4
 GROWTH = 16  # a new slab adds 1/16 of the history: at most 6 % of slack, few slabs
+MAX_SLAB_PAGES = 128  # enough for its own cost not to show; below 1 % of a million tokens
 
 
 @dataclasses.dataclass(eq=False)
@@ -174,7 +175,8 @@ class PagedHistory:
 
     def _new_slab(self, count: int, batch: int, device: torch.device) -> Slab:
         held = sum(run.slots.numel() for run in self.runs)
-        capacity = max(count, held // GROWTH, MIN_SLAB_PAGES * batch if self.runs else 0)
+        least = MIN_SLAB_PAGES * batch if self.runs else 0
+        capacity = max(count, min(held // GROWTH, MAX_SLAB_PAGES), least)
         return Slab.allocate(capacity, self.kv_heads, self.key_bytes, self.value_bytes, device)
 
     def keep_first(self, tokens: int) -> None:
