@@ -1,5 +1,7 @@
 """Sixfold and its peers on the embedded model, plain and hard: ``python -m benchmarks.evaluate``.
 
+    python -m benchmarks.evaluate --directory DIR --file TEXT    # on a model of your own
+
 Perplexity, KL to the uncompressed model, true bytes and needles found of every cache, as tables for
 docs/evaluation.md. Where bytes are counted the models run in float16, in which KV caches are kept,
 so that scales and windows have the bytes they have in practice.
@@ -8,21 +10,31 @@ so that scales and windows have the bytes they have in practice.
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from benchmarks.needle_table import needles
 from sixfold import TurboQuantCache
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
+from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import MakeCache, compressed
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.hard import harden
-from sixfold.eval.peers import PEERS, peer_caches
+from sixfold.eval.peers import ALL, PEERS, peer_caches
 from sixfold.eval.peers.cache import stored_nbytes
 from sixfold.eval.perplexity import compare_caches, windows_of
 from sixfold.integrations.transformers.config import layer_shapes
@@ -64,10 +76,43 @@ def hard_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return hard, tokenizer
 
 
-MODELS: dict[str, tuple[str, Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]]] = {
-    "embedded": ("The embedded model", plain_model),
-    "hard": ("Its hard variant", hard_model),
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is evaluated: a model, and text that it reads."""
+
+    title: str
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    text: Callable[[], str] = haystack
+
+
+MODELS = {
+    "embedded": Subject("The embedded model", plain_model),
+    "hard": Subject("Its hard variant", hard_model),
 }
+
+
+def directory(path: Path, text: Path) -> Subject:
+    """A model saved by transformers, in float16, and a file that it reads."""
+
+    def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+
+    return Subject(path.name, load, partial(text.read_text, encoding="utf-8"))
+
+
+def fitting_peers(model: PreTrainedModel) -> dict[str, MakeCache]:
+    """All peers but those whose blocks do not fit the model's heads."""
+    (shape, *_) = layer_shapes(model.config, [None] * model.config.num_hidden_layers)
+    keys, values = (
+        torch.randn(1, shape.kv_heads, 256, dim) for dim in (shape.key_dim, shape.value_dim)
+    )
+    found = {}
+    for name, make in peer_caches([ALL]).items():
+        with suppress(SixfoldError):
+            make(model).update(keys, values, 0)
+            found[name] = make
+    return found
 
 
 def long_bits(config: PreTrainedConfig) -> dict[str, float]:
@@ -88,36 +133,36 @@ def bits_held(config: PreTrainedConfig, bits: float, options: dict[str, Any]) ->
     return 16 * held / uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
 
 
-def find_needles(name: str) -> dict[str, Any]:
+def find_needles(subject: Subject) -> dict[str, Any]:
     """Needles found through caches without windows and through peers of their size."""
-    title, load = MODELS[name]
-    model, tokenizer = load()
+    model, tokenizer = subject.load()
     held = long_bits(model.config)
     ours = {row: variant for row, variant in variants().items() if variant[1]}
-    return needles(title, model.float(), tokenizer, ours, held, _dots)
+    return needles(subject.title, model.float(), tokenizer, ours, held, _dots)
 
 
-def evaluate(name: str, windows: int, tokens: int) -> dict[str, Any]:
+def evaluate(subject: Subject, windows: int, tokens: int) -> dict[str, Any]:
     """Every cache on one model, as the document of its results."""
-    title, load = MODELS[name]
-    model, tokenizer = load()
+    model, tokenizer = subject.load()
     caches: dict[str, MakeCache] = {
         row: compressed(bits, **options) for row, (bits, options) in variants().items()
     }
-    ids = windows_of(tokenizer, haystack(), tokens, windows)
-    found = compare_caches(
-        model, ids, caches | peer_caches(["all"]), prefill=tokens // 2, chunk=CHUNK, progress=_dots
-    )
+    peers = fitting_peers(model)
     bits = long_bits(model.config)
+    ids = windows_of(tokenizer, subject.text(), tokens, windows)
+    found = compare_caches(
+        model, ids, caches | peers, prefill=tokens // 2, chunk=CHUNK, progress=_dots
+    )
     rows = [
         {"cache": row, "bits_long": bits[row], **result.to_dict()} for row, result in found.items()
     ]
     return {
-        "model": title,
+        "model": subject.title,
         "machine": machine.describe(),
         "windows": list(ids.shape),
         "chunk": CHUNK,
         "long_context": LONG_CONTEXT,
+        "left_out": [name for name in PEERS if name not in peers],
         "rows": sorted(rows, key=lambda row: -row["bits_long"]),
     }
 
@@ -130,22 +175,29 @@ def main() -> None:
     """Measure every cache on the chosen models; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--directory", type=Path, help="a model saved by transformers, instead")
+    parser.add_argument("--file", type=Path, help="text for it")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--tokens", type=int, default=768, help="of a window")
     parser.add_argument("--out", type=Path, help="folder of the JSON files, two a model")
     arguments = parser.parse_args()
+    if (arguments.directory is None) != (arguments.file is None):
+        parser.error("--directory and --file belong together: a model, and text that it reads")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for name in arguments.models:
-        print(MODELS[name][0])
+    subjects = {name: MODELS[name] for name in arguments.models}
+    if arguments.directory is not None:
+        subjects = {arguments.directory.name: directory(arguments.directory, arguments.file)}
+    for name, subject in subjects.items():
+        print(subject.title)
         if "caches" in arguments.parts:
-            document = evaluate(name, arguments.windows, arguments.tokens)
+            document = evaluate(subject, arguments.windows, arguments.tokens)
             for row in document["rows"]:
                 print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  KL {row['kl']['mean']:.5f}")
             _write(arguments.out, f"eval_{name}.json", document)
-        if "needles" in arguments.parts:
-            document = find_needles(name)
+        if "needles" in arguments.parts and subject.text is haystack:
+            document = find_needles(subject)
             for row in document["rows"]:
                 print(f"{row['cache']:32} {row['bits_long']:6.2f} bits  {row['exact']}")
             _write(arguments.out, f"needles_{name}.json", document)

@@ -47,8 +47,8 @@ def divergence(
     model_name: str, widths: Sequence[Bits], windows: int, tokens: int
 ) -> list[dict[str, Any]]:
     """Both codes at every width, without full-precision windows that would hide the difference."""
-    title, load = MODELS[model_name]
-    model, tokenizer = load()
+    subject = MODELS[model_name]
+    model, tokenizer = subject.load()
     ids = windows_of(tokenizer, haystack(), tokens, windows)
     caches = {
         f"{bits} {name}": decoded_cache(bits, trellis=name == TRELLIS, **NO_WINDOWS)
@@ -59,9 +59,9 @@ def divergence(
     for bits in widths:
         found = {name: compared[f"{bits} {name}"] for name in (SCALAR, TRELLIS)}
         difference = found[TRELLIS].kl_difference(found[SCALAR])
-        row = {"model": title, "bits": bits, "difference": asdict(difference)}
+        row = {"model": subject.title, "bits": bits, "difference": asdict(difference)}
         rows.append(row | {name: result.to_dict() for name, result in found.items()})
-        print(title, bits, *(f"{one.kl.mean:.5f}" for one in found.values()), flush=True)
+        print(subject.title, bits, *(f"{one.kl.mean:.5f}" for one in found.values()), flush=True)
     return rows
 
 

@@ -23,9 +23,15 @@ def evaluation_table(results: dict[str, Any]) -> str:
         f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
         f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
         f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
-        f"transformers {results['machine']['versions']['transformers']}.",
+        f"transformers {results['machine']['versions']['transformers']}."
+        + _left_out(results.get("left_out", [])),
     ]
     return "\n".join(lines)
+
+
+def _left_out(names: Sequence[str]) -> str:
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f" Left out, as they do not work at its head dimension: {listed}." if names else ""
 
 
 def needle_table(results: dict[str, Any]) -> str:

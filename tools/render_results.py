@@ -223,7 +223,7 @@ CPU_BLOCKS = tuple(
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
-    for name in ("eval_embedded", "eval_hard")
+    for name in ("eval_embedded", "eval_hard", "eval_stories260K", "eval_babyllama_tok105")
 )
 TRELLIS = ROOT / "src/sixfold/kernels/trellis/README.md"
 TRELLIS_TABLES = {
