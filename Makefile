@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)
 REQUIRE := SIXFOLD_REQUIRE_EXTENSION=$(if $(COMPILER),1,0)
 
-.PHONY: setup demo test check bench bench-gpu results sanitize test-neon clean
+.PHONY: setup demo test check bench bench-gpu results results-cpu sanitize test-neon clean
 
 setup: $(STAMP)
 
@@ -44,11 +44,28 @@ bench: setup
 bench-gpu:
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --json docs/results/gpu.json
 
+# What does not depend on the machine's speed, but for the demo's tokens/s: an hour on two cores.
 results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json
-	$(BIN)/python -m benchmarks.key_map --json docs/results/key_map.json
-	$(BIN)/python -m benchmarks.rotation --json docs/results/rotation.json
+	for study in key_map rotation trellis_choices recipe reproduction long_context; do \
+	  $(BIN)/python -m benchmarks.$$study --json docs/results/$$study.json || exit 1; done
+	$(BIN)/python -m benchmarks.trellis --out docs/results
 	$(BIN)/python -m benchmarks.evaluate --out docs/results
+	$(BIN)/python -m benchmarks.needles --json docs/results/needles.json --plot docs/needles.png
+	$(BIN)/python -m tools.render_results
+
+# Times on this machine's processor, with nothing else running. VLLM_PYTHON: see CONTRIBUTING.md.
+ISAS := avx512,avx2
+BENCH = $(BIN)/python -m benchmarks.run
+results-cpu: setup
+	$(BENCH) --op attention --threads 1,2 --isa $(ISAS) --bits 4,3.5,3,2.5,2,8 --tokens 32768 \
+	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) --json docs/results/cpu_attention.json
+	$(BENCH) --op attention --tokens 1024,4096,16384,131072 --bits 4,2.5 \
+	  --json docs/results/cpu_lengths.json
+	for op in encode scores; do $(BENCH) --op $$op --threads 1,2 --tokens 32768 \
+	  --json docs/results/cpu_$$op.json || exit 1; done
+	for op in step generate prefill; do $(BENCH) --op $$op \
+	  --json docs/results/cpu_$$op.json || exit 1; done
 	$(BIN)/python -m tools.render_results
 
 # Where the system has no CMake, the environment gets one.
