@@ -134,11 +134,10 @@ def bits_held(config: PreTrainedConfig, bits: float, options: dict[str, Any]) ->
 
 
 def find_needles(subject: Subject) -> dict[str, Any]:
-    """Needles found through caches without windows and through peers of their size."""
+    """Needles found through our caches and through peers of their size."""
     model, tokenizer = subject.load()
     held = long_bits(model.config)
-    ours = {row: variant for row, variant in variants().items() if variant[1]}
-    return needles(subject.title, model.float(), tokenizer, ours, held, _dots)
+    return needles(subject.title, model.float(), tokenizer, variants(), held, _dots)
 
 
 def evaluate(subject: Subject, windows: int, tokens: int) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Needles that Sixfold and its peers find, by length of the document: a part of `evaluate`.
-
-Everything is coded that can be: Sixfold keeps no windows here, as most peers do.
-"""
+"""Needles that Sixfold and its peers find, by length of the document: a part of `evaluate`."""
 
 from typing import Any
 

@@ -34,6 +34,45 @@ def _left_out(names: Sequence[str]) -> str:
     return f" Left out, as they do not work at its head dimension: {listed}." if names else ""
 
 
+# What the project aims at, by bits: the change of perplexity at most, the share of equal top tokens
+# at least, and the share of needles lost at most.
+TARGETS: dict[float, tuple[float, float | None, float | None]] = {
+    4: (0.003, 0.985, 0.005),
+    3.5: (0.006, None, None),
+    2.5: (0.02, None, 0.01),
+}
+
+
+def evaluation_targets(results: dict[str, Any]) -> str:
+    """What was aimed at, and what the rows with the default windows measure."""
+    rows = {row["cache"]: row for row in results["rows"]}
+    columns = ["bits", "perplexity: at most", "measured", "same top token: at least", "measured"]
+    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    for bits, (most, least, _) in TARGETS.items():
+        row = rows[f"**sixfold {bits:g}**"]
+        change, top = row["perplexity_change"], row["top1_agreement"]
+        cells = [f"{bits:g}", f"{most:+.1%}"]
+        cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}"]
+        cells += ["-" if least is None else f"{least:.1%}"]
+        cells += [f"{top['mean']:.1%} ± {top['half_width']:.1%}"]
+        lines.append(_joined(cells))
+    return "\n".join(lines)
+
+
+def needle_targets(results: dict[str, Any]) -> str:
+    """The same of needles, and their difference in numbers."""
+    rows = {row["cache"]: row for row in results["rows"]}
+    plain = sum(rows["uncompressed"]["exact"].values())
+    asked = sum(rows["uncompressed"]["asked"].values())
+    lines = [_joined(["bits", "needles lost: at most", "measured"]), _joined(["---:"] * 3)]
+    for bits, (_, _, most) in TARGETS.items():
+        found = sum(rows[f"**sixfold {bits:g}**"]["exact"].values())
+        aim = "-" if most is None else f"{100 * most:.1f} points"
+        lost = f"{100 * (plain - found) / asked:.2f} points ({found} of {plain} found)"
+        lines.append(_joined([f"{bits:g}", aim, lost]))
+    return "\n".join(lines)
+
+
 def needle_table(results: dict[str, Any]) -> str:
     """One row for every cache, a column for every length of document."""
     lengths = list(results["rows"][0]["asked"])

@@ -3,12 +3,20 @@
 No document states a number that no committed file holds: a test runs this and expects no change.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import needles
 from tools import long_context_tables, reproduction_tables
 from tools.blocks import RESULTS, ROOT, Block
-from tools.quality_tables import evaluation_table, needle_table, recipe_table
+from tools.quality_tables import (
+    evaluation_table,
+    evaluation_targets,
+    needle_table,
+    needle_targets,
+    recipe_table,
+)
 
 COLUMNS = (
     *("bits a value", "needles found", "perplexity", "mean KL, nats"),
@@ -248,6 +256,11 @@ NEEDLE_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, needle_table)
     for name in ("needles_embedded", "needles_hard")
 )
+TARGET_BLOCKS = tuple(
+    Block(ROOT / "docs/evaluation.md", RESULTS / f"{part}_{name}.json", f"{part}_{name}_aim", table)
+    for part, table in (("eval", evaluation_targets), ("needles", needle_targets))
+    for name in ("embedded", "hard")
+)
 RECIPE_BLOCKS = tuple(
     Block(
         ROOT / "docs/recipe.md",
@@ -263,7 +276,14 @@ RECIPE_BLOCKS = tuple(
 )
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
 OPTIONAL_BLOCKS = (
-    *(*CPU_BLOCKS, *EVALUATION_BLOCKS, *NEEDLE_BLOCKS, *RECIPE_BLOCKS, *TRELLIS_BLOCKS),
+    *(
+        *CPU_BLOCKS,
+        *EVALUATION_BLOCKS,
+        *NEEDLE_BLOCKS,
+        *TARGET_BLOCKS,
+        *RECIPE_BLOCKS,
+        *TRELLIS_BLOCKS,
+    ),
     *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, GPU_BLOCK),
 )
 BLOCKS = (
@@ -275,9 +295,11 @@ BLOCKS = (
 
 
 def main() -> None:
-    """Rewrite every document in place."""
+    """Rewrite every document in place, and draw every picture."""
     for block in BLOCKS:
         block.document.write_text(block.rendered(), encoding="utf-8")
+    document = json.loads((RESULTS / "needles.json").read_text(encoding="utf-8"))
+    needles.draw(document, ROOT / "docs/needles.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 Import it where TRITON_INTERPRET is not set: interpreted functions cannot be compiled.
 """
 
+import itertools
+
+from sixfold.cache.policy import SPLITS
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels.attention.triton import (
     MIN_ROWS,
@@ -47,14 +50,20 @@ _PAGE_NUMBERS = {
 }
 
 HEAD_DIMS = (64, 128, 256)
-WIDTHS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
+_EVEN: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
+WIDTHS = (*((bits, bits) for bits in _EVEN), *SPLITS.values())
 
 
 def attention(
-    bits: Bits, dim: int, *, rows: int = MIN_ROWS, mask: str | None = None, softcap: bool = False
+    bits: tuple[Bits, Bits],
+    dim: int,
+    *,
+    rows: int = MIN_ROWS,
+    mask: str | None = None,
+    softcap: bool = False,
 ) -> Variant:
     """`attend_pages` as it is launched for `rows` query rows a KV head."""
-    constants = page_constants(dim, dim, bits, bits)
+    constants = page_constants(dim, dim, *bits)
     options = launch_options(rows, constants)
     types = {**_PAGE_POINTERS, **_PAGE_NUMBERS}
     constants |= {
@@ -71,7 +80,8 @@ def attention(
     else:
         types["mask"] = mask
     extra = f", mask {mask[1:]}" if mask else ""
-    name = f"attend_pages {bits:g} bits, dim {dim}, {rows} rows{extra}{', softcap' * softcap}"
+    widths = " and ".join(f"{width:g}" for width in dict.fromkeys(bits))
+    name = f"attend_pages {widths} bits, dim {dim}, {rows} rows{extra}{', softcap' * softcap}"
     return Variant(name, attend_pages, types, constants, **options, tensor_cores=True, exact=False)
 
 
@@ -91,21 +101,21 @@ def merge(dim: int) -> Variant:
 
 def representative() -> list[Variant]:
     """One variant a way of working: what every change compiles."""
-    return [attention(4, 128), attention(3, 64, mask="*i1"), merge(128)]
+    return [attention((4, 4), 128), attention((3, 3), 64, mask="*i1"), merge(128)]
 
 
 def variants() -> list[Variant]:
     """Everything that is promised to compile: decoding, chunks, masks, the merge."""
-    decoding = [attention(bits, dim) for dim in HEAD_DIMS for bits in WIDTHS]
+    sizes = list(itertools.product(HEAD_DIMS, WIDTHS))
+    decoding = [attention(bits, dim) for dim, bits in sizes]
     chunks = [
-        attention(bits, dim, rows=max_rows(bits, bits))
-        for dim in HEAD_DIMS
-        for bits in WIDTHS
-        if max_rows(bits, bits) > MIN_ROWS
+        attention(bits, dim, rows=max_rows(*bits))
+        for dim, bits in sizes
+        if max_rows(*bits) > MIN_ROWS
     ]
     masked = [
-        attention(4, 128, mask="*i1"),
-        attention(4, 128, mask="*bf16", softcap=True),
-        attention(4, 128, rows=max_rows(4, 4), mask="*i1"),
+        attention((4, 4), 128, mask="*i1"),
+        attention((4, 4), 128, mask="*bf16", softcap=True),
+        attention((4, 4), 128, rows=max_rows(4, 4), mask="*i1"),
     ]
     return [*decoding, *chunks, *masked, *map(merge, HEAD_DIMS)]

@@ -8,7 +8,7 @@ from sixfold.errors import SixfoldError
 from sixfold.packing import Bits, check_bits, n_symbols, row_bytes, symbol_bits
 
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
-SPLITS: dict[Bits, tuple[Bits, Bits]] = {3.5: (4, 3), 3: (3.5, 2.5)}
+SPLITS: dict[Bits, tuple[Bits, Bits]] = {3.5: (4, 3), 3: (3.5, 2.5), 2.5: (3, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
