@@ -1,6 +1,7 @@
 """A layer's decode attention: one query a head over the whole context."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from benchmarks import vllm_peer
 from benchmarks.harness import Case, Contender
 from benchmarks.ours import Options, variants
 from sixfold.cache import CachePolicy, CompressedLayer
-from sixfold.packing import Bits
+from sixfold.packing import PAGE_TOKENS, Bits
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOKENS = (1024, 4096, 32768, 131072)
@@ -28,7 +29,10 @@ def case(tokens: int, options: Options) -> Case:
     layers = [(query, keys, values), (query, keys.clone(), values.clone())]
     contenders = []
     for bits in options.bits:
-        contenders += variants("attention", _codes(layers, bits), options)
+        contenders += variants("attention", _codes(layers, bits, tokens), options)
+    if options.bits:
+        grown = _codes(layers, options.bits[0], PAGE_TOKENS)
+        contenders.append(replace(grown, name=f"{grown.name}, grown page by page"))
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         tensors = [[x.to(dtype) for x in layer] for layer in layers]
         size_bytes = sum(x.nbytes for x in tensors[0][1:])
@@ -40,14 +44,18 @@ def case(tokens: int, options: Options) -> Case:
     return Case(contenders, _grouped(query.double(), keys.double(), values.double()))
 
 
-def _codes(layers: Sequence[tuple[Tensor, Tensor, Tensor]], bits: Bits) -> Contender:
-    """Real cache layers: sinks, window, mapping and rotation of the query are included."""
+def _codes(layers: Sequence[tuple[Tensor, Tensor, Tensor]], bits: Bits, step: int) -> Contender:
+    """Real cache layers, filled `step` tokens at a time.
+
+    Sinks, window, mapping and rotation of the query are included.
+    """
     policy = CachePolicy(key_bits=bits, value_bits=bits)
     calls: list[Callable[[], Tensor]] = []
     for query, keys, values in layers:
         layer = CompressedLayer(keys, values, policy)
-        layer.append(keys, values)
-        layer.compress()
+        for chunk in zip(keys.split(step, 2), values.split(step, 2), strict=True):
+            layer.append(*chunk)
+            layer.compress()
         calls.append(partial(layer.attend, query, scaling=SCALING))
         held = sum(tensor.nbytes for tensor in layer.tensors())
     call, lead = calls

@@ -228,24 +228,44 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
     multiply(values, products);
 }
 
-// One head of one page: `next` is the block that follows.
+// One head of one page.
+struct Block {
+    const PagePool* pool;
+    std::int64_t index;  // slot * kv_heads + head
+
+    Block head(int further) const { return {pool, index + further}; }
+    const std::uint8_t* keys(const Codec& codec) const {
+        return pool->keys + index * codec.page_bytes;
+    }
+    const std::uint8_t* values(const Codec& codec) const {
+        return pool->values + index * codec.page_bytes;
+    }
+    const std::uint16_t* key_scales() const { return pool->key_scales + index * kPageTokens; }
+    const std::uint16_t* value_scales() const { return pool->value_scales + index * kPageTokens; }
+};
+
+// The first head of the work in its page `i`.
+Block block_of(const AttentionWork& work, std::int64_t i) {
+    const AttentionTask& task = *work.task;
+    const std::int64_t slot = task.block_table[work.batch * task.pages + i];
+    return {task.pools + task.page_pool[i], slot * task.kv_heads + work.first_head};
+}
+
+// `next` is the block that follows.
 void attend_block(const AttentionWork& work, const Scratch& scratch, const Method& key_method,
-                  const Method& value_method, int head, std::int64_t block, std::int64_t next,
-                  PageView& page) {
+                  const Method& value_method, int head, Block block, Block next, PageView& page) {
     const AttentionTask& task = *work.task;
     const Codec &keys = *task.keys.codec, &values = *task.values.codec;
     for (int half = 0; half < 2; ++half) {
-        const std::int64_t scale = next * kPageTokens + half * kPageTokens / 2;
-        __builtin_prefetch(task.keys.scales + scale);
-        __builtin_prefetch(task.values.scales + scale);
+        __builtin_prefetch(next.key_scales() + half * kPageTokens / 2);
+        __builtin_prefetch(next.value_scales() + half * kPageTokens / 2);
     }
-    page.next_keys = task.keys.pages + next * keys.page_bytes;
-    page.next_values = task.values.pages + next * values.page_bytes;
-    page.keys = key_method.levels(task.keys.pages + block * keys.page_bytes, scratch.key_tile);
-    page.values =
-        value_method.levels(task.values.pages + block * values.page_bytes, scratch.value_tile);
-    decode_scales(task.keys.scales + block * kPageTokens, page.key_scales);
-    decode_scales(task.values.scales + block * kPageTokens, page.value_scales);
+    page.next_keys = next.keys(keys);
+    page.next_values = next.values(values);
+    page.keys = key_method.levels(block.keys(keys), scratch.key_tile);
+    page.values = value_method.levels(block.values(values), scratch.value_tile);
+    decode_scales(block.key_scales(), page.key_scales);
+    decode_scales(block.value_scales(), page.value_scales);
     const int end = (head + 1) * work.rows;
     for (int rows, r = head * work.rows; r < end; r += rows) {
         rows = rows_at_once(end - r);
@@ -256,7 +276,6 @@ void attend_block(const AttentionWork& work, const Scratch& scratch, const Metho
 void attend_pages(const AttentionWork& work) {
     const AttentionTask& task = *work.task;
     const Scratch scratch(task, work.scratch);
-    const std::int64_t* slots = task.block_table + work.batch * task.pages;
     const Method key_method(*task.keys.codec, work.rows), value_method(*task.values.codec, work.rows);
     reset(work, scratch);
     prepare_queries(work, scratch);
@@ -270,12 +289,11 @@ void attend_pages(const AttentionWork& work) {
         page.start = task.starts[i];
         page.length = task.lengths[i];
         if (page.length == 0 || page.start + page.length <= first_token) continue;
-        const std::int64_t block = slots[i] * task.kv_heads + work.first_head;
-        const std::int64_t after = slots[i + 1 < work.last_page ? i + 1 : i];
-        const std::int64_t next = after * task.kv_heads + work.first_head;
+        const Block block = block_of(work, i);
+        const Block next = block_of(work, i + 1 < work.last_page ? i + 1 : i);
         for (int head = 0; head < work.heads; ++head)
-            attend_block(work, scratch, key_method, value_method, head, block + head,
-                         head + 1 < work.heads ? block + head + 1 : next, page);
+            attend_block(work, scratch, key_method, value_method, head, block.head(head),
+                         head + 1 < work.heads ? block.head(head + 1) : next, page);
     }
     for (int r = 0; r < work.heads * work.rows; ++r)
         work.state.total[r] = sum(load(scratch.totals + r * kLanes));

@@ -176,11 +176,13 @@ private:
 
 void check_bounds(const AttentionTask& task) {
     auto refuse = [](const std::string& message) { throw std::invalid_argument(message); };
-    for (std::int64_t i = 0; i < task.batch * task.pages; ++i)
-        if (task.block_table[i] < 0 || task.block_table[i] >= task.slots)
-            refuse("block_table: expected slots 0 to " + std::to_string(task.slots - 1) +
-                   ", got " + std::to_string(task.block_table[i]) +
+    for (std::int64_t i = 0; i < task.batch * task.pages; ++i) {
+        const std::int64_t slots = task.pools[task.page_pool[i % task.pages]].slots;
+        if (task.block_table[i] < 0 || task.block_table[i] >= slots)
+            refuse("block_table: expected slots 0 to " + std::to_string(slots - 1) + ", got " +
+                   std::to_string(task.block_table[i]) +
                    "; pass the pools that the table was made for");
+    }
     for (std::int64_t i = 0; i < task.pages; ++i) {
         const std::int64_t start = task.starts[i], length = task.lengths[i];
         if (length < 0 || length > kPageTokens)

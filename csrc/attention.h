@@ -3,9 +3,10 @@
 // | tensor             | type           | shape                                                 |
 // | ------------------ | -------------- | ----------------------------------------------------- |
 // | query              | float          | [batch, kv_heads, rows, key_dim]                      |
-// | keys.pages         | uint8          | [slots, kv_heads, page_bytes] (docs/format.md, 3)     |
-// | keys.scales        | float16        | [slots, kv_heads, 64] (docs/format.md, 4)             |
-// | block_table        | int64          | [batch, pages]                                        |
+// | pool.keys          | uint8          | [slots, kv_heads, page_bytes] (docs/format.md, 3)     |
+// | pool.key_scales    | float16        | [slots, kv_heads, 64] (docs/format.md, 4)             |
+// | page_pool          | int32          | [pages]: which of the pools a page is in              |
+// | block_table        | int64          | [batch, pages]: its slot there                        |
 // | starts, lengths    | int64          | [pages]                                               |
 // | first_token        | int64          | [batch, queries]                                      |
 // | logit_offset       | float          | [batch, kv_heads, rows], or null                      |
@@ -76,9 +77,16 @@ struct CodecKey {
     const float* centroids;  // [1 << symbol_bits, axes]
 };
 
+// Memory of pages. A cache that grew has several.
+struct PagePool {
+    const std::uint8_t* keys;
+    const std::uint16_t* key_scales;
+    const std::uint8_t* values;
+    const std::uint16_t* value_scales;
+    std::int64_t slots;
+};
+
 struct PageSide {
-    const std::uint8_t* pages;
-    const std::uint16_t* scales;
     CodecKey key;
     const Codec* codec;  // of `key`; `attend` finds it
 };
@@ -86,9 +94,11 @@ struct PageSide {
 enum class Mask { none, boolean, additive };
 
 struct AttentionTask {
-    std::int64_t batch, kv_heads, rows, queries, pages, slots;
+    std::int64_t batch, kv_heads, rows, queries, pages;
     const float* query;
     PageSide keys, values;
+    const PagePool* pools;
+    const std::int32_t* page_pool;
     const std::int64_t *block_table, *starts, *lengths, *first_token;
     const float* logit_offset;
     Mask mask_kind;

@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include "attention.h"
 #include "bindings.h"
@@ -14,19 +15,6 @@ namespace {
 template <class T>
 T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-struct Side {
-    std::uintptr_t pages, scales, centroids;
-    int dim, symbol_bits, axes;
-};
-
-PageSide page_side(const Side& side, bool values, bool exact) {
-    return {pointer<const std::uint8_t>(side.pages),
-            pointer<const std::uint16_t>(side.scales),
-            {side.dim, side.symbol_bits, side.axes, values, exact,
-             pointer<const float>(side.centroids)},
-            nullptr};
 }
 
 }  // namespace
@@ -52,13 +40,18 @@ void bind_attention(nb::module_& m) {
             const Kernels& isa = kernels();
             const bool exact = exact_wanted();
             const nb::gil_scoped_release released;
+            const PagePool pool{pointer<const std::uint8_t>(key_pages),
+                                pointer<const std::uint16_t>(key_scales),
+                                pointer<const std::uint8_t>(value_pages),
+                                pointer<const std::uint16_t>(value_scales), slots};
+            const std::vector<std::int32_t> page_pool(pages, 0);
+            const CodecKey keys{key_dim, key_bits, key_axes, false, exact,
+                                pointer<const float>(key_centroids)};
+            const CodecKey values{value_dim, value_bits, value_axes, true, exact,
+                                  pointer<const float>(value_centroids)};
             const AttentionTask task{
-                batch, kv_heads, rows, queries, pages, slots, pointer<const float>(query),
-                page_side({key_pages, key_scales, key_centroids, key_dim, key_bits, key_axes},
-                          false, exact),
-                page_side({value_pages, value_scales, value_centroids, value_dim, value_bits,
-                           value_axes},
-                          true, exact),
+                batch, kv_heads, rows, queries, pages, pointer<const float>(query),
+                {keys, nullptr}, {values, nullptr}, &pool, page_pool.data(),
                 pointer<const std::int64_t>(table), pointer<const std::int64_t>(starts),
                 pointer<const std::int64_t>(lengths), pointer<const std::int64_t>(first_token),
                 pointer<const float>(offset), static_cast<Mask>(mask_kind),

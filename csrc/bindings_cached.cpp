@@ -56,8 +56,8 @@ TokenSegment segment_of(const Tokens& tokens) {
 PageSegment segment_of(const Pages& pages) {
     const auto [key_pages, key_scales, value_pages, value_scales, slots, table, starts, lengths,
                 count, first] = pages;
-    return {at<const std::uint8_t>(key_pages), at<const std::uint16_t>(key_scales),
-            at<const std::uint8_t>(value_pages), at<const std::uint16_t>(value_scales), slots,
+    return {{at<const std::uint8_t>(key_pages), at<const std::uint16_t>(key_scales),
+             at<const std::uint8_t>(value_pages), at<const std::uint16_t>(value_scales), slots},
             at<const std::int64_t>(table), at<const std::int64_t>(starts),
             at<const std::int64_t>(lengths), count, first};
 }

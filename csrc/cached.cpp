@@ -50,6 +50,29 @@ class Floats {
     std::int64_t used_ = 0;
 };
 
+// The pages of all segments as one list: where they lie is no reason to stop between them.
+struct PageList {
+    std::vector<PagePool> pools;
+    std::vector<std::int32_t> pool;
+    std::vector<std::int64_t> table, starts, lengths;
+
+    explicit PageList(const CachedTask& task) {
+        for (const PageSegment& segment : task.pages) {
+            pool.insert(pool.end(), segment.pages, static_cast<std::int32_t>(pools.size()));
+            pools.push_back(segment.pool);
+            for (std::int64_t i = 0; i < segment.pages; ++i)
+                starts.push_back(segment.starts[i] + segment.first);
+            lengths.insert(lengths.end(), segment.lengths, segment.lengths + segment.pages);
+        }
+        for (std::int64_t b = 0; b < task.batch; ++b)
+            for (const PageSegment& segment : task.pages) {
+                const std::int64_t* row = segment.block_table + b * segment.pages;
+                table.insert(table.end(), row, row + segment.pages);
+            }
+    }
+    std::int64_t size() const { return static_cast<std::int64_t>(pool.size()); }
+};
+
 // What a worker needs for one unit: all rows of one sequence and KV head.
 struct Scratch {
     float *query, *out, *maximum, *total, *rest;
@@ -60,29 +83,29 @@ class Call {
   public:
     Call(const Kernels& kernels, const CachedTask& task, int threads, Floats& floats)
         : kernels_(kernels), task_(task), rows_(task.rows()), units_(task.batch * task.kv_heads),
-          threads_(threads), width_(padded_dim(task.values.dim)) {
+          threads_(threads), width_(padded_dim(task.values.dim)), pages_(task) {
         const std::int64_t key_dim = task.keys.dim, value_dim = task.values.dim;
         std::int64_t tokens = 0;
         for (const TokenSegment& segment : task.tokens) tokens += segment.tokens;
         const std::int64_t products = units_ * rows_ * (tokens + 64) * (key_dim + value_dim);
         workers_ = static_cast<int>(std::clamp<std::int64_t>(products / kProductsPerThread, 1,
                                                              std::max(threads, 1)));
-        const std::int64_t parts = static_cast<std::int64_t>(task.pages.size());
+        const std::int64_t count = pages_.size() ? units_ * rows_ : 0;
         floats.allocate([&](Floats& f) {
-            rotated_ = f.take(parts ? units_ * rows_ * key_dim : 0);
-            offsets_ = f.take(parts ? units_ * rows_ : 0);
-            outs_ = f.take(parts * units_ * rows_ * value_dim);
-            lses_ = f.take(parts * units_ * rows_);
+            rotated_ = f.take(count * key_dim);
+            offsets_ = f.take(count);
+            out_ = f.take(count * value_dim);
+            lse_ = f.take(count);
             scratch_.clear();
             for (int worker = 0; worker < workers_; ++worker) scratch_.push_back(take_scratch(f));
         });
     }
 
     void operator()() {
-        if (!task_.pages.empty()) {
+        if (pages_.size()) {
             if (!each_unit([this](std::int64_t unit, const Scratch& s) { map_queries(unit, s); }))
                 return;
-            for (std::size_t part = 0; part < task_.pages.size(); ++part) attend_pages(part);
+            attend_pages();
         }
         each_unit([this](std::int64_t unit, const Scratch& s) { finish(unit, s); });
     }
@@ -149,21 +172,15 @@ class Call {
         }
     }
 
-    void attend_pages(std::size_t part) const {
-        const PageSegment& segment = task_.pages[part];
-        const std::int64_t count = units_ * rows_;
-        std::vector<std::int64_t> starts(segment.starts, segment.starts + segment.pages);
-        for (std::int64_t& start : starts) start += segment.first;
+    void attend_pages() const {
         const std::vector<std::int64_t> first = first_tokens();
         const AttentionTask attention{
-            task_.batch, task_.kv_heads, rows_, task_.queries, segment.pages, segment.slots, rotated_,
-            {segment.key_pages, segment.key_scales, task_.keys, nullptr},
-            {segment.value_pages, segment.value_scales, task_.values, nullptr},
-            segment.block_table, starts.data(), segment.lengths, first.data(), offsets_,
+            task_.batch, task_.kv_heads, rows_, task_.queries, pages_.size(), rotated_,
+            {task_.keys, nullptr}, {task_.values, nullptr}, pages_.pools.data(), pages_.pool.data(),
+            pages_.table.data(), pages_.starts.data(), pages_.lengths.data(), first.data(), offsets_,
             task_.mask_kind, task_.mask,
             {task_.mask_strides[0], task_.mask_strides[1], task_.mask_strides[2]},
-            task_.mask_columns, task_.never, task_.softcap,
-            outs_ + part * count * task_.values.dim, lses_ + part * count};
+            task_.mask_columns, task_.never, task_.softcap, out_, lse_};
         check_bounds(attention);
         sixfold::attend(kernels_.attention, attention, threads_);
     }
@@ -183,35 +200,23 @@ class Call {
         return task_.position + q - task_.sliding_window + 1;
     }
 
-    // Merges the pages' parts, turns the sum back and goes on with the tokens in full precision.
+    // Turns the pages' output back and goes on with the tokens in full precision.
     void finish(std::int64_t unit, const Scratch& scratch) const {
         std::fill(scratch.out, scratch.out + rows_ * width_, 0.0f);
-        for (std::int64_t r = 0; r < rows_; ++r) merge_parts(unit * rows_ + r, r, scratch);
-        if (!task_.pages.empty())
+        for (std::int64_t r = 0; r < rows_; ++r) load_pages(unit * rows_ + r, r, scratch);
+        if (pages_.size())
             rotate(task_.value_rotation, true, scratch.out, task_.values.dim, width_, scratch.rest);
         load_queries(unit, scratch.query);
         for (const TokenSegment& segment : task_.tokens) attend_segment(unit, segment, scratch);
         for (std::int64_t r = 0; r < rows_; ++r) store_row(unit, r, scratch);
     }
 
-    void merge_parts(std::int64_t index, std::int64_t row, const Scratch& scratch) const {
-        const std::int64_t count = units_ * rows_, dim = task_.values.dim;
-        float maximum = -kInfinity, total = 0, *out = scratch.out + row * width_;
-        bool empty = true;
-        for (std::size_t p = 0; p < task_.pages.size(); ++p) {
-            const float lse = lses_[p * count + index];
-            empty = empty && lse == -kInfinity;
-            if (lse > maximum) maximum = lse;
-        }
-        // A part that is not a number must show: its weight is none either.
-        for (std::size_t p = 0; p < task_.pages.size() && !empty; ++p) {
-            const float weight = std::exp(lses_[p * count + index] - maximum);
-            const float* from = outs_ + (p * count + index) * dim;
-            for (std::int64_t d = 0; d < dim; ++d) out[d] += weight * from[d];
-            total += weight;
-        }
-        scratch.maximum[row] = maximum;
-        scratch.total[row] = total;
+    void load_pages(std::int64_t index, std::int64_t row, const Scratch& scratch) const {
+        const std::int64_t dim = task_.values.dim;
+        const float lse = pages_.size() ? lse_[index] : -kInfinity;
+        scratch.maximum[row] = lse;
+        scratch.total[row] = lse == -kInfinity ? 0.0f : 1.0f;
+        if (pages_.size()) std::copy_n(out_ + index * dim, dim, scratch.out + row * width_);
     }
 
     void attend_segment(std::int64_t unit, const TokenSegment& segment,
@@ -268,7 +273,8 @@ class Call {
     const int threads_;
     const std::int64_t width_;
     int workers_;
-    float *rotated_, *offsets_, *outs_, *lses_;
+    const PageList pages_;
+    float *rotated_, *offsets_, *out_, *lse_;
     std::vector<Scratch> scratch_;
 };
 

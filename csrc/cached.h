@@ -29,11 +29,7 @@ struct TokenSegment {
 
 // Pages in one pool. `starts` count from `first`, the position of the first page's first token.
 struct PageSegment {
-    const std::uint8_t* key_pages;
-    const std::uint16_t* key_scales;
-    const std::uint8_t* value_pages;
-    const std::uint16_t* value_scales;
-    std::int64_t slots;
+    PagePool pool;
     const std::int64_t *block_table, *starts, *lengths;
     std::int64_t pages, first;
 };

@@ -57,8 +57,7 @@ struct Side {
                std::ldexp(1024 + (scale & 0x3FF), (scale >> 10) - 25);
     }
     sixfold::PageSide view(bool exact) const {
-        return {pages.data(), scales.data(),
-                {dim, symbol_bits, axes, values, exact, centroids.data()}, nullptr};
+        return {{dim, symbol_bits, axes, values, exact, centroids.data()}, nullptr};
     }
 };
 
@@ -69,11 +68,21 @@ double error(const sixfold::Kernels& kernels, int symbol_bits, int axes, int dim
     const auto pages = static_cast<std::int64_t>(lengths.size());
     const Side keys(dim, symbol_bits, axes, false, pages * heads);
     const Side values(dim, symbol_bits, axes, true, pages * heads);
-    std::vector<std::int64_t> starts(lengths.size()), slots(lengths.size());
+    std::vector<std::int64_t> starts(lengths.size()), slots(lengths.size()), table(lengths.size());
     std::vector<std::int64_t> first(static_cast<std::size_t>(rows));
+    // The same memory as two pools.
+    const std::int64_t half = pages / 2, block = half * heads;
+    const sixfold::PagePool pools[] = {
+        {keys.pages.data(), keys.scales.data(), values.pages.data(), values.scales.data(), half},
+        {keys.pages.data() + block * keys.page_bytes, keys.scales.data() + block * kPageTokens,
+         values.pages.data() + block * values.page_bytes,
+         values.scales.data() + block * kPageTokens, pages - half}};
+    std::vector<std::int32_t> page_pool(lengths.size());
     for (std::size_t i = 0; i < lengths.size(); ++i) {
         starts[i] = i ? starts[i - 1] + lengths[i - 1] : 0;
         slots[i] = pages - 1 - static_cast<std::int64_t>(i);
+        page_pool[i] = slots[i] >= half;
+        table[i] = slots[i] - (page_pool[i] ? half : 0);
     }
     const std::int64_t tokens = starts.back() + lengths.back();
     for (int r = 0; r < rows; ++r) first[static_cast<std::size_t>(r)] = r % 3 * 5 % tokens;
@@ -85,11 +94,13 @@ double error(const sixfold::Kernels& kernels, int symbol_bits, int axes, int dim
     task.batch = 1;
     task.kv_heads = heads;
     task.rows = task.queries = rows;
-    task.pages = task.slots = pages;
+    task.pages = pages;
+    task.pools = pools;
+    task.page_pool = page_pool.data();
     task.query = query.data();
     task.keys = keys.view(exact);
     task.values = values.view(exact);
-    task.block_table = slots.data();
+    task.block_table = table.data();
     task.starts = starts.data();
     task.lengths = lengths.data();
     task.first_token = first.data();
@@ -105,14 +116,14 @@ double error(const sixfold::Kernels& kernels, int symbol_bits, int axes, int dim
         for (std::size_t i = 0; i < lengths.size(); ++i)
             for (int t = 0; t < lengths[i]; ++t) {
                 if (starts[i] + t < first[static_cast<std::size_t>(row % rows)]) continue;
-                const std::int64_t block = slots[i] * heads + row / rows;
+                const std::int64_t at = slots[i] * heads + row / rows;
                 double logit = 0;
                 for (int d = 0; d < dim; ++d)
-                    logit += query[flat + static_cast<std::size_t>(d)] * keys.coordinate(block, t, d);
+                    logit += query[flat + static_cast<std::size_t>(d)] * keys.coordinate(at, t, d);
                 total += std::exp(logit);
                 double square = 0;
                 for (int d = 0; d < dim; ++d) {
-                    const double x = values.coordinate(block, t, d);
+                    const double x = values.coordinate(at, t, d);
                     expected[static_cast<std::size_t>(d)] += std::exp(logit) * x;
                     square += x * x;
                 }

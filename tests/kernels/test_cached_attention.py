@@ -9,9 +9,11 @@ from torch import Tensor
 
 from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.cache.attend import coded_parts, dense_parts
+from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
+from tests.layers import pages as layer_pages
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in available_backends("cached_attention"), reason="no compiled extension"
@@ -188,6 +190,20 @@ def test_threads_do_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> No
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_pools_do_not_change_the_output(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(2_000)
+    runs, query = held.layer.history.runs, held.queries(queries)
+    assert len(runs) > 1
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    found = held.attend(query)
+    codes = [x.flatten(0, 1).contiguous() for x in layer_pages(held.layer)]
+    table = torch.arange(len(codes[0])).view(len(runs[0].slots), -1)
+    lengths = torch.cat([run.lengths for run in runs])
+    held.layer.history.runs = [Run.of(Slab.full(codes), table, lengths)]
+    assert torch.equal(held.attend(query), found)
 
 
 def test_gradients_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_settings_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_beside_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = results(tmp_path, "--op", "attention", "--tokens", "192,256", "--bits", "8")
     rows = document["rows"]
-    assert [row["tokens"] for row in rows] == [192] * 5 + [256] * 5
+    assert [row["tokens"] for row in rows] == [192] * 6 + [256] * 6
     errors = {row["contender"]: row["error"] for row in rows}
     assert errors["torch matmul fp32"] < 1e-5
     assert errors["torch sdpa bf16"] < 0.01

@@ -40,7 +40,7 @@ def coded_parts(history: PagedHistory) -> list[Pages]:
     """Every run of pages."""
     parts, first = [], 0
     for run in history.runs:
-        parts.append(Pages(*run.slab.tensors, run.slots, run.starts, run.lengths, first))
+        parts.append(Pages(*run.slab.tensors, run.slots, run.starts, run.lengths, first, run.memo))
         first += run.tokens
     return parts
 

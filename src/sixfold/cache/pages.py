@@ -3,7 +3,7 @@
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float16, Int, Int64, UInt8
@@ -93,6 +93,7 @@ class Run:
         lengths: Valid tokens of each page.
         tokens: Their sum.
         starts: Each page's first token, counted from the run's first.
+        memo: See `sixfold.kernels.cached_attention.Pages`.
     """
 
     slab: Slab
@@ -100,6 +101,7 @@ class Run:
     lengths: Int64[Tensor, " pages"]
     tokens: int
     starts: Int64[Tensor, " pages"]
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slab.runs.add(self)

@@ -161,7 +161,7 @@ class StaticLayer:
         out = cached_attention(
             query,
             [sinks, window] if prefix.sinks.tokens else [window],
-            [Pages(*self.slab.tensors, self.table, self.starts, self.lengths, 0)],
+            [Pages(*self.slab.tensors, self.table, self.starts, self.lengths, 0, {})],
             self.key_coding,
             self.value_coding,
             mean=prefix.key_map.mean,

@@ -1,6 +1,7 @@
 """Attention over a compressed layer in one call of the compiled extension (csrc/cached.h)."""
 
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -19,6 +20,7 @@ _cpu = compiled()
 
 # Long chunks are matrix products: the matrix library's for what is not compressed.
 MAX_QUERIES = 16
+_TENSORS = Pages._fields.index("first")
 
 
 def cached_attention(
@@ -66,6 +68,7 @@ def cached_attention(
             sink_logits=sink_logits,
         )
     kv_heads, dims = mean.shape[1], (keys.dim, values.dim)
+    page_bytes = page_sizes(keys.dim, keys.bits)[2], page_sizes(values.dim, values.bits)[2]
     query = query.contiguous()
     # Kept until the call returns: an address does not keep what was converted.
     _readable, mask_numbers = mask_arguments(mask, batch, heads, queries)
@@ -80,7 +83,7 @@ def cached_attention(
             _side("keys", keys),
             _side("values", values),
             [_tokens(part, (batch, kv_heads), dims, query.dtype) for part in parts],
-            [_pages(part, (batch, kv_heads), keys, values) for part in pages],
+            [_pages(part, batch, kv_heads, page_bytes) for part in pages],
             address("mean", mean, torch.float32, (batch, kv_heads, keys.dim)),
             address("channel_scale", channel_scale, torch.float32, (batch, kv_heads, keys.dim)),
             address("start", start, torch.int64, (batch,)),
@@ -124,12 +127,20 @@ def _tokens(
     )
 
 
-def _pages(
-    part: Pages, heads: tuple[int, int], keys: Coding, values: Coding
-) -> tuple[int, int, int, int, int, int, int, int, int, int]:
-    (batch, kv_heads), slots, count = heads, part.key_pages.shape[0], part.block_table.shape[1]
+def _pages(part: Pages, batch: int, kv_heads: int, page_bytes: tuple[int, int]) -> tuple[int, ...]:
+    key = (batch, kv_heads, *page_bytes)
+    tensors, found = part.memo.get(key, (None, ()))
+    if tensors is None or not all(map(is_, tensors, part)):
+        tensors, found = part[:_TENSORS], _addresses(part, *key)
+        part.memo[key] = tensors, found
+    return (*found, part.first)
+
+
+def _addresses(
+    part: Pages, batch: int, kv_heads: int, key_bytes: int, value_bytes: int
+) -> tuple[int, ...]:
+    slots, count = part.key_pages.shape[0], part.block_table.shape[1]
     pool = slots, kv_heads
-    key_bytes, value_bytes = (page_sizes(side.dim, side.bits)[2] for side in (keys, values))
     return (
         address("key_pages", part.key_pages, torch.uint8, (*pool, key_bytes)),
         address("key_scales", part.key_scales, torch.float16, (*pool, PAGE_TOKENS)),
@@ -140,5 +151,4 @@ def _pages(
         address("starts", part.starts, torch.int64, (count,)),
         address("lengths", part.lengths, torch.int64, (count,)),
         count,
-        part.first,
     )

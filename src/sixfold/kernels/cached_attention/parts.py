@@ -1,6 +1,6 @@
 """What a compressed layer holds, as its kernels take it: plain tuples of tensors and numbers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
@@ -38,6 +38,8 @@ class Pages(NamedTuple):
         starts: Each page's first token, counted from the first page's.
         lengths: Valid tokens of each page, 0 to 64.
         first: Position of the first page's first token.
+        memo: For backends, to keep what they found out about these tensors: it spares them to look
+            at every pool in every step. Entries name the tensors they are about.
     """
 
     key_pages: UInt8[Tensor, "slots kv_heads key_bytes"]
@@ -48,6 +50,7 @@ class Pages(NamedTuple):
     starts: Int64[Tensor, " pages"]
     lengths: Int64[Tensor, " pages"]
     first: int
+    memo: dict[Any, Any]
 
 
 class Coding(NamedTuple):
