@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float16, Int, Int64, UInt8
 from torch import Tensor
 
+from sixfold.cache.memory import empty
 from sixfold.packing import PAGE_TOKENS
 
 MIN_SLAB_PAGES = 4
@@ -43,10 +44,10 @@ class Slab:
         """Storage for `slots` pages."""
 
         def codes(page_bytes: int) -> Tensor:
-            return torch.empty(slots, kv_heads, page_bytes, dtype=torch.uint8, device=device)
+            return empty(slots, kv_heads, page_bytes, dtype=torch.uint8, device=device)
 
         def scales() -> Tensor:
-            return torch.empty(slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
+            return empty(slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
 
         # Memory from inference mode could not be written to outside of it.
         with torch.inference_mode(False):
