@@ -36,6 +36,8 @@ SPILLS = {
     "decode 4 bits, dim 256": 5,
     "decode_pages 4 bits, dim 100, key": 2,
     "scores 5 bits, dim 128, 16 queries": 4,
+    # On sm_100 alone, where the assembler stops at 128 registers by itself.
+    "attend_pages 4 and 3 bits, dim 64, 8 rows": 3,
 }
 
 _VARIANTS = ("tests.kernels.triton_variants_vectors", "tests.kernels.triton_variants")
