@@ -49,7 +49,7 @@ def _codes(layers: Sequence[tuple[Tensor, Tensor, Tensor]], bits: Bits, step: in
 
     Sinks, window, mapping and rotation of the query are included.
     """
-    policy = CachePolicy(key_bits=bits, value_bits=bits)
+    policy = CachePolicy.spending(bits)
     calls: list[Callable[[], Tensor]] = []
     for query, keys, values in layers:
         layer = CompressedLayer(keys, values, policy)

@@ -15,6 +15,8 @@ namespace {
 
 // Vectors that one thread takes at a time; a page of a head.
 constexpr int kGroupTiles = kPageTokens / kLanes;
+// The same for scores, which are four bytes each: threads should not share lines of them.
+constexpr std::int64_t kScoredTokens = 512;
 // Below some 20 us of work a thread costs more than it saves.
 constexpr std::int64_t kCoordinatesAThread = 1 << 15;
 
@@ -226,14 +228,16 @@ void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in
             std::int64_t batch, std::int64_t n, const float* queries, std::int64_t n_queries,
             float* out, int threads) {
     const int dim = task.shape.dim;
-    const std::int64_t tiles = (n + kLanes - 1) / kLanes;
-    run(batch * tiles, kLanes * (n_queries + 4) * dim, tile_floats(dim) + words_scratch(dim),
+    const std::int64_t groups = (n + kScoredTokens - 1) / kScoredTokens;
+    run(batch * groups, kScoredTokens * (n_queries + 4) * dim, tile_floats(dim) + words_scratch(dim),
         threads, [&](std::int64_t item, float* scratch) {
-            const std::int64_t row = item / tiles, first = item % tiles * kLanes;
-            const int count = static_cast<int>(std::min<std::int64_t>(kLanes, n - first));
-            kernels.scores(task, tile_of(in, task.shape.row_bytes, row * n + first, count),
-                           queries + row * n_queries * dim, n_queries,
-                           out + row * n_queries * n + first, n, scratch);
+            const std::int64_t row = item / groups, end = std::min(n, (item % groups + 1) * kScoredTokens);
+            for (std::int64_t first = item % groups * kScoredTokens; first < end; first += kLanes) {
+                const int count = static_cast<int>(std::min<std::int64_t>(kLanes, end - first));
+                kernels.scores(task, tile_of(in, task.shape.row_bytes, row * n + first, count),
+                               queries + row * n_queries * dim, n_queries,
+                               out + row * n_queries * n + first, n, scratch);
+            }
         });
 }
 
