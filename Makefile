@@ -62,10 +62,11 @@ results-cpu: setup
 	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) --json docs/results/cpu_attention.json
 	$(BENCH) --op attention --tokens 1024,4096,16384,131072 --bits 4,2.5 \
 	  --json docs/results/cpu_lengths.json
-	for op in encode scores; do $(BENCH) --op $$op --threads 1,2 --tokens 32768 \
+	for op in encode scores; do $(BENCH) --op $$op --threads 1,2 --tokens 32768 --repeats 7 \
 	  --json docs/results/cpu_$$op.json || exit 1; done
-	for op in step generate prefill; do $(BENCH) --op $$op \
-	  --json docs/results/cpu_$$op.json || exit 1; done
+	$(BENCH) --op step --json docs/results/cpu_step.json
+	$(BENCH) --op generate --steps 4 --repeats 3 --json docs/results/cpu_generate.json
+	$(BENCH) --op prefill --tokens 1024 --repeats 3 --json docs/results/cpu_prefill.json
 	$(BIN)/python -m tools.render_results
 
 # Where the system has no CMake, the environment gets one.

@@ -17,13 +17,17 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.harness import Case, Contender
 from benchmarks.ours import Options, variants
 from benchmarks.peers import cache_bytes, installed_peers
+from sixfold.cache.accounting import uncompressed_nbytes
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.integrations.transformers.config import layer_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 TOKENS = (1024, 32768)
 PREFILL_TOKENS = (1024, 2048)
 LONGEST_PROMPT = 2048
+# Bytes up to which other quantized caches take part: they expand all they hold in every step.
+LARGEST_PEER = 2**29
 CHUNK = 4096
 BITS = (4,)
 
@@ -94,12 +98,19 @@ def _embedded_case(tokens: int, options: Options, contender: ContenderOf) -> Cas
 
 def _case(model: PreTrainedModel, ids: Tensor, options: Options, contender: ContenderOf) -> Case:
     caches: dict[str, MakeCache] = {"transformers DynamicCache, sdpa": uncompressed}
-    caches |= installed_peers()
+    if _uncompressed(model, ids.shape[1]) <= LARGEST_PEER:
+        caches |= installed_peers()
     contenders = [contender(model, name, make, ids, options) for name, make in caches.items()]
     for bits in options.bits:
         one = contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
         contenders += variants("attention", one, options)
     return Case(contenders)
+
+
+def _uncompressed(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of an uncompressed cache."""
+    shapes = layer_shapes(model.config, [None] * model.config.num_hidden_layers)
+    return uncompressed_nbytes(shapes, tokens=tokens)
 
 
 def _generation(

@@ -173,7 +173,7 @@ def measure(tokens: int, widths: Sequence[Bits], steps: int, bandwidth: float) -
     """Fill, attend, crop to half, attend again: a row for every width."""
     text = Text.make(tokens)
     shape = torch.empty(1, KV_HEADS, 0, HEAD_DIM, dtype=torch.bfloat16)
-    layers = [CompressedLayer(shape, shape, CachePolicy(bits, bits)) for bits in widths]
+    layers = [CompressedLayer(shape, shape, CachePolicy.spending(bits)) for bits in widths]
     half, whole, seconds = fill(text, layers)
     plain = 2 * 2 * KV_HEADS * HEAD_DIM * tokens
     rows = []

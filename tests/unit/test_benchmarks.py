@@ -153,6 +153,13 @@ def test_quantized_caches_are_counted_whole() -> None:
     assert cache_bytes is generate.cache_bytes
 
 
+def test_other_quantized_caches_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), torch.zeros(1, 300, dtype=torch.int64)
+    monkeypatch.setattr(generate, "LARGEST_PEER", 2 * 2 * 2 * 32 * 2 * 300 - 1)
+    case = generate._case(model, ids, Options(bits=[4]), generate._generation)
+    assert [one.name.split()[0] for one in case.contenders] == ["transformers", "sixfold"]
+
+
 def test_instruction_sets_compete(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Contender("ours", lambda: os.environ.get("SIXFOLD_ISA"))
     monkeypatch.setattr(ours, "implementation", lambda *_: sys.modules["tests.unit.cpu"])
