@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import long_context, needles
+from sixfold.cache import CachePolicy
 from sixfold.codebooks import expected_mse
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.needles import split_sentences
@@ -40,7 +41,8 @@ def test_the_oracle_is_attention_in_any_number_of_chunks() -> None:
 
 def test_needles_come_back_with_the_error_of_one_coded_value(measured: dict[str, Any]) -> None:
     for row in measured["rows"]:
-        expected = math.sqrt(expected_mse(long_context.HEAD_DIM, row["bits"]))
+        bits = CachePolicy.spending(row["bits"]).value_bits
+        expected = math.sqrt(expected_mse(long_context.HEAD_DIM, bits))
         for part, count in (("whole", 3), ("half", 2)):
             assert row[part]["needles"] == count
             assert row[part]["error"] == pytest.approx(expected, rel=0.25)
