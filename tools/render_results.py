@@ -271,7 +271,7 @@ RECIPE_BLOCKS = tuple(
     )
     for study in (
         *("splits", "splits_windows", "spread", "first_tokens", "key_scales", "value_scales"),
-        *("value_maps", "windows", "layers", "codes"),
+        *("maps", "value_maps", "windows", "layers", "codes"),
     )
 )
 GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)

@@ -169,6 +169,17 @@ STUDIES: dict[str, Study] = {
             },
         )
     ),
+    "maps": Study(
+        _patched(
+            (3, 2),
+            {
+                "once, a scale a channel": nullcontext,
+                "a scale a RoPE pair": variants.shared_by_pairs,
+                "anew in every step": variants.simulated(variants.Recoded),
+            },
+        ),
+        models=("plain", "hard", "massive x2"),
+    ),
     "value_maps": Study(_value_maps()),
     "windows": Study(_windows()),
     "layers": Study(_layers()),

@@ -13,7 +13,7 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.integrations.transformers import layer as cache_layer
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.encode import Scale, Side
-from sixfold.quantizers import OutlierSplit
+from sixfold.quantizers import OutlierSplit, TurboQuantMSE
 
 Patch: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
@@ -41,6 +41,20 @@ def moment(power: int) -> Patch:
         return mean_power
 
     return lambda: mock.patch.object(affine, "channel_energy", energy)
+
+
+def shared_by_pairs() -> AbstractContextManager[Any]:
+    """One scale for both channels of a RoPE pair (i, i + dim/2), whose energies are added."""
+    equalize = affine.equalizing_scale
+
+    def shared(energy: Tensor) -> Tensor:
+        first, second = energy.chunk(2, -1)
+        return torch.cat([first + second] * 2, -1)
+
+    def by_pairs(keys: Tensor, queries: Tensor | None) -> Tensor:
+        return equalize(shared(keys), None if queries is None else shared(queries))
+
+    return mock.patch.object(affine, "equalizing_scale", by_pairs)
 
 
 def first_tokens(count: int) -> Patch:
@@ -166,3 +180,26 @@ class ChannelSplit(Simulated):
     def first(self) -> int:
         """Tokens of the first chunk."""
         return self.chunks[0][0].shape[2]
+
+
+class Recoded(Simulated):
+    """All keys coded anew in every step, by a map of all of them: the best of running estimates."""
+
+    energy: affine.QueryEnergy | None = None
+
+    def attend(self, query: Tensor, **options: Any) -> Tensor:
+        """Count the queries, too."""
+        seen = affine.QueryEnergy.observe(query, None, self.window.keys.shape[1])
+        self.energy = seen if self.energy is None else self.energy + seen
+        return super().attend(query, **options)
+
+    def read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded values, and keys but for the window through codes of a map of today."""
+        held = self.history.tokens
+        seen = torch.ones(len(keys), keys.shape[2], dtype=torch.bool)
+        key_map = affine.estimate_key_map(keys, seen, self.energy, center=True, equalize=True)
+        mean, scale = key_map.mean[:, :, None], key_map.scale[:, :, None]
+        quantizer = TurboQuantMSE(keys.shape[-1], self.policy.key_bits, "unbiased")
+        coded = quantizer.decode(quantizer.encode((keys[:, :, :held] - mean) * scale))
+        _, all_values = self.dequantized()
+        return torch.cat([coded / scale + mean, keys[:, :, held:]], 2), all_values

@@ -50,14 +50,17 @@ def test_a_simulation_that_changes_nothing_is_the_layer() -> None:
 
     real = attended(variants.CompressedLayer)
     torch.testing.assert_close(attended(Unchanged), real, rtol=2e-2, atol=2e-2)
-    assert not torch.allclose(attended(variants.ChannelSplit), real, rtol=2e-2, atol=2e-2)
+    for other in (variants.ChannelSplit, variants.Recoded):
+        found = attended(other)
+        assert not torch.allclose(found, real, rtol=2e-2, atol=2e-2)
+        assert (found - real).norm() < 0.5 * real.norm()
 
 
 def test_patches_end_with_their_block() -> None:
     plain = attended(variants.CompressedLayer)
     patches = [
         *(variants.scales("norm", "norm"), variants.moment(8), variants.first_tokens(16)),
-        variants.without_massive,
+        *(variants.without_massive, variants.shared_by_pairs),
     ]
     for patch in patches:
         with patch():
