@@ -134,7 +134,8 @@ def decoded_cache(bits: float, trellis: bool, **options: Any) -> MakeCache:
     kind = _TrellisCacheLayer if trellis else _DecodedCacheLayer
 
     def make(model: PreTrainedModel) -> TurboQuantCache:
-        cache = TurboQuantCache.for_model(model, bits, **options)
+        # Of the same bits for both: codes are compared, not ways to spend them.
+        cache = TurboQuantCache.for_model(model, key_bits=bits, value_bits=bits, **options)
         cache.layers = [
             kind(layer.policy, layer.sliding_window, layer.fused)
             for layer in cache.compressed_layers
