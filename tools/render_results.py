@@ -274,7 +274,10 @@ RECIPE_BLOCKS = tuple(
         *("maps", "value_maps", "windows", "layers", "codes"),
     )
 )
-GPU_BLOCK = Block(ROOT / "docs/gpu.md", RESULTS / "gpu_kernels.json", "gpu_kernels", kernels_table)
+GPU_BLOCKS = tuple(
+    Block(ROOT / "docs/gpu.md", RESULTS / f"{name}.json", name, kernels_table)
+    for name in ("gpu_kernels", "gpu_kernels_triton36")
+)
 OPTIONAL_BLOCKS = (
     *(
         *CPU_BLOCKS,
@@ -284,7 +287,7 @@ OPTIONAL_BLOCKS = (
         *RECIPE_BLOCKS,
         *TRELLIS_BLOCKS,
     ),
-    *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, GPU_BLOCK),
+    *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS),
 )
 BLOCKS = (
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
