@@ -29,6 +29,7 @@ from transformers.utils import logging
 from benchmarks.needle_table import needles
 from sixfold import TurboQuantCache
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
+from sixfold.cli.common import read_text
 from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import MakeCache, compressed
@@ -37,7 +38,7 @@ from sixfold.eval.hard import harden
 from sixfold.eval.peers import ALL, PEERS, peer_caches
 from sixfold.eval.peers.cache import stored_nbytes
 from sixfold.eval.perplexity import compare_caches, windows_of
-from sixfold.integrations.transformers.config import layer_shapes
+from sixfold.integrations.transformers.config import layer_shapes, uncompressed_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 BITS = (4, 3.5, 3, 2.5, 2)
@@ -95,15 +96,16 @@ def directory(path: Path, text: Path) -> Subject:
     """A model saved by transformers, in float16, and a file that it reads."""
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        # Not cast afterwards: rotary frequencies stay in float32 so.
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
         return model.eval(), AutoTokenizer.from_pretrained(path)
 
-    return Subject(path.name, load, partial(text.read_text, encoding="utf-8"))
+    return Subject(path.name, load, partial(read_text, text))
 
 
 def fitting_peers(model: PreTrainedModel) -> dict[str, MakeCache]:
     """All peers but those whose blocks do not fit the model's heads."""
-    (shape, *_) = layer_shapes(model.config, [None] * model.config.num_hidden_layers)
+    (shape, *_) = uncompressed_shapes(model.config)
     keys, values = (
         torch.randn(1, shape.kv_heads, 256, dim) for dim in (shape.key_dim, shape.value_dim)
     )
@@ -117,7 +119,7 @@ def fitting_peers(model: PreTrainedModel) -> dict[str, MakeCache]:
 
 def long_bits(config: PreTrainedConfig) -> dict[str, float]:
     """Bits every cache holds a value once there are `LONG_CONTEXT` tokens, everything counted."""
-    shapes = layer_shapes(config, [None] * config.num_hidden_layers)
+    shapes = uncompressed_shapes(config)
     plain = uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
     held = {name: stored_nbytes(*PEERS[name], shapes, tokens=LONG_CONTEXT) for name in PEERS}
     ours = {name: bits_held(config, *variant) for name, variant in variants().items()}

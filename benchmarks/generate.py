@@ -20,7 +20,7 @@ from benchmarks.peers import cache_bytes, installed_peers
 from sixfold.cache.accounting import uncompressed_nbytes
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.integrations.transformers.config import layer_shapes
+from sixfold.integrations.transformers.config import uncompressed_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 TOKENS = (1024, 32768)
@@ -109,8 +109,7 @@ def _case(model: PreTrainedModel, ids: Tensor, options: Options, contender: Cont
 
 def _uncompressed(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of an uncompressed cache."""
-    shapes = layer_shapes(model.config, [None] * model.config.num_hidden_layers)
-    return uncompressed_nbytes(shapes, tokens=tokens)
+    return uncompressed_nbytes(uncompressed_shapes(model.config), tokens=tokens)
 
 
 def _generation(

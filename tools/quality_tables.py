@@ -24,7 +24,7 @@ def evaluation_table(results: dict[str, Any]) -> str:
         f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
         f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
         f"transformers {results['machine']['versions']['transformers']}."
-        + _left_out(results.get("left_out", [])),
+        + _left_out(results["left_out"]),
     ]
     return "\n".join(lines)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import attention, generate, machine, ours, run
+from benchmarks import attention, evaluate, generate, machine, ours, run
 from benchmarks.harness import Case, Contender, Quartiles, measure, torch_threads, variables
 from benchmarks.ours import Options
 from benchmarks.peers import cache_bytes
@@ -158,6 +159,24 @@ def test_other_quantized_caches_are_not_waited_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(generate, "LARGEST_PEER", 2 * 2 * 2 * 32 * 2 * 300 - 1)
     case = generate._case(model, ids, Options(bits=[4]), generate._generation)
     assert [one.name.split()[0] for one in case.contenders] == ["transformers", "sixfold"]
+
+
+def test_peers_whose_blocks_do_not_fit_are_left_out() -> None:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    assert config.head_dim == 16
+    model = LlamaForCausalLM(config)
+    left_out = set(evaluate.PEERS) - set(evaluate.fitting_peers(model))
+    assert left_out == {
+        *("kivi-4", "kivi-2", "qjl"),
+        *("q8_0", "q4_0", "q8_0-rotated", "q4_0-rotated"),
+    }
 
 
 def test_instruction_sets_compete(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,10 +99,14 @@ def layer_shapes(
     return shapes
 
 
+def uncompressed_shapes(config: PreTrainedConfig) -> list[LayerShape]:
+    """The shapes of a model whose cache is not compressed."""
+    return layer_shapes(config, [None] * len(layer_types(config)[0]))
+
+
 def coded_dims(config: PreTrainedConfig) -> set[tuple[int, int]]:
     """Key and value dimension of every layer that caches any."""
-    shapes = layer_shapes(config, [None] * len(layer_types(config)[0]))
-    return {(shape.key_dim, shape.value_dim) for shape in shapes}
+    return {(shape.key_dim, shape.value_dim) for shape in uncompressed_shapes(config)}
 
 
 def _dims(config: PreTrainedConfig) -> tuple[int, int, int]:
