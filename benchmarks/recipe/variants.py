@@ -36,7 +36,7 @@ def moment(power: int) -> Patch:
 
     def energy(keys: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         moved = (keys.float() - mean.unsqueeze(2)) ** power
-        total = moved.where(valid[:, None, :, None], 0.0).sum(2)
+        total = moved.where(valid[..., None], 0.0).sum(2)
         mean_power: Tensor = total.pow(2 / power)
         return mean_power
 

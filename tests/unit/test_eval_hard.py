@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sixfold.errors import SixfoldError
-from sixfold.eval.caches import compressed
+from sixfold.eval.caches import compressed, dequantizing
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.hard import harden, with_hidden_channels, with_outlier_channels
 from sixfold.eval.peers import peer_caches
@@ -28,6 +28,14 @@ def hard() -> PreTrainedModel:
     return harden(model, ids[:1000], [line_break])
 
 
+@lru_cache
+def biased() -> PreTrainedModel:
+    """What Qwen2.5 has: in the first layer an offset of sixty keys, in part turned by RoPE."""
+    model, ids, line_break = plain()
+    outlying = with_outlier_channels(model)
+    return with_hidden_channels(outlying, ids[:1000], [line_break], first_mean=60.0)
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     found: torch.Tensor = model(ids[None], use_cache=False).logits[0]
@@ -35,10 +43,10 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def projected(model: PreTrainedModel, name: str, ids: torch.Tensor) -> torch.Tensor:
-    """What a projection of the second layer makes of text, [tokens, heads, head_dim]."""
+def projected(model: PreTrainedModel, name: str, ids: torch.Tensor, layer: int = 1) -> torch.Tensor:
+    """What a projection of a layer makes of text, [tokens, heads, head_dim]."""
     found: list[torch.Tensor] = []
-    module = getattr(model.model.layers[1].self_attn, name)
+    module = getattr(model.model.layers[layer].self_attn, name)
     hook = module.register_forward_hook(lambda _, __, output: found.append(output[0]))
     logits(model, ids)
     hook.remove()
@@ -65,6 +73,29 @@ def test_its_keys_share_a_mean_and_some_tokens_are_massive() -> None:
     for x in (keys - mean, values):
         size = x.abs().amax(-1)
         assert float(size[massive].mean()) > 1.5 * float(size[~massive].mean())
+
+
+def test_an_offset_of_sixty_keys_is_the_same_function() -> None:
+    model, ids, _ = plain()
+    text = ids[1000:1400]
+    expected, found = logits(model, text), logits(biased(), text)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+    keys = projected(biased(), "k_proj", text, layer=0)
+    mean = keys.mean(0)
+    step = (keys[1:] - keys[:-1]).norm(dim=-1).mean(0)
+    assert bool((mean.norm(dim=-1) > 20 * step).all())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("windows", [{}, {"sink_tokens": 0, "recent_window": 0}], ids=str)
+def test_an_offset_of_sixty_keys_costs_nothing(fused: bool, windows: dict[str, int]) -> None:
+    model, ids, _ = plain()
+    text, make = ids[2000:2384][None], compressed if fused else dequantizing
+    found = [
+        compare_caches(one, text, {"4": make(4, **windows)}, prefill=256)["4"].kl.mean
+        for one in (model, biased())
+    ]
+    assert found[1] < 3 * found[0]
 
 
 def test_outlier_channels_are_the_same_function_too() -> None:

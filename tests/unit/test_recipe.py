@@ -72,7 +72,7 @@ def test_patches_end_with_their_block() -> None:
 
 def test_fourth_powers_are_what_ships() -> None:
     _, keys, _ = Shape().tokens(64)
-    valid, mean = torch.ones(2, 64, dtype=torch.bool), keys.mean(2)
+    valid, mean = torch.ones(2, 2, 64, dtype=torch.bool), keys.mean(2)
     shipped = affine.channel_energy(keys, valid, mean)
     with variants.moment(4)():
         torch.testing.assert_close(affine.channel_energy(keys, valid, mean), shipped)

@@ -16,8 +16,14 @@ from torch import Tensor
 # Channels whose scale lies within a factor of sqrt(2) of their head's median stay as they are: what
 # repairs outlier channels must cost nothing where there are none (measured in docs/key_map.md).
 DEAD_ZONE = math.log(2) / 2
-MAX_LOG_SCALE = 5.0  # keeps silent channels (no spread at all) finite
+# A channel that has been silent need not stay so: RoPE turns the slowest ones within thousands of
+# tokens. What enlarges it is bounded where its spread is only what a beginning showed of it.
+MAX_LOG_SCALE = 1.0
+MIN_LOG_SCALE = -5.0
 MIN_TOKENS = 16  # fewer say too little about a channel's spread
+MIN_FRESH = 1 / 8  # of the tokens, outside runs of one token
+# Of the squared distance of two keys: above what bfloat16 rounds off, far below how text varies.
+REPEAT_TOLERANCE = 0.05
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
@@ -48,13 +54,15 @@ class QueryEnergy:
         valid: Bool[Tensor, "batch queries"] | None,
         kv_heads: int,
     ) -> Self:
-        """Sum the squares of the queries of each group, leaving padding out."""
+        """Sum the squares of each group's queries that are valid, and finite as squares."""
         batch, _, tokens, dim = query.shape
         squares = query.new_zeros(batch, kv_heads, dim, dtype=torch.float32)
         for block in _blocks(tokens):
             energy = query[:, :, block].float().square()
+            counted = energy.sum(3, keepdim=True).isfinite()
             if valid is not None:
-                energy = energy.where(valid[:, None, block, None], 0.0)
+                counted = counted & valid[:, None, block, None]
+            energy = energy.where(counted, 0.0)
             squares += energy.sum(2).view(batch, kv_heads, -1, dim).sum(2)
         return cls(squares)
 
@@ -72,41 +80,90 @@ def estimate_key_map(
 ) -> KeyMap:
     """Fit mean and scale to the first tokens of every sequence.
 
+    One vector added to all keys of a head moves the mean by as much and changes nothing else,
+    however long it is.
+
     Args:
-        keys: Keys seen so far.
-        valid: Tokens to count: neither padding, nor attention sinks, nor repetitions.
+        keys: Keys seen so far. Those that are not finite count for their own head only: not at all.
+        valid: Tokens to count: neither hidden nor attention sinks. Those in runs of one token
+            (`repeats`) are left out where enough others are there.
         queries: Energy of the queries seen so far; None where the host hides them.
         center: Whether to subtract the mean; zero otherwise.
         equalize: Whether to scale; one otherwise.
 
     Returns:
-        A map per (sequence, head). A sequence with fewer than `MIN_TOKENS` valid tokens is centred
-        only; one with none yet gets the average of the batch, as offsets and outlier channels
-        belong to the model. The identity if there is nothing to go by.
+        A map per (sequence, head). With fewer than `MIN_TOKENS` tokens, or little but runs of one
+        token, it is centred only; with no token yet it is the average of the batch, as offsets and
+        outlier channels belong to the model. The identity if no sequence of the batch has any.
     """
-    count = valid.sum(1)[:, None, None]
+    counted = valid[:, None] & _finite(keys)
+    fresh = counted & ~repeats(keys)
+    few = (counted.sum(2, keepdim=True) * MIN_FRESH).clamp(min=MIN_TOKENS)
+    enough = fresh.sum(2, keepdim=True) >= few
+    counted = torch.where(enough, fresh, counted)
     zero = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
-    mean = _sum(keys, valid, lambda block: block) / count.clamp(min=1) if center else zero
+    mean = _mean(keys, counted) if center else zero
     log_scale = zero
     if equalize:
-        energy = channel_energy(keys, valid, mean)
+        energy = channel_energy(keys, counted, mean)
         scale = equalizing_scale(energy, None if queries is None else queries.squares)
-        log_scale = scale.log().where(count >= MIN_TOKENS, 0.0)
-    begun = count > 0
+        log_scale = scale.log().where(enough, 0.0)
+    begun = counted.any(2, keepdim=True)
     return KeyMap(_or_average(mean, begun), _or_average(log_scale, begun).exp())
 
 
 def _or_average(
-    x: Float32[Tensor, "batch kv_heads dim"], own: Bool[Tensor, "batch 1 1"]
+    x: Float32[Tensor, "batch kv_heads dim"], own: Bool[Tensor, "batch kv_heads 1"]
 ) -> Float32[Tensor, "batch kv_heads dim"]:
-    """`x` of the sequences that have their own, the average of those for the others."""
-    average = x.where(own, 0.0).sum(0) / own.sum().clamp(min=1)
+    """`x` of the heads that have their own, the average of the other sequences for the rest."""
+    average = x.where(own, 0.0).sum(0) / own.sum(0).clamp(min=1)
     return x.where(own, average)
+
+
+def repeats(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+) -> Bool[Tensor, "batch kv_heads tokens"]:
+    """Tokens in a run of one and the same token: they say nothing about how keys spread.
+
+    In such a run RoPE turns every key by the same angles, so that consecutive keys of a head are
+    all equally far apart; those of a text are not. Distances, and with them the answer, do not
+    depend on what is added to all keys. A run shows from its fourth token on.
+    """
+    tokens = keys.shape[2]
+    steps = [
+        (keys[:, :, block.start + 1 : block.stop + 1].float() - keys[:, :, block].float())
+        .square()
+        .sum(3)
+        for block in _blocks(tokens - 1)
+    ]
+    step = torch.cat([keys.new_zeros(*keys.shape[:2], 0, dtype=torch.float32), *steps], 2)
+    same = step.diff(dim=2).abs() <= REPEAT_TOLERANCE * step[:, :, 1:]
+    # Twice in a row: one step as long as the last is common by chance.
+    run = same[:, :, 1:] & same[:, :, :-1]
+    return torch.nn.functional.pad(run, (tokens - run.shape[2], 0), value=False)
+
+
+def _finite(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+) -> Bool[Tensor, "batch kv_heads tokens"]:
+    # The largest of a vector is finite where all are, and made without a copy of the keys.
+    return torch.isfinite(torch.linalg.vector_norm(keys, torch.inf, dim=3))
+
+
+def _mean(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+    counted: Bool[Tensor, "batch kv_heads tokens"],
+) -> Float32[Tensor, "batch kv_heads dim"]:
+    """Mean of the counted keys, summed as differences from the first: exact beside any offset."""
+    first = counted.int().argmax(2)[:, :, None, None].expand(-1, -1, 1, keys.shape[3])
+    origin = keys.gather(2, first).float()
+    total = _sum(keys, counted, lambda block: block - origin)
+    return origin.squeeze(2) + total / counted.sum(2, keepdim=True).clamp(min=1)
 
 
 def channel_energy(
     keys: Float[Tensor, "batch kv_heads tokens dim"],
-    valid: Bool[Tensor, "batch tokens"],
+    counted: Bool[Tensor, "batch kv_heads tokens"],
     mean: Float32[Tensor, "batch kv_heads dim"],
 ) -> Float32[Tensor, "batch kv_heads dim"]:
     """What stands for the energy of a channel: the root of its summed fourth powers.
@@ -120,24 +177,27 @@ def channel_energy(
         moved = block - mean.unsqueeze(2)
         return moved.clamp(-MAX_KEY, MAX_KEY).square().square()
 
-    return _sum(keys, valid, fourth).sqrt()
+    return _sum(keys, counted, fourth).sqrt()
 
 
 def _sum(
     keys: Float[Tensor, "batch kv_heads tokens dim"],
-    valid: Bool[Tensor, "batch tokens"],
+    counted: Bool[Tensor, "batch kv_heads tokens"],
     of: Callable[[Tensor], Tensor],
 ) -> Float32[Tensor, "batch kv_heads dim"]:
-    """Sum of `of(keys)` over valid tokens, in float32 without a float32 copy of `keys`."""
+    """Sum of `of(keys)` over counted tokens, in float32 without a float32 copy of `keys`."""
     total = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
     for block in _blocks(keys.shape[2]):
         terms = of(keys[:, :, block].float())
-        total += terms.where(valid[:, None, block, None], 0.0).sum(2)
+        total += terms.where(counted[:, :, block, None], 0.0).sum(2)
     return total
 
 
 def _blocks(tokens: int) -> Iterator[slice]:
-    return (slice(start, start + TOKENS_PER_BLOCK) for start in range(0, tokens, TOKENS_PER_BLOCK))
+    return (
+        slice(start, min(start + TOKENS_PER_BLOCK, tokens))
+        for start in range(0, tokens, TOKENS_PER_BLOCK)
+    )
 
 
 def equalizing_scale(
@@ -154,7 +214,7 @@ def equalizing_scale(
     log_scale = 0.5 * (log_query - log_key)
     log_scale = log_scale - log_scale.median(-1, keepdim=True).values
     outlier = log_scale.abs() > DEAD_ZONE
-    return torch.exp(torch.where(outlier, log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE), 0.0))
+    return torch.exp(torch.where(outlier, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE), 0.0))
 
 
 def _log_rms(energy: Float32[Tensor, "... dim"]) -> Float32[Tensor, "... dim"]:

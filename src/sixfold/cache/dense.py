@@ -7,17 +7,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-TOKENS_PER_BLOCK = 512
-# Of the squared norm: above what bfloat16 rounds off, far below the distance of two tokens.
-REPEAT_DISTANCE = 1e-3
-
 
 @dataclasses.dataclass(frozen=True)
 class DenseTokens:
-    """Keys and values of consecutive tokens, in full precision."""
+    """Keys and values of consecutive tokens, in full precision.
+
+    Attributes:
+        keys: Keys in the model's dtype.
+        values: Values.
+        attended: Tokens that no mask has hidden from themselves; None if no mask was seen.
+    """
 
     keys: Float[Tensor, "batch kv_heads tokens key_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
+    attended: Bool[Tensor, "batch tokens"] | None = None
 
     @property
     def tokens(self) -> int:
@@ -26,18 +29,40 @@ class DenseTokens:
 
     def append(self, other: "DenseTokens") -> Self:
         """Both, in order."""
+        known = self.attended is not None or other.attended is not None
         return type(self)(
-            torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
+            torch.cat([self.keys, other.keys], 2),
+            torch.cat([self.values, other.values], 2),
+            torch.cat([self.seen, other.seen], 1) if known else None,
         )
+
+    @property
+    def seen(self) -> Bool[Tensor, "batch tokens"]:
+        """`attended`, without a mask every token."""
+        if self.attended is not None:
+            return self.attended
+        batch, _, tokens, _ = self.keys.shape
+        return torch.ones(batch, tokens, dtype=torch.bool, device=self.keys.device)
+
+    def masked(self, newest: Bool[Tensor, "batch new"]) -> Self:
+        """The same tokens, the newest of them attended where `newest` says so."""
+        attended = torch.cat([self.seen[:, : self.tokens - newest.shape[1]], newest], 1)
+        return type(self)(self.keys, self.values, attended)
+
+    def unmasked(self) -> Self:
+        """The same tokens, without what masks have shown."""
+        return type(self)(self.keys, self.values)
 
     def slice(self, start: int, stop: int) -> Self:
         """A view of some tokens: for reading at once, not for keeping (it keeps all alive)."""
-        return type(self)(self.keys[:, :, start:stop], self.values[:, :, start:stop])
+        attended = None if self.attended is None else self.attended[:, start:stop]
+        return type(self)(self.keys[:, :, start:stop], self.values[:, :, start:stop], attended)
 
     def copy_slice(self, start: int, stop: int) -> Self:
         """A copy of some tokens, which lets the memory of the others go."""
         view = self.slice(start, stop)
-        return type(self)(view.keys.clone(), view.values.clone())
+        attended = None if view.attended is None else view.attended.clone()
+        return type(self)(view.keys.clone(), view.values.clone(), attended)
 
     def owned(self) -> Self:
         """The tokens without a graph and in memory of their own.
@@ -47,7 +72,7 @@ class DenseTokens:
         whole = all(x.untyped_storage().nbytes() == x.nbytes for x in (self.keys, self.values))
         if not whole:
             return self.copy_slice(0, self.tokens)
-        return type(self)(self.keys.detach(), self.values.detach())
+        return type(self)(self.keys.detach(), self.values.detach(), self.attended)
 
     def gather(self, positions: Tensor) -> Self:
         """Tokens at per-sequence `positions` [batch n]."""
@@ -58,27 +83,17 @@ class DenseTokens:
 
         return type(self)(pick(self.keys), pick(self.values))
 
-    def repeats(self) -> Bool[Tensor, "batch tokens"]:
-        """Tokens that say nothing new: key or value is that of the token before, but for rounding.
-
-        Left padding looks like that where no mask shows it, and so do runs of one token.
-        """
-        return _repeats(self.keys) | _repeats(self.values)
-
     def select(self, rows: Tensor) -> Self:
         """The tokens of other sequences of the batch."""
-        return type(self)(self.keys[rows], self.values[rows])
+        attended = None if self.attended is None else self.attended[rows]
+        return type(self)(self.keys[rows], self.values[rows], attended)
 
     def to(self, device: torch.device) -> Self:
         """The same tokens on another device."""
-        return type(self)(self.keys.to(device), self.values.to(device))
+        attended = None if self.attended is None else self.attended.to(device)
+        return type(self)(self.keys.to(device), self.values.to(device), attended)
 
-
-def _repeats(x: Float[Tensor, "batch kv_heads tokens dim"]) -> Bool[Tensor, "batch tokens"]:
-    repeated = [x.new_zeros(x.shape[0], 1, dtype=torch.bool)]
-    for start in range(1, x.shape[2], TOKENS_PER_BLOCK):
-        stop = min(start + TOKENS_PER_BLOCK, x.shape[2])
-        block = x[:, :, start:stop].float()
-        moved = (block - x[:, :, start - 1 : stop - 1].float()).square().sum((1, 3))
-        repeated.append(moved <= REPEAT_DISTANCE * block.square().sum((1, 3)))
-    return torch.cat(repeated, 1)[:, : x.shape[2]]
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        held = [self.keys, self.values]
+        return held if self.attended is None else [*held, self.attended]

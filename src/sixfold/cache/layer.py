@@ -187,7 +187,7 @@ class CompressedLayer:
         # Nothing above changed the history: an error on the way loses no token.
         for run in runs:
             self.history.push(run)
-        self.window, self.prefix, self.query_energy = rest, prefix, None
+        self.window, self.prefix, self.query_energy = rest.unmasked(), prefix, None
 
     def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
         store_pages(
@@ -260,7 +260,7 @@ class CompressedLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, shared coding tables included."""
-        held = [self.window.keys, self.window.values, self.padding]
+        held = [*self.window.tensors(), self.padding]
         if self.query_energy is not None:
             held.append(self.query_energy.squares)
         if self.prefix is not None:
@@ -277,6 +277,7 @@ class CompressedLayer:
         valid = valid_tokens(mask, query.shape[2], query.shape[0])
         if valid is not None:
             before = self.length - query.shape[2]
+            self.window = self.window.masked(valid)
             leading = (valid.cumsum(1) == 0).sum(1)
             self.padding = torch.where(self.padding == before, before + leading, self.padding)
         energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])

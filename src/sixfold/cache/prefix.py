@@ -42,7 +42,10 @@ class Prefix:
         slots = torch.arange(sink_tokens, device=padding.device)
         count = (tokens.tokens - padding).clamp(0, sink_tokens)
         positions = torch.arange(tokens.tokens, device=padding.device)
-        counted = (positions >= (padding + count)[:, None]) & ~tokens.repeats()
+        begun = tokens.seen & (positions >= padding[:, None])
+        counted = begun & (positions >= (padding + count)[:, None])
+        # Of a sequence that has nothing else the sinks say where its keys are.
+        counted = torch.where(counted.any(1, keepdim=True), counted, begun)
         return cls(
             tokens.gather((padding[:, None] + slots).clamp(max=last)),
             padding,

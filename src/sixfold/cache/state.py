@@ -24,6 +24,8 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     """Describe a layer and name its tensors; pages are listed in order, shared ones repeated."""
     window = layer.window
     tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
+    if window.attended is not None:
+        tensors["window.attended"] = window.attended.to(torch.uint8)
     if layer.query_energy is not None:
         tensors["query_energy"] = layer.query_energy.squares
     if layer.prefix is not None:
@@ -46,6 +48,8 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
         "sinks": layer.prefix.sinks.tokens if layer.prefix else None,
         "query_energy": layer.query_energy is not None,
     }
+    if window.attended is not None:
+        description["attended"] = True
     return description, tensors
 
 
@@ -68,7 +72,12 @@ def restore_layer(
     sliding_window: int | None,
 ) -> CompressedLayer:
     """The layer that `layer_state` described; its tensors have been checked."""
-    window = DenseTokens(tensors["window.keys"], tensors["window.values"])
+    attended = tensors.get("window.attended")
+    window = DenseTokens(
+        tensors["window.keys"],
+        tensors["window.values"],
+        None if attended is None else attended.bool(),
+    )
     layer = CompressedLayer(window.keys, window.values, policy, sliding_window)
     layer.window = window
     layer.padding = tensors["padding"]
@@ -113,6 +122,8 @@ def _expected(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
         "window.values": TensorSpec((batch, heads, window, value_dim), dtype),
         "padding": TensorSpec((batch,), "I64"),
     }
+    if description.get("attended"):
+        specs["window.attended"] = TensorSpec((batch, window), "U8")
     if description["query_energy"]:
         specs["query_energy"] = TensorSpec((batch, heads, key_dim), "F32")
     if description["sinks"] is not None:

@@ -124,18 +124,25 @@ def read_text(path: Path | None) -> str:
         raise SixfoldError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, in the dtype it was saved in, and its tokenizer; onto the GPU if there is one.
+def load_model(
+    name: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer; onto the GPU if there is one.
+
+    Args:
+        name: A directory, the name of a model on a hub, or that of the embedded model.
+        dtype: Of the weights; without one that in which they were saved (the embedded model's:
+            bfloat16).
 
     Raises:
         SixfoldError: There is no such model, or it is not a language model.
     """
     quiet()
     if name == embedded.NAME:
-        model, tokenizer = embedded.load_embedded(torch.bfloat16)
+        model, tokenizer = embedded.load_embedded(dtype or torch.bfloat16)
     else:
         with unreadable("the model", name):
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").eval()
             tokenizer = AutoTokenizer.from_pretrained(name)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: torch.nn.Module = model

@@ -18,6 +18,11 @@ def compressed(bits: float, **options: Any) -> MakeCache:
     return lambda model: TurboQuantCache.for_model(model, bits=bits, **options)
 
 
+def dequantizing(bits: float, **options: Any) -> MakeCache:
+    """Make a `TurboQuantCache` that hands out dequantized tensors, whatever the model could do."""
+    return lambda model: TurboQuantCache(model.config, bits=bits, **options)
+
+
 def uncompressed(model: PreTrainedModel) -> Cache:
     """Make the cache transformers itself would use."""
     return DynamicCache(config=model.config)

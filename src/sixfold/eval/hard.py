@@ -85,6 +85,7 @@ def with_hidden_channels(
     *,
     mean: float = 10.0,
     massive: float = 10.0,
+    first_mean: float | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A copy with twice the channels a head, whose new ones add nothing to any softmax.
@@ -107,6 +108,9 @@ def with_hidden_channels(
         massive_tokens: See `harden`.
         mean: Norm of the key mean over that of a typical key.
         massive: g of a massive token over the root mean square of a key's coordinates.
+        first_mean: `mean` of the first layer, in Qwen2.5 sixty. With it RoPE turns every other two
+            of new channels, by one frequency each, and β has opposite signs in the channels of
+            such a two: what it adds cancels at every position, as q·β would not.
         seed: Chooses the mean and the channels.
 
     Returns:
@@ -116,21 +120,33 @@ def with_hidden_channels(
         SixfoldError: The text holds none of these tokens.
     """
     detectors = _detectors(model, ids, massive_tokens)
-    hard = _widened(model)
+    turned = first_mean is not None
+    hard = _widened(model, turned)
     generator = torch.Generator().manual_seed(seed)
-    for old, new, detector in zip(model.model.layers, hard.model.layers, detectors, strict=True):
-        _hide(old.self_attn, new.self_attn, detector, mean, massive, generator)
+    means = [mean] * len(detectors)
+    if first_mean is not None:
+        means[0] = first_mean
+    layers = zip(model.model.layers, hard.model.layers, detectors, means, strict=True)
+    for old, new, detector, own in layers:
+        _hide(old.self_attn, new.self_attn, detector, own, massive, turned, generator)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: nn.Module = hard
     module.to(model.dtype).eval()
     return hard
 
 
-def _widened(model: PreTrainedModel) -> PreTrainedModel:
+def _widened(model: PreTrainedModel, turned: bool) -> PreTrainedModel:
     """The same model with room for the new channels, in float32."""
     config = copy.deepcopy(model.config)
     pairs, length = config.head_dim // 2, config.max_position_embeddings
     factors = [1.0, _NO_ROTATION] * pairs
+    if turned:
+        theta = config.rope_parameters["rope_theta"]
+        for pair in range(pairs):
+            if pair % 4 < 2:
+                # Both pairs of a two turn alike, as one of the slowest old pairs does.
+                own, wanted = 2 * pair + 1, 2 * (pairs - 1 - pair // 4)
+                factors[own] = theta ** ((wanted - own) / config.head_dim)
     config.head_dim *= 2
     config.attention_bias = True
     config.rope_parameters = {
@@ -148,12 +164,33 @@ def _widened(model: PreTrainedModel) -> PreTrainedModel:
     return wide
 
 
+def _offset(
+    keys: Float[Tensor, "heads dim hidden"], mean: float, turned: bool, generator: torch.Generator
+) -> Float[Tensor, "heads dim"]:
+    """The bias β of the new channels of every key head."""
+    dim = keys.shape[1]
+    # Heavy tails: most of a real mean is in a few channels.
+    offset = torch.randn((len(keys), dim), generator=generator).pow(3)
+    if turned:
+        # Channels c and c + dim/2 make up a RoPE pair; pairs 4m and 4m + 1 turn alike.
+        pairs = offset.unflatten(1, (2, -1, 4))
+        pairs[..., 1] = -pairs[..., 0]
+    length = torch.linalg.vector_norm(offset, dim=1)[:, None]
+    return offset * (mean * _typical(keys) * math.sqrt(dim) / length)
+
+
+def _typical(keys: Float[Tensor, "heads dim hidden"]) -> float:
+    """The typical coordinate of a key: RMSNorm leaves inputs of mean square one."""
+    return float(keys.square().sum(-1).mean().sqrt())
+
+
 def _hide(
     old: Any,
     new: Any,
     detector: Float[Tensor, " hidden"],
     mean: float,
     massive: float,
+    turned: bool,
     generator: torch.Generator,
 ) -> None:
     """Fill the projections of one layer."""
@@ -162,9 +199,8 @@ def _hide(
         getattr(old, name).weight.float().unflatten(0, (-1, dim))
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    # RMSNorm leaves inputs of mean square one: this is the typical coordinate of a key.
-    typical = float(keys.square().sum(-1).mean().sqrt())
-    spike = torch.zeros(dim, 1).index_fill(0, torch.tensor([0]), massive * typical) * detector
+    size = massive * _typical(keys)
+    spike = torch.zeros(dim, 1).index_fill(0, torch.tensor([0]), size) * detector
     pick = torch.randperm(dim, generator=generator)[: dim // 2]
     # A head of twice the size divides its logits by sqrt(2) more.
     twice = math.sqrt(2) * queries
@@ -172,9 +208,7 @@ def _hide(
     sign = torch.tensor([1.0, -1.0]).repeat(dim // 2)[:, None]
     hidden = (keys[:, pick] + spike[: dim // 2]).repeat_interleave(2, 1) * sign
     _set(new.k_proj, _interleaved(keys, hidden))
-    # Heavy tails: most of a real mean is in a few channels.
-    offset = torch.randn((len(keys), dim), generator=generator).pow(3)
-    offset *= mean * typical * math.sqrt(dim) / torch.linalg.vector_norm(offset, dim=1)[:, None]
+    offset = _offset(keys, mean, turned, generator)
     bias = _interleaved(torch.zeros(len(keys), dim, 1), offset[..., None])
     new.k_proj.bias.copy_(bias.flatten())
     _set(new.v_proj, _interleaved(values + spike, values - spike))

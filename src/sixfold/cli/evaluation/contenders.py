@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sixfold.cli.common import parse_list
-from sixfold.eval.caches import MakeCache, compressed, uncompressed
+from sixfold.eval.caches import MakeCache, compressed, dequantizing, uncompressed
 from sixfold.eval.peers import ALL, PEERS, peer_caches
 
 UNCOMPRESSED = "16"
@@ -23,13 +23,21 @@ AgainstOption = Annotated[
 ]
 
 
-def contenders(widths: Sequence[float], against: str) -> dict[str, MakeCache]:
+def contenders(
+    widths: Sequence[float], against: str, *, fused: bool = True
+) -> dict[str, MakeCache]:
     """Sixfold's caches by their width, then the peers.
+
+    Args:
+        widths: Bits a value.
+        against: Names of peers, separated by commas.
+        fused: Whether Sixfold's attention runs on the codes, or on dequantized tensors.
 
     Raises:
         SixfoldError: There is no peer of such a name.
     """
-    caches = {f"{width:g}": compressed(width) for width in widths}
+    make = compressed if fused else dequantizing
+    caches = {f"{width:g}": make(width) for width in widths}
     names = parse_list(against, str, "--against") if against.strip() else []
     return caches | peer_caches(names)
 

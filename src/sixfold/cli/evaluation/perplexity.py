@@ -1,9 +1,11 @@
 """`sixfold eval perplexity`."""
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from sixfold.cli import plot
@@ -23,6 +25,21 @@ from sixfold.eval import embedded, machine
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 
+
+class Dtype(StrEnum):
+    """Floating-point types that weights may be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The same as PyTorch names it."""
+        found: torch.dtype = getattr(torch, self.value)
+        return found
+
+
 _COLUMNS = ("cache", "bits", "ppl", "change", "mean KL", "99% KL", "top-1")
 
 
@@ -37,6 +54,12 @@ def perplexity(
         int | None, typer.Option(min=1, help="Tokens not scored; half a window by default.")
     ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass after that.")] = 64,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights; as they were saved by default.")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Attend on dequantized tensors, not on the codes.")
+    ] = False,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -46,8 +69,8 @@ def perplexity(
     of the mean over windows, and changes are paired window by window.
     """
     output, text = Output(json), read_text(file)
-    caches = contenders(parse_bits(bits), against)
-    model, tokenizer = load_model(model_name)
+    caches = contenders(parse_bits(bits), against, fused=not dequantize)
+    model, tokenizer = load_model(model_name, None if dtype is None else dtype.torch)
     ids = windows_of(tokenizer, text, window, windows)
     with progress_bar("reading text") as progress:
         found = compare_caches(
