@@ -163,7 +163,9 @@ class PagedHistory:
             found += _claimed(self.runs[-1].slab, batch, pages, device)
         missing = pages - sum(run.slots.shape[1] for run in found)
         if missing:
-            found += _claimed(self._new_slab(missing * batch, batch, device), batch, missing, device)
+            found += _claimed(
+                self._new_slab(missing * batch, batch, device), batch, missing, device
+            )
         return found
 
     def push(self, run: Run) -> None:
