@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import is_
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -125,7 +126,7 @@ def _tokens(
 
 def _pages(part: Pages, batch: int, kv_heads: int, page_bytes: tuple[int, int]) -> tuple[int, ...]:
     key = (batch, kv_heads, *page_bytes)
-    tensors = part[:_TENSORS]
+    tensors: tuple[Any, ...] = part[:_TENSORS]
     # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
     pointers = tuple([x.data_ptr() for x in tensors])
     held, moved, found = part.memo.get(key, ((), (), ()))
