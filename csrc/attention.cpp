@@ -12,6 +12,7 @@
 #include <string>
 
 #include "attention_codec-inl.h"
+#include "kept.h"
 #include "pool.h"
 
 namespace sixfold {
@@ -120,9 +121,10 @@ public:
         std::fill_n(pending_, sets, static_cast<int>(plan_.splits));
     }
 
-    void operator()() {
-        parallel_for(plan_.row_sets() * plan_.splits, threads_,
-                     [this](std::int64_t item, int worker) { attend_item(item, worker); });
+    bool operator()() {
+        return parallel_for(
+            plan_.row_sets() * plan_.splits, threads_,
+            [this](std::int64_t item, int worker) { attend_item(item, worker); });
     }
 
 private:
@@ -196,17 +198,18 @@ void check_bounds(const AttentionTask& task) {
     }
 }
 
-void attend(const AttentionKernels& kernels, AttentionTask task, int threads) {
-    if (task.batch == 0 || task.kv_heads == 0 || task.rows == 0) return;
+bool attend(const AttentionKernels& kernels, AttentionTask task, int threads) {
+    if (task.batch == 0 || task.kv_heads == 0 || task.rows == 0) return true;
     const auto keys = find_codec(task.keys.key), values = find_codec(task.values.key);
     task.keys.codec = keys.get();
     task.values.codec = values.get();
     const std::int64_t work = task.batch * task.kv_heads * task.pages * ((task.rows + 7) / 8);
     threads = static_cast<int>(
         std::clamp<std::int64_t>(work / kPagesPerThread, 1, std::max(threads, 1)));
-    static thread_local Arena arena;
-    Run(kernels, task, threads, arena)();
-    arena.trim();
+    Kept<Arena> arena;
+    const bool done = Run(kernels, task, threads, *arena)();
+    arena->trim();
+    return done;
 }
 
 }  // namespace sixfold

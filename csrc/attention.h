@@ -138,7 +138,7 @@ struct AttentionKernels {
 void check_bounds(const AttentionTask& task);
 
 // Attends on at most `threads` threads with the kernels of one instruction set. The result does not
-// depend on `threads`.
-void attend(const AttentionKernels& kernels, AttentionTask task, int threads);
+// depend on `threads`. Returns false where the interrupt check stopped it (pool.h).
+bool attend(const AttentionKernels& kernels, AttentionTask task, int threads);
 
 }  // namespace sixfold

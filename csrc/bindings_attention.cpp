@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "bindings.h"
 #include "dispatch.h"
+#include "released.h"
 
 namespace nb = nanobind;
 
@@ -39,7 +40,6 @@ void bind_attention(nb::module_& m) {
            int threads) {
             const Kernels& isa = kernels();
             const bool exact = exact_wanted();
-            const nb::gil_scoped_release released;
             const PagePool pool{pointer<const std::uint8_t>(key_pages),
                                 pointer<const std::uint16_t>(key_scales),
                                 pointer<const std::uint8_t>(value_pages),
@@ -57,8 +57,10 @@ void bind_attention(nb::module_& m) {
                 pointer<const float>(offset), static_cast<Mask>(mask_kind),
                 pointer<const void>(mask), {mask_batch, mask_head, mask_query}, mask_columns,
                 never, softcap, pointer<float>(out), pointer<float>(lse)};
-            check_bounds(task);
-            attend(isa.attention, task, threads);
+            released([&] {
+                check_bounds(task);
+                attend(isa.attention, task, threads);
+            });
         },
         "Attention on pages; see sixfold.kernels.attention.cpu, which checks what it passes.");
 }

@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "dispatch.h"
+#include "released.h"
 #include "vectors.h"
 
 namespace nb = nanobind;
@@ -38,8 +39,7 @@ T* at(Address address) {
 template <class Driver>
 void without_gil(const Driver& driver) {
     const VectorKernels& table = kernels().vectors;
-    nb::gil_scoped_release others_run;
-    driver(table);
+    released([&] { driver(table); });
 }
 
 Rotation rotation_of(const RotationGroup& group) {

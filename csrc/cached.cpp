@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kept.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -105,7 +106,7 @@ class Call {
         if (pages_.size()) {
             if (!each_unit([this](std::int64_t unit, const Scratch& s) { map_queries(unit, s); }))
                 return;
-            attend_pages();
+            if (!attend_pages()) return;
         }
         each_unit([this](std::int64_t unit, const Scratch& s) { finish(unit, s); });
     }
@@ -172,7 +173,7 @@ class Call {
         }
     }
 
-    void attend_pages() const {
+    bool attend_pages() const {
         const std::vector<std::int64_t> first = first_tokens();
         const AttentionTask attention{
             task_.batch, task_.kv_heads, rows_, task_.queries, pages_.size(), rotated_,
@@ -182,7 +183,7 @@ class Call {
             {task_.mask_strides[0], task_.mask_strides[1], task_.mask_strides[2]},
             task_.mask_columns, task_.never, task_.softcap, out_, lse_};
         check_bounds(attention);
-        sixfold::attend(kernels_.attention, attention, threads_);
+        return sixfold::attend(kernels_.attention, attention, threads_);
     }
 
     // [batch, queries]
@@ -297,8 +298,8 @@ void check_bounds(const CachedTask& task) {
 
 void attend(const Kernels& kernels, const CachedTask& task, int threads) {
     if (task.batch == 0 || task.kv_heads == 0 || task.rows() == 0) return;
-    static thread_local Floats floats;
-    Call(kernels, task, threads, floats)();
+    Kept<Floats> floats;
+    Call(kernels, task, threads, *floats)();
 }
 
 }  // namespace sixfold

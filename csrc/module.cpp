@@ -39,13 +39,19 @@ bool signal_raised() {
     return PyErr_CheckSignals() != 0;
 }
 
-// A user's mistake is a SixfoldError, as everywhere else.
+void set_error(const char* name, const std::exception& error) {
+    nb::object type = nb::module_::import_("sixfold.errors").attr(name);
+    PyErr_SetString(type.ptr(), error.what());
+}
+
+// A user's mistake is a SixfoldError, as everywhere else. Here alone: callers in Python catch none.
 void translate(const std::exception_ptr& thrown, void*) {
     try {
         std::rethrow_exception(thrown);
     } catch (const sixfold::UnknownIsa& error) {
-        nb::object type = nb::module_::import_("sixfold.errors").attr("BackendError");
-        PyErr_SetString(type.ptr(), error.what());
+        set_error("BackendError", error);
+    } catch (const std::invalid_argument& error) {
+        set_error("ShapeError", error);
     }
 }
 

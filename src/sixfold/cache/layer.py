@@ -242,7 +242,10 @@ class CompressedLayer:
             self.history.compact()
 
     def fork(self) -> "CompressedLayer":
-        """A second history that starts from this one's tokens and shares its pages."""
+        """A second history that starts from this one's tokens and shares its pages.
+
+        Different forks may be used in different threads at the same time, one of them by one only.
+        """
         twin = copy.copy(self)
         twin.history = self.history.fork()
         return twin

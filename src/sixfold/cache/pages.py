@@ -1,7 +1,6 @@
 """Pages of codes: storage that grows without moving, and tables that say whose page is where."""
 
 import dataclasses
-import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -10,6 +9,7 @@ from jaxtyping import Float16, Int, Int64, UInt8
 from torch import Tensor
 
 from sixfold.cache.memory import empty
+from sixfold.cache.slots import Lease, Slots
 from sixfold.packing import PAGE_TOKENS
 
 MIN_SLAB_PAGES = 4
@@ -26,16 +26,14 @@ class Slab:
         key_scales: Their scales.
         value_codes: Value pages.
         value_scales: Their scales.
-        used: Slots ever handed out; the rest has never been written.
-        runs: Tables that refer to this slab, forks of the cache included.
+        slots: Who uses which, forks of the cache included.
     """
 
     key_codes: UInt8[Tensor, "slots kv_heads key_bytes"]
     key_scales: Float16[Tensor, "slots kv_heads page"]
     value_codes: UInt8[Tensor, "slots kv_heads value_bytes"]
     value_scales: Float16[Tensor, "slots kv_heads page"]
-    used: int = 0
-    runs: "weakref.WeakSet[Run]" = dataclasses.field(default_factory=weakref.WeakSet)
+    slots: Slots
 
     @classmethod
     def allocate(
@@ -51,13 +49,14 @@ class Slab:
 
         # Memory from inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            return cls(codes(key_bytes), scales(), codes(value_bytes), scales())
+            return cls(codes(key_bytes), scales(), codes(value_bytes), scales(), Slots(slots))
 
     @classmethod
     def full(cls, tensors: Sequence[Tensor]) -> Self:
         """A slab with every slot in use, of tensors in the order of `tensors`."""
         key_codes, key_scales, value_codes, value_scales = tensors
-        return cls(key_codes, key_scales, value_codes, value_scales, used=len(key_codes))
+        slots = Slots(len(key_codes), used=len(key_codes))
+        return cls(key_codes, key_scales, value_codes, value_scales, slots)
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -69,20 +68,6 @@ class Slab:
         """Key codes, key scales, value codes, value scales."""
         return self.key_codes, self.key_scales, self.value_codes, self.value_scales
 
-    def take(self, count: int, multiple: int) -> Int64[Tensor, " taken"]:
-        """Slots nobody uses: `count` of them, or the most there are that `multiple` divides."""
-        capacity = self.key_codes.shape[0]
-        device = self.key_codes.device
-        if capacity - self.used >= count:
-            self.used += count
-            return torch.arange(self.used - count, self.used, device=device)
-        free = torch.ones(capacity, dtype=torch.bool, device=device)
-        for run in self.runs:
-            free[run.slots.flatten()] = False
-        self.used = capacity
-        idle = free.nonzero().flatten()[:count]
-        return idle[: len(idle) // multiple * multiple]
-
 
 @dataclasses.dataclass(eq=False)
 class Run:
@@ -90,7 +75,7 @@ class Run:
 
     Attributes:
         slab: Where the pages are.
-        slots: Which they are.
+        lease: Which they are, and that they are in use.
         lengths: Valid tokens of each page.
         tokens: Their sum.
         starts: Each page's first token, counted from the run's first.
@@ -98,26 +83,38 @@ class Run:
     """
 
     slab: Slab
-    slots: Int64[Tensor, "batch pages"]
+    lease: Lease
     lengths: Int64[Tensor, " pages"]
     tokens: int
     starts: Int64[Tensor, " pages"]
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.slab.runs.add(self)
-
     @classmethod
     def of(
         cls, slab: Slab, slots: Int64[Tensor, "batch pages"], lengths: Int64[Tensor, " pages"]
     ) -> Self:
-        """A run of pages of these lengths."""
+        """A run of pages of these lengths, which are another run's or nobody else's."""
+        return cls.leased(slab, slab.slots.hold(slots), lengths)
+
+    @classmethod
+    def leased(cls, slab: Slab, lease: Lease, lengths: Int64[Tensor, " pages"]) -> Self:
+        """A run of leased pages of these lengths."""
         ends = lengths.cumsum(0)
-        return cls(slab, slots, lengths, int(ends[-1]) if len(ends) else 0, ends - lengths)
+        return cls(slab, lease, lengths, int(ends[-1]) if len(ends) else 0, ends - lengths)
+
+    @property
+    def slots(self) -> Int64[Tensor, "batch pages"]:
+        """Where in the slab each sequence's pages are."""
+        return self.lease.slots
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with pages of its own: another process sees no later claim of ours."""
+        own = _gathered(self, None)
+        return _copied, (own.slab.tensors, own.slots, own.lengths)
 
     def rows(self, slots: Int64[Tensor, "batch pages"]) -> "Run":
         """The same pages for other sequences."""
-        return Run(self.slab, slots, self.lengths, self.tokens, self.starts)
+        return Run(self.slab, self.slab.slots.hold(slots), self.lengths, self.tokens, self.starts)
 
     def extend(self, run: "Run") -> "Run":
         """Both runs' pages as one run."""
@@ -161,13 +158,15 @@ class PagedHistory:
 
         What is left of the last slab is used up before there is a new one.
         """
-        slabs = [self.runs[-1].slab] if self.runs else []
-        found = [(slab, slab.take(pages * batch, batch)) for slab in slabs]
-        missing = pages * batch - sum(len(slots) for _, slots in found)
+        found: list[Run] = []
+        if self.runs:
+            found += _claimed(self.runs[-1].slab, batch, pages, device)
+        missing = pages - sum(run.slots.shape[1] for run in found)
         if missing:
-            slab = self._new_slab(missing, batch, device)
-            found.append((slab, slab.take(missing, batch)))
-        return [_full_pages(slab, slots, batch) for slab, slots in found if len(slots)]
+            found += _claimed(
+                self._new_slab(missing * batch, batch, device), batch, missing, device
+            )
+        return found
 
     def push(self, run: Run) -> None:
         """Append reserved pages that have been written."""
@@ -213,7 +212,11 @@ class PagedHistory:
         self.runs = [_compacted(run) for run in self.runs]
 
     def fork(self) -> "PagedHistory":
-        """An independent history on the same pages."""
+        """An independent history on the same pages.
+
+        Threads may use and grow different forks at the same time, also while this one is used. One
+        history is for one thread at a time; forking it counts as a use.
+        """
         twin = PagedHistory(self.kv_heads, self.key_bytes, self.value_bytes)
         twin.runs = [run.rows(run.slots) for run in self.runs]
         return twin
@@ -230,15 +233,19 @@ class PagedHistory:
         ]
 
 
-def _full_pages(slab: Slab, slots: Int64[Tensor, " count"], batch: int) -> Run:
-    table = slots.view(-1, batch).T.contiguous()
-    return Run.of(slab, table, torch.full((table.shape[1],), PAGE_TOKENS, device=slots.device))
+def _claimed(slab: Slab, batch: int, pages: int, device: torch.device) -> list[Run]:
+    lease = slab.slots.claim(batch, pages, device)
+    if lease is None:
+        return []
+    lengths = torch.full((lease.slots.shape[1],), PAGE_TOKENS, device=device)
+    return [Run.leased(slab, lease, lengths)]
 
 
 def _compacted(run: Run) -> Run:
     live = run.slots.unique().numel()
-    shared = any(other is not run for other in run.slab.runs)
-    return run if shared or 2 * live > run.slab.key_codes.shape[0] else _gathered(run, None)
+    if run.slab.slots.shared(run.lease) or 2 * live > run.slab.slots.capacity:
+        return run
+    return _gathered(run, None)
 
 
 def _gathered(run: Run, device: torch.device | None) -> Run:
@@ -247,5 +254,12 @@ def _gathered(run: Run, device: torch.device | None) -> Run:
     slab = Slab.allocate(len(used), *run.slab.page_shape, target)
     for new, old in zip(slab.tensors, run.slab.tensors, strict=True):
         new.copy_(old[used])
-    slab.used = len(used)
-    return Run.of(slab, slots.to(target), run.lengths.to(target))
+    return Run.of(Slab.full(slab.tensors), slots.to(target), run.lengths.to(target))
+
+
+def _copied(
+    tensors: Sequence[Tensor],
+    slots: Int64[Tensor, "batch pages"],
+    lengths: Int64[Tensor, " pages"],
+) -> Run:
+    return Run.of(Slab.full(tensors), slots, lengths)

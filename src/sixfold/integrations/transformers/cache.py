@@ -161,7 +161,11 @@ class TurboQuantCache(Cache):
         return [x for layer in self.layers for x in _tensors(layer)]
 
     def fork(self) -> Self:
-        """A cache that continues from the same tokens; pages are shared, not copied."""
+        """A cache that continues from the same tokens; pages are shared, not copied.
+
+        Different forks may be used in different threads at the same time. One cache, and that
+        includes forking it, is for one thread at a time.
+        """
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [_forked(layer) for layer in self.layers]

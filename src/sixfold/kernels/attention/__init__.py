@@ -3,6 +3,7 @@
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
+from sixfold.kernels._border import checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
@@ -68,12 +69,15 @@ def page_attention(
         mask: True, or 0 and -inf added, where a token is attended; columns are positions.
         softcap: Logits become ``softcap·tanh(logit/softcap)`` (Gemma 2), after the offset.
 
+    Raises:
+        SixfoldError: `softcap` is not positive, or tensors do not fit each other.
+
     Returns:
         The output in the *rotated* value domain, float32 [batch heads queries value_dim], and its
         log-sum-exp [batch heads queries]; zero and -inf where no token is attended.
     """
     part: Partial = implementation("attention", query.device).page_attention(
-        query,
+        plain(query),
         key_pages,
         key_scales,
         value_pages,
@@ -87,8 +91,8 @@ def page_attention(
         key_bits=key_bits,
         value_bits=value_bits,
         value_dim=value_dim,
-        logit_offset=logit_offset,
-        mask=mask,
-        softcap=softcap,
+        logit_offset=plain(logit_offset),
+        mask=plain(mask),
+        softcap=checked_softcap(softcap),
     )
     return part

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
-from sixfold.errors import SixfoldError
 from sixfold.kernels._native import address, compiled
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
@@ -70,43 +69,38 @@ def page_attention(
     mask, mask_numbers = mask_arguments(mask, batch, heads, queries)
     out = torch.empty(batch, heads, queries, value_dim, dtype=torch.float32)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32)
-    try:
-        _cpu.page_attention(
-            batch,
-            kv_heads,
-            heads // kv_heads * queries,
-            queries,
-            pages,
+    _cpu.page_attention(
+        batch,
+        kv_heads,
+        heads // kv_heads * queries,
+        queries,
+        pages,
+        slots,
+        address("query", query, torch.float32, (batch, heads, queries, key_dim)),
+        *_side("key", key_pages, key_scales, key_centroids, slots, kv_heads, key_dim, key_bits),
+        *_side(
+            "value",
+            value_pages,
+            value_scales,
+            value_centroids,
             slots,
-            address("query", query, torch.float32, (batch, heads, queries, key_dim)),
-            *_side("key", key_pages, key_scales, key_centroids, slots, kv_heads, key_dim, key_bits),
-            *_side(
-                "value",
-                value_pages,
-                value_scales,
-                value_centroids,
-                slots,
-                kv_heads,
-                value_dim,
-                value_bits,
-            ),
-            address("block_table", table, torch.int64, (batch, pages)),
-            address("page_starts", starts, torch.int64, (pages,)),
-            address("page_lengths", lengths, torch.int64, (pages,)),
-            address("first_token", first, torch.int64, (batch, queries)),
-            0
-            if offset is None
-            else address("logit_offset", offset, torch.float32, (batch, heads, queries)),
-            *mask_numbers,
-            0.0 if softcap is None else softcap,
-            out.data_ptr(),
-            lse.data_ptr(),
-            torch.get_num_threads(),
-        )
-    except SixfoldError:
-        raise
-    except ValueError as error:
-        raise SixfoldError(str(error)) from None
+            kv_heads,
+            value_dim,
+            value_bits,
+        ),
+        address("block_table", table, torch.int64, (batch, pages)),
+        address("page_starts", starts, torch.int64, (pages,)),
+        address("page_lengths", lengths, torch.int64, (pages,)),
+        address("first_token", first, torch.int64, (batch, queries)),
+        0
+        if offset is None
+        else address("logit_offset", offset, torch.float32, (batch, heads, queries)),
+        *mask_numbers,
+        0.0 if softcap is None else softcap,
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
     return Partial(out, lse)
 
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sixfold.kernels._border import checked_softcap
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
 LOGITS_PER_BLOCK = 1 << 22  # 16 MiB of float32: bounds the memory of a long prefill
@@ -39,6 +40,7 @@ def dense_attention(
     Returns:
         Output and log-sum-exp, float32; zero and -inf where no token is attended.
     """
+    softcap = checked_softcap(softcap)
     batch, heads, n_queries, _ = query.shape
     block = max(1, LOGITS_PER_BLOCK // max(1, batch * heads * keys.shape[2]))
     keys, values = keys.float(), values.float()
@@ -86,6 +88,7 @@ def exact_attention(
         softcap: See `dense_attention`.
         sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
     """
+    softcap = checked_softcap(softcap)
     n_queries, n_tokens = query.shape[2], keys.shape[2]
     cut = mask is None and sliding_window is not None and n_tokens > sliding_window
     aligned = mask is not None or n_queries in (1, n_tokens)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from sixfold.kernels._border import checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 
@@ -53,12 +54,15 @@ def cached_attention(
         softcap: Logits become ``softcap·tanh(logit/softcap)`` (Gemma 2).
         sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
 
+    Raises:
+        SixfoldError: `softcap` is not positive, or tensors do not fit each other.
+
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
     """
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
-        query,
-        tokens,
+        plain(query),
+        [x._replace(keys=plain(x.keys), values=plain(x.values)) for x in tokens],
         pages,
         keys,
         values,
@@ -67,9 +71,9 @@ def cached_attention(
         position=position,
         start=start,
         scaling=scaling,
-        mask=mask,
+        mask=plain(mask),
         sliding_window=sliding_window,
-        softcap=softcap,
-        sink_logits=sink_logits,
+        softcap=checked_softcap(softcap),
+        sink_logits=plain(sink_logits),
     )
     return out

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from operator import is_
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from sixfold.errors import SixfoldError
 from sixfold.kernels._native import address, compiled
 from sixfold.kernels.attention.arguments import page_sizes
 from sixfold.kernels.attention.cpu import mask_arguments
@@ -75,26 +75,23 @@ def cached_attention(
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
     parts = [_contiguous(part) for part in tokens]
     out = query.new_empty(batch, heads, queries, values.dim)
-    try:
-        _cpu.cached_attention(
-            (batch, heads, kv_heads, queries, DTYPES[query.dtype], position, sliding_window or 0),
-            address("query", query, query.dtype, (batch, heads, queries, keys.dim)),
-            out.data_ptr(),
-            _side("keys", keys),
-            _side("values", values),
-            [_tokens(part, (batch, kv_heads), dims, query.dtype) for part in parts],
-            [_pages(part, batch, kv_heads, page_bytes) for part in pages],
-            address("mean", mean, torch.float32, (batch, kv_heads, keys.dim)),
-            address("channel_scale", channel_scale, torch.float32, (batch, kv_heads, keys.dim)),
-            address("start", start, torch.int64, (batch,)),
-            scaling,
-            mask_numbers,
-            softcap or 0.0,
-            0 if sinks is None else address("sink_logits", sinks, torch.float32, (heads,)),
-            torch.get_num_threads(),
-        )
-    except ValueError as error:
-        raise SixfoldError(str(error)) from None
+    _cpu.cached_attention(
+        (batch, heads, kv_heads, queries, DTYPES[query.dtype], position, sliding_window or 0),
+        address("query", query, query.dtype, (batch, heads, queries, keys.dim)),
+        out.data_ptr(),
+        _side("keys", keys),
+        _side("values", values),
+        [_tokens(part, (batch, kv_heads), dims, query.dtype) for part in parts],
+        [_pages(part, batch, kv_heads, page_bytes) for part in pages],
+        address("mean", mean, torch.float32, (batch, kv_heads, keys.dim)),
+        address("channel_scale", channel_scale, torch.float32, (batch, kv_heads, keys.dim)),
+        address("start", start, torch.int64, (batch,)),
+        scaling,
+        mask_numbers,
+        softcap or 0.0,
+        0 if sinks is None else address("sink_logits", sinks, torch.float32, (heads,)),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -129,10 +126,13 @@ def _tokens(
 
 def _pages(part: Pages, batch: int, kv_heads: int, page_bytes: tuple[int, int]) -> tuple[int, ...]:
     key = (batch, kv_heads, *page_bytes)
-    tensors, found = part.memo.get(key, (None, ()))
-    if tensors is None or not all(map(is_, tensors, part)):
-        tensors, found = part[:_TENSORS], _addresses(part, *key)
-        part.memo[key] = tensors, found
+    tensors: tuple[Any, ...] = part[:_TENSORS]
+    # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
+    pointers = tuple([x.data_ptr() for x in tensors])
+    held, moved, found = part.memo.get(key, ((), (), ()))
+    if moved != pointers or not all(map(is_, held, tensors)):
+        found = _addresses(part, *key)
+        part.memo[key] = tensors, pointers, found
     return (*found, part.first)
 
 

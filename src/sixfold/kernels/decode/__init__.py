@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.packing import Bits, Layout
 
@@ -23,7 +24,9 @@ def decode(
     Source: arXiv:2504.19874 Algorithm 1.
     """
     kernel = implementation("decode", rows.device)
-    vectors: Tensor = kernel.decode(rows, scales, turns, factor, centroids, dim=dim, bits=bits)
+    vectors: Tensor = kernel.decode(
+        rows, plain(scales), turns, factor, centroids, dim=dim, bits=bits
+    )
     return vectors
 
 
@@ -66,8 +69,8 @@ def decode_pages(
         pages,
         scales,
         slots,
-        mean,
-        channel_scale,
+        plain(mean),
+        plain(channel_scale),
         turns,
         factor,
         centroids,

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.packing import Bits, Layout
 
@@ -60,7 +61,7 @@ def encode(
     """
     kernel = implementation("encode", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
-        x, turns, factor, centroids, bits=bits, scale=scale
+        plain(x), turns, factor, centroids, bits=bits, scale=scale
     )
     return codes
 
@@ -99,9 +100,9 @@ def encode_pages(
         slots: Distinct page numbers.
     """
     implementation("encode", x.device).encode_pages(
-        x,
-        mean,
-        channel_scale,
+        plain(x),
+        plain(mean),
+        plain(channel_scale),
         turns,
         factor,
         centroids,
@@ -122,4 +123,5 @@ def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"])
         values: As many.
         slots: Distinct page numbers, the same for both.
     """
+    keys, values = (side._replace(x=plain(side.x)) for side in (keys, values))
     implementation("encode", slots.device).store_pages(keys, values, slots)

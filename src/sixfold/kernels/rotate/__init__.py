@@ -3,6 +3,7 @@
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
 
 
@@ -32,5 +33,5 @@ def rotate(
 
     Source: arXiv:2504.19874 §3.1, with Hadamard rounds for the QR factor (see README.md).
     """
-    rotated: Tensor = implementation("rotate", x.device).rotate(x, turns, factor, inverse)
+    rotated: Tensor = implementation("rotate", x.device).rotate(plain(x), turns, factor, inverse)
     return rotated

@@ -1,0 +1,186 @@
+"""Python signal handlers that run while a kernel does: they may raise, and call kernels."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold.codebooks import centroids
+from sixfold.kernels import _native
+from sixfold.kernels.attention import page_attention
+from sixfold.kernels.cached_attention import Coding, Pages, Tokens, cached_attention
+from sixfold.kernels.decode import decode, decode_pages
+from sixfold.kernels.encode import encode, encode_pages
+from sixfold.kernels.rotate import rotate
+from sixfold.kernels.scores import scores
+from sixfold.packing import PAGE_TOKENS, row_bytes
+from sixfold.rotation import Rotation
+
+pytestmark = [
+    pytest.mark.skipif(isinstance(_native.extension(), str), reason=str(_native.extension())),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"),
+]
+
+DIM, BITS = 256, 3
+BYTES = row_bytes(DIM, BITS)
+PAGES = 6_000  # all the same one: long calls in little memory
+CPU = torch.device("cpu")
+# Dense: as slow as can be had.
+ROTATION = Rotation(DIM, "orthogonal")
+TURNS, FACTOR = ROTATION.turns(CPU), ROTATION.factor(CPU)
+BOOK = centroids(DIM, BITS, CPU)
+TABLES: dict[str, Any] = {"turns": TURNS, "factor": FACTOR, "centroids": BOOK}
+
+
+class Stop(Exception):
+    """What a handler raises."""
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls that last longer than the 50 ms between two looks at pending signals."""
+    monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
+    monkeypatch.setenv("SIXFOLD_ISA", "portable")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def alarm(handler: Callable[[], object]) -> Iterator[None]:
+    """Calls `handler` once, from the handler of a signal that comes while a kernel runs."""
+    called: list[object] = []
+
+    def on_signal(_: int, frame: FrameType | None) -> None:
+        # Tensors are made elsewhere, which takes time too.
+        if not called and frame is not None and frame.f_code.co_filename.endswith("cpu.py"):
+            called.append(frame)
+            handler()
+
+    before = signal.signal(signal.SIGALRM, on_signal)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def pool(slots: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = (slots, 1, PAGE_TOKENS * BYTES)
+    pages = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    return pages, torch.ones(slots, 1, PAGE_TOKENS, dtype=torch.float16)
+
+
+def query(seed: int, rows: int = 8) -> Tensor:
+    return torch.randn(1, 1, rows, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def attend_pages(seed: int = 0, pages: int = PAGES) -> Tensor:
+    starts = torch.arange(pages) * PAGE_TOKENS
+    return page_attention(
+        query(seed),
+        *pool(),
+        *pool(),
+        torch.zeros(1, pages, dtype=torch.int64),
+        starts,
+        torch.full((pages,), PAGE_TOKENS),
+        torch.zeros(1, 8, dtype=torch.int64),
+        BOOK,
+        BOOK,
+        key_bits=BITS,
+        value_bits=BITS,
+        value_dim=DIM,
+    ).out
+
+
+def attend_layer(seed: int = 0, pages: int = PAGES) -> Tensor:
+    starts = torch.arange(pages) * PAGE_TOKENS
+    table, lengths = torch.zeros(1, pages, dtype=torch.int64), torch.full((pages,), PAGE_TOKENS)
+    none = torch.zeros(1, dtype=torch.int64)
+    first = torch.tensor([pages * PAGE_TOKENS])
+    recent = query(seed + 1)
+    coding = Coding(TURNS, FACTOR, BOOK, BITS, DIM)
+    return cached_attention(
+        query(seed),
+        [Tokens(recent, recent, first, none, first + 8)],
+        [Pages(*pool(), *pool(), table, starts, lengths, 0, {})],
+        coding,
+        coding,
+        mean=torch.zeros(1, 1, DIM),
+        channel_scale=torch.ones(1, 1, DIM),
+        position=pages * PAGE_TOKENS,
+        start=none,
+        scaling=0.1,
+    )
+
+
+def encode_whole_pages() -> None:
+    x = torch.ones(1, 1, 1024 * PAGE_TOKENS, DIM)
+    pages, scales = pool(1024)
+    slots = torch.arange(1024)[None]
+    options: dict[str, Any] = {"bits": BITS, "scale": "optimal", "layout": "key"}
+    encode_pages(x, None, None, **TABLES, **options, pages=pages, scales=scales, slots=slots)
+
+
+def decode_whole_pages() -> None:
+    slots = torch.zeros(1, 1024, dtype=torch.int64)
+    options: dict[str, Any] = {"dim": DIM, "bits": BITS, "layout": "key", "dtype": torch.float32}
+    decode_pages(*pool(), slots, None, None, **TABLES, **options)
+
+
+ROWS = 1 << 16
+CALLS: dict[str, Callable[[], object]] = {
+    "rotate": lambda: rotate(torch.ones(ROWS, DIM), TURNS, FACTOR),
+    "encode": lambda: encode(torch.ones(ROWS, DIM), **TABLES, bits=BITS, scale="norm"),
+    "decode": lambda: decode(
+        torch.zeros(ROWS, BYTES, dtype=torch.uint8),
+        torch.ones(ROWS, dtype=torch.float16),
+        **TABLES,
+        dim=DIM,
+        bits=BITS,
+    ),
+    "scores": lambda: scores(
+        torch.ones(256, DIM),
+        torch.zeros(ROWS, BYTES, dtype=torch.uint8),
+        torch.ones(ROWS, dtype=torch.float16),
+        BOOK,
+        bits=BITS,
+    ),
+    "encode_pages": encode_whole_pages,
+    "decode_pages": decode_whole_pages,
+    "page_attention": attend_pages,
+    "cached_attention": attend_layer,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_handler_raises_is_what_the_caller_gets(name: str) -> None:
+    def stop() -> None:
+        raise Stop
+
+    def until_stopped() -> None:
+        for _ in range(1000):
+            CALLS[name]()
+
+    with alarm(stop), pytest.raises(Stop):
+        until_stopped()
+
+
+@pytest.mark.parametrize("attend", [attend_pages, attend_layer])
+def test_a_handler_may_attend_itself(attend: Callable[..., Tensor]) -> None:
+    expected, inner = attend(), attend(5, pages=1000)
+    found: list[Tensor] = []
+    with alarm(lambda: found.append(attend(5, pages=1000))):
+        outer = attend()
+    assert len(found) == 1
+    assert torch.equal(found[0], inner)
+    assert torch.equal(outer, expected)
