@@ -196,7 +196,7 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file.*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*nothing"):
         read(tmp_path / "nothing")
 
 
@@ -277,7 +277,10 @@ def test_another_version(version: str, saved: Path) -> None:
         read(saved)
 
 
-@pytest.mark.parametrize("description", ["", "[]", "1", "{", "nan", '{"x": NaN}', '{"x": -Infinity}', "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "description",
+    ["", "[]", "1", "{", "nan", '{"x": NaN}', '{"x": -Infinity}', "[" * 100_000, "9" * 5000],
+)
 def test_a_description_that_is_no_object(description: str, saved: Path) -> None:
     data = saved.read_bytes()
     header = header_of(data)

@@ -160,6 +160,17 @@ class TurboQuantCache(Cache):
         """Every tensor held by any layer."""
         return [x for layer in self.layers for x in _tensors(layer)]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
+
+        Raises:
+            SixfoldError: The number is positive, a sliding window or a convolution has moved on, or
+                a layer's recurrent state cannot be taken back.
+        """
+        for layer in self.layers:
+            _check_crop(layer, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied."""
         twin = type(self).__new__(type(self))
@@ -312,6 +323,22 @@ def _move(layer: Any, device: torch.device) -> None:
     for name in _STATES:
         states = getattr(layer, name, {})
         states.update({i: x.to(device) for i, x in states.items() if x is not None})
+
+
+def _check_crop(layer: Any, tokens_to_remove: int) -> None:
+    """Refuse what a layer's `crop` would, or should; changes nothing."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.check_crop(tokens_to_remove)
+    recurrent = getattr(layer, "is_recurrent_states_initialized", {})
+    if tokens_to_remove and any(recurrent.values()):
+        raise SixfoldError(
+            f"cannot remove tokens: the recurrent state of a {type(layer).__name__} cannot be "
+            "taken back; fork the cache before generating tokens that may be removed."
+        )
+    try:
+        _forked(layer).crop(tokens_to_remove)
+    except (RuntimeError, ValueError) as error:
+        raise SixfoldError(f"cannot remove tokens: {error}") from error
 
 
 def _uncompressed(layer: Any) -> int:

@@ -10,8 +10,9 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sixfold.errors import FormatError
-from sixfold.io.files import existing, hand_on_owner, open_regular
-from sixfold.io.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
+from sixfold.container.files import existing, hand_on_owner, open_regular
+from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
 
 __all__ = [
     "DTYPE_NAMES",
@@ -89,7 +90,7 @@ def write_container(
 class Container:
     """A file that has passed the checks of its header; tensors are read on demand."""
 
-    def __init__(self, path: Path, file: BinaryIO, header: Header, kind: str) -> None:
+    def __init__(self, path: Path, file: BufferedReader, header: Header, kind: str) -> None:
         self._path = path
         self._handle = file
         self._body = header.body

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import struct
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import torch
 
@@ -63,14 +64,15 @@ class Header:
         found, end = {}, 0
         for name, (start, stop, spec) in sorted(places.items(), key=lambda item: item[1][:2]):
             if start != end or stop - start != spec.nbytes:
-                raise ValueError(f"{name} lies at bytes {start} to {stop}, expected {spec} at {end}")
+                expected = f"expected {spec} from byte {end}"
+                raise ValueError(f"{name} lies at bytes {start} to {stop}, {expected}")
             found[name], end = spec, stop
         if self.body + end != self.size:
             raise ValueError(f"expected {self.body + end} bytes, the file has {self.size}")
         return found
 
 
-def read_header(file: BinaryIO, size: int) -> Header:
+def read_header(file: BufferedReader, size: int) -> Header:
     """Read and parse the header of a file of `size` bytes that stands at its beginning.
 
     Raises:
