@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("unhooked")
 
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
 
-# What is attacked: pages beside padding and sinks, no page yet, windows, dense layers, convolutions.
+# What is attacked: pages beside padding and sinks, no page yet, windows, layers that are kept.
 CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "pages": ("llama-20", (150, 100), {"bits": 3}),
     "no page": ("llama-64", (40, 30), {}),
@@ -38,7 +38,7 @@ REAL = [float("nan"), float("inf"), float("-inf"), -1.0, -0.0, 0.0, 1e-45, 1e-30
 
 def contents(case: str, path: Path) -> Contents:
     name, prompts, options = CASES[case]
-    model, data = tiny_model(name, "sixfold"), batch(prompts)
+    model, data = tiny_model(name), batch(prompts)
     cache = TurboQuantCache.for_model(model, **options)
     forward(model, cache, data, 0, data.prompt)
     cache.save(path)
@@ -82,17 +82,18 @@ def changed_tensor(tensors: dict[str, Tensor], source: random.Random) -> None:
         count = source.choice([1, 1, 3, tensor.numel()])
         index = torch.tensor([source.randrange(tensor.numel()) for _ in range(count)])
         value = source.choice(WHOLE if tensor.dtype is torch.int64 else REAL)
+        replacement = torch.tensor(value).to(tensor.dtype)
         if count == tensor.numel():
-            tensor.fill_(value)
+            tensor.fill_(replacement)
         else:
-            tensor.view(-1)[index] = value
+            tensor.view(-1)[index] = replacement
 
 
 @torch.no_grad()
 def survives(case: str, path: Path, fused: bool) -> bool:
     """Whether the file is refused, or loaded and attended with finite results."""
     name = CASES[case][0]
-    model = tiny_model(name, "sixfold")
+    model = tiny_model(name)
     try:
         cache = TurboQuantCache.load(path, model)
     except FormatError:
@@ -114,7 +115,7 @@ def test_thousands_of_changes(case: str, tmp_path: Path) -> None:
     description, tensors = contents(case, path)
     assert survives(case, path, fused=True)
     loaded = 0
-    for number in range(500):
+    for number in range(350):
         changed = copy.deepcopy(description), dict(tensors)
         for _ in range(source.choice([1, 1, 2])):
             if source.random() < 0.5:
@@ -124,7 +125,7 @@ def test_thousands_of_changes(case: str, tmp_path: Path) -> None:
         write_container(path, KIND, *changed)
         loaded += survives(case, path, fused=number % 2 == 0)
     # Codes may be any, and so may numbers that nobody reads.
-    assert 10 < loaded < 400
+    assert 10 < loaded < 300
 
 
 FIELDS = ["batch", "kv_heads", "key_dim", "value_dim", "window_tokens", "evicted", "sinks"]
@@ -141,7 +142,7 @@ def test_a_number_of_the_description(field: str, value: int, tmp_path: Path) -> 
         layer[field] = value
     write_container(path, KIND, description, tensors)
     with pytest.raises(FormatError, match=f"{path.name}.*(layer 0|missing|expected)"):
-        TurboQuantCache.load(path, tiny_model("llama-20", "sixfold"))
+        TurboQuantCache.load(path, tiny_model("llama-20"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,6 @@ def test_a_number_of_the_description(field: str, value: int, tmp_path: Path) -> 
         ("pages", "padding", 2**63 - 1),
         ("pages", "padding", 2**63 - 64),
         ("pages", "padding", -1),
-        ("pages", "padding", 147),  # with four sinks, one token more than there are
         ("no page", "padding", 41),
         ("pages", "sinks.count", 5),
         ("pages", "sinks.count", -(2**63)),
@@ -168,25 +168,26 @@ def test_a_number_of_the_description(field: str, value: int, tmp_path: Path) -> 
         ("no page", "query_energy", -1.0),
         ("no page", "query_energy", float("inf")),
         ("sliding", "padding", 2**62),
-        ("dense", "keys", float("nan")),
+        ("dense", "layers.1.keys", float("nan")),
         ("convolutions", "conv_states.0", float("inf")),
     ],
 )
 def test_a_number_of_a_tensor(case: str, name: str, value: float, tmp_path: Path) -> None:
     path = tmp_path / "file"
     description, tensors = contents(case, path)
-    (first, *_) = [key for key in sorted(tensors) if key.endswith(f".{name}")]
-    tensors[first].select(0, -1).view(-1)[-1:].fill_(value) if tensors[first].ndim > 1 else (
-        tensors[first][-1:].fill_(value)
-    )
+    (first, *_) = [key for key in sorted(tensors) if key.endswith(name)]
+    tensors[first].view(-1)[-1] = value
     write_container(path, KIND, description, tensors)
-    with pytest.raises(FormatError, match=rf"{path.name}, layer \d: {name}"):
-        TurboQuantCache.load(path, tiny_model(CASES[case][0], "sixfold"))
+    with pytest.raises(
+        FormatError,
+        match=rf"{path.name}, layer \d: {name.split('.', 2)[-1] if 'layers' in name else name}",
+    ):
+        TurboQuantCache.load(path, tiny_model(CASES[case][0]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_cache_that_could_not_be_loaded_is_not_saved(value: float, tmp_path: Path) -> None:
-    model, data = tiny_model("llama-64", "sixfold"), batch((150, 100))
+    model, data = tiny_model("llama-64"), batch((150, 100))
     cache = TurboQuantCache.for_model(model)
     forward(model, cache, data, 0, data.prompt)
     store = cache.layers[1].store
@@ -200,9 +201,10 @@ def test_a_cache_that_could_not_be_loaded_is_not_saved(value: float, tmp_path: P
 def test_what_nobody_reads_may_be_anything(tmp_path: Path) -> None:
     path = tmp_path / "file"
     description, tensors = contents("pages", path)
-    padding, sinks = int(tensors["layers.0.padding"][1]), 4
-    assert padding == 50
     for side in ("key", "value"):
-        tensors[f"layers.0.{side}_scales"][1, 0, :, : padding + sinks] = float("nan")
+        scales = tensors[f"layers.0.{side}_scales"]
+        for row, padding in enumerate(tensors["layers.0.padding"].tolist()):
+            scales[row, 0, :, padding : padding + 4] = float("nan")  # four sinks
     write_container(path, KIND, description, tensors)
     assert survives("pages", path, fused=True)
+    assert survives("pages", path, fused=False)

@@ -19,8 +19,7 @@ LARGEST_ENERGY = 2.0**100
 def check_values(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Check every number that could crash, hang or poison what reads it.
 
-    Tokens in the padding are not looked at, nor are vectors of pages that a sink or the end of
-    their page hides: nobody reads them.
+    Vectors of pages that a sink or the end of their page hides are left out: nobody reads them.
 
     Args:
         description: Of a layer, checked against its tensors by `sixfold.cache.state`.
@@ -44,10 +43,10 @@ def check_values(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if "query_energy" in tensors:
         energy = tensors["query_energy"]
         _require((energy >= 0) & (energy <= LARGEST_ENERGY), "query_energy")
-    evicted = 0 if description["sinks"] is not None else description["evicted"]
-    _check_window(tensors, held - description["window_tokens"] + evicted, padding)
+    for name in ("window.keys", "window.values"):
+        _require(_bounded(tensors[name]), name)
     if description["page_lengths"]:
-        _check_pages(description["page_lengths"], tensors, padding + count)
+        _check_pages(description["page_lengths"], tensors, padding, count)
 
 
 def check_finite(name: str, x: Tensor) -> None:
@@ -69,21 +68,18 @@ def _check_prefix(tensors: Mapping[str, Tensor], count: Tensor) -> None:
     _require(usable, "key_map.scale")
 
 
-def _check_window(tensors: Mapping[str, Tensor], first: int, padding: Tensor) -> None:
-    positions = torch.arange(tensors["window.keys"].shape[2], device=padding.device) + first
-    for name in ("window.keys", "window.values"):
-        _require((positions < padding[:, None]) | _bounded(tensors[name]), name)
-
-
-def _check_pages(lengths: list[int], tensors: Mapping[str, Tensor], start: Tensor) -> None:
-    """Scales of the tokens from `start` on; whatever their codes are, they can be read."""
-    length = torch.tensor(lengths, device=start.device)
-    rows = torch.arange(tensors["key_scales"].shape[-1], device=start.device)
-    positions = (length.cumsum(0) - length)[:, None] + rows
-    hidden = (rows >= length[:, None]) | (positions < start[:, None, None])
+def _check_pages(
+    lengths: list[int], tensors: Mapping[str, Tensor], padding: Tensor, count: Tensor
+) -> None:
+    """Scales of the vectors that are read; whatever their codes are, they can be."""
+    length = torch.tensor(lengths, device=padding.device)
+    rows = torch.arange(tensors["key_scales"].shape[-1], device=padding.device)
+    # [batch, pages, rows], counted from the first sink.
+    positions = (length.cumsum(0) - length)[:, None] + rows - padding[:, None, None]
+    sinks = (positions >= 0) & (positions < count[:, None, None])
     for name in ("key_scales", "value_scales"):
         largest = decode_scale(tensors[name]).amax(2)
-        _require(hidden | (largest <= LARGEST), name)
+        _require(sinks | (rows >= length[:, None]) | (largest <= LARGEST), name)
 
 
 def _bounded(x: Float[Tensor, "batch heads tokens dim"]) -> Bool[Tensor, "batch tokens"]:

@@ -120,10 +120,9 @@ def _check_dense(
             raise ValueError(f"it has seen {length} tokens and holds none")
         return
     keys, values = specs["keys"], specs["values"]
-    if len(specs) > 2 or len(keys.shape) != 4 or keys.dtype != values.dtype:
-        raise ValueError(f"expected keys and values alike, got {dict(specs)}")
-    if keys.shape[:3] != values.shape[:3]:
-        raise ValueError(f"expected a value for every key, got {keys} and {values}")
+    alike = keys.dtype == values.dtype and keys.shape[:3] == values.shape[:3]
+    if len(specs) > 2 or not alike or len(keys.shape) != 4 or len(values.shape) != 4:
+        raise ValueError(f"expected a value for every key, alike, got {dict(specs)}")
     _check_shape((keys.shape[1], keys.shape[3], values.shape[3]), own.shape)
     window = length if own.sliding_window is None else min(length, own.sliding_window - 1)
     least = length if own.sliding_window is None else window
