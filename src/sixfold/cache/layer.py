@@ -202,9 +202,24 @@ class CompressedLayer:
         Raises:
             SixfoldError: A sliding window has already forgotten tokens the remaining ones need.
         """
+        self.check_crop(count)
         if count >= self.length:
             self.reset()
             return
+        remaining = max(self.held - count, 0)
+        self.window = self.window.copy_slice(0, max(remaining - self.history.tokens, 0))
+        self.history.keep_first(remaining)
+        self.padding = self.padding.clamp(max=self.length)
+        if self.prefix is not None:
+            self.prefix = self.prefix.crop(remaining)
+        self._evict()
+
+    def check_crop(self, count: int) -> None:
+        """Refuse what `crop` would; changes nothing.
+
+        Raises:
+            SixfoldError: A sliding window has already forgotten tokens the remaining ones need.
+        """
         remaining = max(self.held - count, 0)
         needed = min(max(self.length - count, 0), (self.sliding_window or 1) - 1)
         if self.evicted and remaining < needed:
@@ -213,12 +228,6 @@ class CompressedLayer:
                 f"has let go of {needed - remaining} tokens that would be visible again; call "
                 "cache.activate_past_recording() before generating tokens that may be removed."
             )
-        self.window = self.window.copy_slice(0, max(remaining - self.history.tokens, 0))
-        self.history.keep_first(remaining)
-        self.padding = self.padding.clamp(max=self.length)
-        if self.prefix is not None:
-            self.prefix = self.prefix.crop(remaining)
-        self._evict()
 
     def reset(self) -> None:
         """Forget every token, and with them the sinks and the key map."""
