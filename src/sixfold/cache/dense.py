@@ -69,9 +69,9 @@ class DenseTokens:
         """The tokens of other sequences of the batch."""
         return type(self)(self.keys[rows], self.values[rows])
 
-    def to(self, device: torch.device) -> Self:
-        """The same tokens on another device."""
-        return type(self)(self.keys.to(device), self.values.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """The same tokens on another device, in another dtype if one is given."""
+        return type(self)(self.keys.to(device, dtype), self.values.to(device, dtype))
 
 
 def _repeats(x: Float[Tensor, "batch kv_heads tokens dim"]) -> Bool[Tensor, "batch tokens"]:

@@ -15,11 +15,13 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix
 from sixfold.errors import FormatError
 from sixfold.io import DTYPE_NAMES, TensorSpec
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.packing import PAGE_TOKENS
 
 _PAGE_TENSORS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 
+@outside_autocast
 def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Describe a layer and name its tensors; pages are listed in order, shared ones repeated."""
     window = layer.window
