@@ -4,41 +4,36 @@ Nothing is unpickled, and nothing is allocated before the header has been checke
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sixfold.container.files import existing, hand_on_owner, open_regular
+from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
 from sixfold.errors import FormatError
 
+__all__ = [
+    "DTYPE_NAMES",
+    "FORMAT_VERSION",
+    "Container",
+    "TensorSpec",
+    "open_container",
+    "write_container",
+]
+
 FORMAT_VERSION = 1
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
 _MAGIC = "sixfold"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Shape and safetensors dtype name of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def write_container(
@@ -49,6 +44,9 @@ def write_container(
 ) -> None:
     """Write a file in one step: at every moment `path` is the old file or the new one, whole.
 
+    A link is followed, and a file that is replaced hands on its mode and, where the system lets it,
+    its owner and group. A new one gets the mode that the umask says.
+
     Args:
         path: Where to.
         kind: What the file holds, such as "cache".
@@ -56,7 +54,7 @@ def write_container(
         tensors: What to store.
 
     Raises:
-        OSError: The file cannot be written; an older one is still whole.
+        OSError: The file cannot be written, or is no regular file; an older one is still whole.
     """
     tensors = _separate(tensors)
     text = json.dumps(description, sort_keys=True, allow_nan=False)
@@ -67,15 +65,19 @@ def write_container(
         "description": text,
         "sha256": _digest(kind, text, tensors),
     }
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    target = Path(os.path.realpath(path))
+    replaced = existing(target, path)
+    # Not made of the target's name, which may be as long as a name can be.
+    temporary = target.with_name(f".sixfold-{secrets.token_hex(8)}")
     try:
         # Created here first: a folder that is missing or closed is an OSError, and the mode is
         # what the umask says, where `save_file` makes files that only their owner can read.
         with temporary.open("xb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            mode = os.fstat(file.fileno()).st_mode
         save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)
+        if replaced is not None:
+            hand_on_owner(replaced, temporary)
+        temporary.chmod(stat.S_IMODE(mode if replaced is None else replaced.st_mode))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -88,12 +90,13 @@ def write_container(
 class Container:
     """A file that has passed the checks of its header; tensors are read on demand."""
 
-    def __init__(self, path: Path, handle: Any, kind: str) -> None:
+    def __init__(self, path: Path, file: BufferedReader, header: Header, kind: str) -> None:
         self._path = path
-        self._handle = handle
-        self._metadata = _checked_metadata(path, handle.metadata() or {}, kind)
+        self._handle = file
+        self._body = header.body
+        self._metadata = _checked_metadata(path, header.metadata, kind)
         self.description: dict[str, Any] = _parsed(path, self._metadata["description"])
-        self.specs = {name: _spec(handle, name) for name in handle.keys()}
+        self.specs = header.specs()
 
     def expect(self, expected: Mapping[str, TensorSpec]) -> None:
         """Compare what is stored with what its description promises.
@@ -115,33 +118,44 @@ class Container:
         Raises:
             FormatError: The bytes are not the ones that were written.
         """
-        # The handle's tensors are the mapped file: what happens to it later must not show.
-        tensors = {name: self._handle.get_tensor(name).clone() for name in self.specs}
+        self._handle.seek(self._body)
+        tensors = {name: self._read(name, spec) for name, spec in self.specs.items()}
         digest = _digest(self._metadata["kind"], self._metadata["description"], tensors)
         if digest != self._metadata["sha256"]:
             raise FormatError(f"{self._path} is damaged: its contents do not match its checksum.")
         return tensors
+
+    def _read(self, name: str, spec: TensorSpec) -> Tensor:
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        # Read, not mapped: of a file that is cut meanwhile the mapped rest would kill the process.
+        if self._handle.readinto(_bytes(tensor)) < spec.nbytes:
+            raise FormatError(f"{self._path} was cut short while it was read: {name} is not whole.")
+        return tensor
 
 
 @contextlib.contextmanager
 def open_container(path: str | os.PathLike[str], kind: str) -> Iterator[Container]:
     """Open a file written by `write_container`.
 
+    The file is opened once: one that takes its place meanwhile is not seen.
+
     Raises:
         FormatError: Not such a file, of another kind or a newer version, cut short or damaged.
-        OSError: The file cannot be read.
+        OSError: The file cannot be read, or is no regular file.
     """
     source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"no such file: {source}")
-    try:
-        with safe_open(source, framework="pt") as handle:
-            yield Container(source, handle, kind)
-    except SafetensorError as error:
-        raise FormatError(
-            f"{source} is not a Sixfold file, or it is damaged or cut short ({error}). "
-            f"Expected a safetensors container written by Sixfold."
-        ) from error
+    with os.fdopen(open_regular(source), "rb") as file:
+        try:
+            header = read_header(file, os.fstat(file.fileno()).st_size)
+            container = Container(source, file, header, kind)
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(
+                f"{source} is not a Sixfold file, or it is damaged or cut short ({error}). "
+                f"Expected a safetensors container written by Sixfold."
+            ) from error
+        yield container
 
 
 def _checked_metadata(path: Path, metadata: dict[str, str], kind: str) -> dict[str, str]:
@@ -160,7 +174,7 @@ def _checked_metadata(path: Path, metadata: dict[str, str], kind: str) -> dict[s
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
     try:
-        description = json.loads(text)
+        description = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: its description is not JSON ({error}).") from error
     if not isinstance(description, dict):
@@ -168,9 +182,8 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
     return description
 
 
-def _spec(handle: Any, name: str) -> TensorSpec:
-    view = handle.get_slice(name)
-    return TensorSpec(tuple(view.get_shape()), view.get_dtype())
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,4 +215,9 @@ def _digest_parts(
     for name, tensor in sorted(tensors.items()):
         shape = ",".join(map(str, tensor.shape))
         yield f"{name} {DTYPE_NAMES[tensor.dtype]} {shape}".encode()
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        yield _bytes(tensor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

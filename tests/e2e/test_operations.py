@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from sixfold import TurboQuantCache
+from sixfold.errors import SixfoldError
 from tests.e2e.decoding import Batch, batch, forward, relative_error
 from tests.e2e.models import tiny_model
 from tests.memory import storage_bytes
@@ -117,6 +118,39 @@ def test_crop_to_nothing_and_reset(name: str, fused: bool) -> None:
             assert all(map(torch.equal, ours, before))
     cache.crop(0)
     assert cache.get_seq_length() == data.prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("gemma2", {}, 100),
+        ("gemma2", {"skip_layers": [0]}, 100),
+        ("gemma2", {"skip_layers": [1]}, 100),
+        ("smollm3", {}, -3),
+        ("lfm2", {}, 3),
+        ("qwen3-next", {}, 3),
+    ],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_crop_that_is_refused_changes_no_layer(
+    name: str, options: dict[str, Any], count: int, reverse: bool
+) -> None:
+    data = batch((248, 248))
+    cache = TurboQuantCache.for_model(tiny_model(name), recent_window=0, **options)
+    if name == "qwen3-next":
+        cache.activate_past_recording()  # whose convolutions, then, would let go of tokens
+    run(name, cache, data, 0, data.prompt)
+    twin = cache.fork()
+    before = [x.clone() for x in cache.tensors()]
+    if reverse:
+        cache.layers.reverse()
+    with pytest.raises(SixfoldError, match=r"cannot remove|minus the number"):
+        cache.crop(-count)
+    if reverse:
+        cache.layers.reverse()
+    assert all(map(torch.equal, before, cache.tensors()))
+    ours, theirs = (run(name, c, data, data.prompt, data.prompt + 1) for c in (cache, twin))
+    assert torch.equal(ours, theirs)
 
 
 @names

@@ -229,7 +229,7 @@ def test_random_bit_flips(saved: Path) -> None:
 
 def test_foreign_files(tmp_path: Path) -> None:
     model = tiny_model("llama-64", "sixfold")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(IsADirectoryError):
         load(tmp_path)
     torch.save({"keys": torch.ones(3)}, tmp_path / "pickle")
     model.save_pretrained(tmp_path / "model")

@@ -1,10 +1,16 @@
 """The file container: what is written is read back, and nothing else is."""
 
+import errno
+import itertools
 import json
+import os
 import pickle
+import stat
 import struct
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,6 +112,52 @@ def test_files_are_readable_by_whom_the_umask_says(saved: Path, tmp_path: Path) 
     assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_a_file_that_is_replaced_hands_on_its_mode(mode: int, saved: Path) -> None:
+    saved.chmod(mode)
+    write_container(saved, KIND, {"new": 1}, tensors())
+    assert stat.S_IMODE(saved.stat().st_mode) == mode
+    assert read(saved)[0] == {"new": 1}
+
+
+def test_what_replaces_a_secret_is_one_all_along(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.chmod(0o600)
+    written = io.save_file
+    modes = []
+
+    def spying(tensors: Any, filename: Any, metadata: Any) -> None:
+        written(tensors, filename, metadata)
+        modes.append(stat.S_IMODE(Path(filename).stat().st_mode))
+
+    monkeypatch.setattr(io, "save_file", spying)
+    write_container(saved, KIND, {}, tensors())
+    assert modes == [0o600]
+
+
+def test_a_link_is_followed(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link, dangling = folder / "link", folder / "dangling"
+    link.symlink_to(saved)
+    dangling.symlink_to("later")
+    for path in (link, dangling):
+        write_container(path, KIND, {"new": 1}, {})
+        assert path.is_symlink()
+        assert read(path) == ({"new": 1}, {})
+    assert read(saved)[0] == read(folder / "later")[0] == {"new": 1}
+    assert {path.name for path in folder.iterdir()} == {"link", "dangling", "later"}
+
+
+@pytest.mark.parametrize("length", [200, 237, 238, 255])
+def test_names_as_long_as_names_can_be(length: int, tmp_path: Path) -> None:
+    path = tmp_path / ("n" * length)
+    for number in (1, 2):
+        write_container(path, KIND, {"number": number}, tensors())
+        assert read(path)[0] == {"number": number}
+
+
 # ---------------------------------------------------------------- writing that fails
 
 
@@ -144,9 +196,38 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(FileNotFoundError, match=path.name):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*nothing"):
+        read(tmp_path / "nothing")
+
+
+def test_a_folder_is_called_one(saved: Path) -> None:
+    for act in (read, lambda path: write_container(path, KIND, {}, {})):
+        with pytest.raises(IsADirectoryError, match=f"is a directory.*{saved.parent.name}"):
+            act(saved.parent)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_pipes_and_devices_are_neither_read_nor_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/null")):
+        # Without anyone at its other end, a pipe would be waited for.
+        with pytest.raises(OSError, match="is a pipe, socket or device"):
             read(path)
+    with pytest.raises(OSError, match="is a pipe, socket or device"):
+        write_container(pipe, KIND, {}, {})
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_file_that_may_not_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved.chmod(0)
+    if os.access(saved, os.R_OK):  # a privileged user may read anything
+        error = PermissionError(errno.EACCES, "Permission denied", str(saved))
+        monkeypatch.setattr(os, "open", Mock(side_effect=error))
+        monkeypatch.setattr(io, "safe_open", Mock(side_effect=error), raising=False)
+    with pytest.raises(PermissionError, match=saved.name):
+        read(saved)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +277,10 @@ def test_another_version(version: str, saved: Path) -> None:
         read(saved)
 
 
-@pytest.mark.parametrize("description", ["", "[]", "1", "{", "nan", "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "description",
+    ["", "[]", "1", "{", "nan", '{"x": NaN}', '{"x": -Infinity}', "[" * 100_000, "9" * 5000],
+)
 def test_a_description_that_is_no_object(description: str, saved: Path) -> None:
     data = saved.read_bytes()
     header = header_of(data)
@@ -227,6 +311,84 @@ def test_every_single_bit_flip(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(SixfoldError):
             read(path)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_container(path, KIND, {}, {"x": torch.arange(100_000), "y": torch.arange(100_000)})
+    with open_container(path, KIND) as container:
+        os.truncate(path, path.stat().st_size // 3)
+        with pytest.raises(FormatError, match="cut short"):
+            container.read()
+
+
+def test_a_file_that_is_replaced_while_it_is_read(saved: Path) -> None:
+    with open_container(saved, KIND) as container:
+        write_container(saved, KIND, {"new": 1}, {"new": torch.ones(1000)})
+        assert all(torch.equal(container.read()[name], x) for name, x in tensors().items())
+
+
+def test_reading_beside_someone_who_saves(tmp_path: Path) -> None:
+    """Whatever is read is one of the files that were written, whole."""
+    path, sizes = tmp_path / "file", (3, 1000)
+    for size in sizes:
+        write_container(tmp_path / str(size), KIND, {"size": size}, {"x": torch.full((size,), 1.5)})
+    stop = threading.Event()
+
+    def save() -> None:
+        for size in itertools.cycle(sizes):
+            # What `write_container` ends with, as often as can be.
+            os.link(tmp_path / str(size), tmp_path / "next")
+            os.replace(tmp_path / "next", path)  # noqa: PTH105
+            if stop.is_set():
+                return
+
+    write_container(path, KIND, {"size": 0}, {"x": torch.zeros(0)})
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for _ in range(3000):
+            description, found = read(path)
+            assert found["x"].tolist() == [1.5] * description["size"]
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shape": [5, 3], "dtype": "I32"}, "dtype"),
+        ({"shape": [2**62, 4], "data_offsets": [0, 0]}, "shape"),
+        ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, "shape"),
+        ({"shape": [-3, -5]}, "shape"),
+        ({"shape": [15.0]}, "shape"),
+        ({"shape": [True, 15]}, "shape"),
+        ({"data_offsets": [15, 0]}, "lies at"),
+        ({"data_offsets": [0, 15, 15]}, "offsets"),
+        ({"data_offsets": [10**30, 10**30 + 15]}, "lies at"),
+        ({"more": 1}, "has no dtype"),
+    ],
+)
+def test_a_tensor_that_lies_nowhere(change: dict[str, Any], reason: str, saved: Path) -> None:
+    write_container(saved, KIND, {}, {"codes": tensors()["codes"]})
+    data = saved.read_bytes()
+    header = header_of(data)
+    header["codes"] |= change
+    saved.write_bytes(with_header(data, header))
+    with pytest.raises(FormatError, match=rf"not a Sixfold file.*{reason}"):
+        read(saved)
+
+
+def test_a_name_that_occurs_twice(saved: Path) -> None:
+    write_container(saved, KIND, {}, {"codes": tensors()["codes"]})
+    data = saved.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    entry = json.dumps(header_of(data)["codes"]).encode()
+    text = data[8 : 8 + size].rstrip()[:-1] + b',"codes":' + entry + b"}"
+    saved.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    with pytest.raises(FormatError, match="twice"):
+        read(saved)
 
 
 # ---------------------------------------------------------------- validation before allocation

@@ -241,7 +241,7 @@ class CompressedLayer:
         self._evict()
 
     def check_crop(self, count: int) -> None:
-        """Refuse what `crop` would.
+        """Refuse what `crop` would; changes nothing.
 
         Raises:
             SixfoldError: A sliding window has already forgotten tokens the remaining ones need.

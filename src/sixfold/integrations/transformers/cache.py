@@ -24,7 +24,7 @@ from sixfold.integrations.transformers.config import (
 )
 from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
-from sixfold.integrations.transformers.passes import ForwardPass, check_crop, common_length, grows
+from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
     fill,
@@ -232,16 +232,16 @@ class TurboQuantCache(Cache):
         """
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         length = common_length(growing)
-        for layer in growing:
-            check_crop(layer, layer.get_seq_length() - length)
+        ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
+        for layer, surplus in ahead:
+            _check_crop(layer, -surplus)
         if self._pass.states and not self._pass.complete(self.layers):
             raise SixfoldError(
                 "convolution and recurrent states that a forward pass has replaced are gone: "
                 "reset the cache, and prefill again."
             )
-        for layer in growing:
-            if surplus := layer.get_seq_length() - length:
-                layer.crop(-surplus)
+        for layer, surplus in ahead:
+            layer.crop(-surplus)
         self._pass.restart()
         return length
 
@@ -279,6 +279,18 @@ class TurboQuantCache(Cache):
     def tensors(self) -> list[Tensor]:
         """Every tensor held by any layer."""
         return [x for layer in self.layers for x in _tensors(layer)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
+
+        Raises:
+            SixfoldError: The number is positive, a sliding window or a convolution has moved on, or
+                a layer's recurrent state cannot be taken back.
+        """
+        for layer in self.layers:
+            _check_crop(layer, tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self._pass.restart()
 
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied."""
@@ -461,6 +473,22 @@ def _move(layer: Any, device: torch.device | None, dtype: torch.dtype | None) ->
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)
+
+
+def _check_crop(layer: Any, tokens_to_remove: int) -> None:
+    """Refuse what a layer's `crop` would, or should; changes nothing."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.check_crop(tokens_to_remove)
+    recurrent = getattr(layer, "is_recurrent_states_initialized", {})
+    if tokens_to_remove and any(recurrent.values()):
+        raise SixfoldError(
+            f"cannot remove tokens: the recurrent state of a {type(layer).__name__} cannot be "
+            "taken back; fork the cache before generating tokens that may be removed."
+        )
+    try:
+        forked(layer).crop(tokens_to_remove)
+    except (RuntimeError, ValueError) as error:
+        raise SixfoldError(f"cannot remove tokens: {error}") from error
 
 
 def _uncompressed(layer: Any) -> int:

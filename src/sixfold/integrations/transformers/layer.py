@@ -106,16 +106,26 @@ class TurboQuantLayer(CacheLayerMixin):
         Raises:
             SixfoldError: The number is positive, or a sliding window has moved on.
         """
-        if tokens_to_remove > 0:
-            raise SixfoldError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
-            )
+        self.check_crop(tokens_to_remove)
         if self.store is None:
             return
         if -tokens_to_remove >= self.store.length:
             self.reset()
         else:
             self.store.crop(-tokens_to_remove)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` would; changes nothing.
+
+        Raises:
+            SixfoldError: The number is positive, or a sliding window has moved on.
+        """
+        if tokens_to_remove > 0:
+            raise SixfoldError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
+            )
+        if self.store is not None:
+            self.store.check_crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a sliding window until the next `crop` (assisted generation)."""

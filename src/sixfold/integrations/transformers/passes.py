@@ -119,29 +119,6 @@ def common_length(layers: Sequence[Any]) -> int:
     return min(held) if len(set(held)) > 1 else min(lengths, default=0)
 
 
-def check_crop(layer: Any, count: int) -> None:
-    """Refuse to remove `count` tokens from a layer that cannot.
-
-    Raises:
-        SixfoldError: A static layer, or a sliding window that has let go of what would be visible.
-    """
-    if not count:
-        return
-    if isinstance(layer, StaticTurboQuantLayer):
-        layer.refuse()
-    if isinstance(layer, TurboQuantLayer):
-        if layer.store is not None:
-            layer.store.check_crop(count)
-    elif isinstance(layer, DynamicSlidingWindowLayer):
-        held = 0 if layer.keys is None else layer.keys.shape[2]
-        forgotten = layer.get_seq_length() > held
-        if forgotten and not layer.record_past:
-            raise SixfoldError(
-                f"cannot remove {count} tokens: a sliding window has let go of tokens that would "
-                "be visible again. Reset the cache, and prefill again."
-            )
-
-
 def grows(layer: Any) -> bool:
     """Whether a layer counts the tokens of the text."""
     plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)

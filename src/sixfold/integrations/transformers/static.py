@@ -72,5 +72,5 @@ class StaticTurboQuantLayer(TurboQuantLayer):
         )
 
     adopt = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = refuse
-    offload = prefetch = move = fork = reset = activate_past_recording = refuse
+    offload = prefetch = move = fork = reset = check_crop = activate_past_recording = refuse
     __getstate__ = refuse

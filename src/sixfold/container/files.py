@@ -1,0 +1,58 @@
+"""Regular files: what may be replaced, and what may be read."""
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def existing(target: Path, path: str | os.PathLike[str]) -> os.stat_result | None:
+    """The file at `target` that will be replaced, if there is one.
+
+    Raises:
+        OSError: What is there is no regular file; called `path` in the message.
+    """
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        return None
+    _check_regular(found.st_mode, path)
+    return found
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(mode):
+        message = "is a directory, expected a file: add a name to it"
+        raise IsADirectoryError(errno.EISDIR, message, str(path))
+    if not stat.S_ISREG(mode):
+        message = "is a pipe, socket or device, expected a file: write and read files by their name"
+        raise OSError(errno.EINVAL, message, str(path))
+
+
+def hand_on_owner(replaced: os.stat_result, file: Path) -> None:
+    """Give `file` to the owner and group of the file it replaces, where the system lets us."""
+    own = file.stat()
+    if (own.st_uid, own.st_gid) != (replaced.st_uid, replaced.st_gid):
+        # Only a privileged user may give files away.
+        with contextlib.suppress(PermissionError):
+            os.chown(file, replaced.st_uid, replaced.st_gid)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a file, without waiting for whoever would write to a pipe.
+
+    Raises:
+        OSError: There is none, it may not be read, or it is no regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+    try:
+        _check_regular(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
