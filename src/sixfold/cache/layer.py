@@ -92,6 +92,8 @@ class CompressedLayer:
         Raises:
             ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
         """
+        if not torch.is_grad_enabled():
+            keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
         _check_same(self.window, new)
         self.window = self.window.append(new) if self.window.tokens else new

@@ -188,9 +188,9 @@ class TurboQuantCache(Cache):
         """
         if torch.compiler.is_compiling():
             return self._update_traced(key_states, value_states, layer_idx)
-        self._pass.enter(self.layers, layer_idx)
+        self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._pass.reached.add(layer_idx)
+        self._pass.leave(layer_idx)
         return updated
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
@@ -205,14 +205,16 @@ class TurboQuantCache(Cache):
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Replace a convolution state; like `update`, it notices an interrupted forward pass."""
-        self._pass.enter_state(self.layers, layer_idx, "conv", state_idx)
+        if not torch.compiler.is_compiling():
+            self._pass.enter_state(self.layers, layer_idx, "conv", state_idx)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Replace a recurrent state; like `update`, it notices an interrupted forward pass."""
-        self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
+        if not torch.compiler.is_compiling():
+            self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def recover(self) -> int:
@@ -231,7 +233,9 @@ class TurboQuantCache(Cache):
                 replaced the one before): `reset`, and prefill again. Nothing is changed.
         """
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
-        length = common_length(growing)
+        if not (length := common_length(growing)):
+            self.reset()
+            return 0
         ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
         for layer, surplus in ahead:
             _check_crop(layer, -surplus)

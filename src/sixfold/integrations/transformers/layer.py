@@ -1,6 +1,7 @@
 """One compressed attention layer behind transformers' cache-layer interface."""
 
 import copy
+import io
 from functools import reduce
 from typing import Any, Self, cast
 
@@ -184,20 +185,21 @@ class TurboQuantLayer(CacheLayerMixin):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in a file: codes that others share are copied, and nothing refers to other caches.
         state = dict(self.__dict__)
         if self.store is not None:
-            described, tensors = layer_state(self.store)
-            state["store"] = {**described, "detached": self.store.detached}, tensors
+            # By value, as in a file: processes would share tensors, and write to each other's.
+            file = io.BytesIO()
+            torch.save((*layer_state(self.store), self.store.detached), file)
+            state["store"] = file.getvalue()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, store=None)
         if state["store"] is not None:
-            described, tensors = state["store"]
-            store = restore_layer(described, tensors, self.policy, self.sliding_window)
-            # What a file does not hold.
-            store.detached = described["detached"]
+            file = io.BytesIO(state["store"])
+            description, tensors, detached = torch.load(file, weights_only=True)
+            store = restore_layer(description, tensors, self.policy, self.sliding_window)
+            store.detached = detached
             self.adopt(store)
             self.move(tensors["padding"].device)
 

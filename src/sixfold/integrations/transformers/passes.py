@@ -1,6 +1,6 @@
 """Notices a forward pass that was interrupted between layers, before it makes anything wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -26,11 +26,12 @@ class ForwardPass:
         reached: Layers of those that the pass has added its tokens to.
         states: Convolution and recurrent states that it has replaced.
         before: Tokens that layers held before the pass; None until it reaches one that counts them.
+        tokens: Tokens that the pass adds to each; None likewise.
         started: Whether there were states to continue, as far as is known.
     """
 
-    def __init__(self, growing: Sequence[int]) -> None:
-        self.growing = tuple(growing)
+    def __init__(self, growing: Iterable[int]) -> None:
+        self.growing = frozenset(growing)
         self.restart()
 
     def restart(self) -> None:
@@ -38,21 +39,24 @@ class ForwardPass:
         self.reached: set[int] = set()
         self.states: set[tuple[int, str, int]] = set()
         self.before: int | None = None
+        self.tokens: int | None = None
         self.started: bool | None = None
 
     def copy(self) -> "ForwardPass":
         """Another of the same state, for a fork of the cache."""
         twin = ForwardPass(self.growing)
         twin.reached, twin.states = set(self.reached), set(self.states)
-        twin.before, twin.started = self.before, self.started
+        twin.before, twin.tokens, twin.started = self.before, self.tokens, self.started
         return twin
 
-    def enter(self, layers: Sequence[Any], index: int) -> None:
+    def enter(self, layers: Sequence[Any], index: int, tokens: int) -> None:
         """Check that layer `index` may add the tokens of this pass, or of the next.
 
         Raises:
             SixfoldError: Layers differ in what they have seen.
         """
+        if index not in self.growing:
+            return
         if index in self.reached:
             self._next(layers)
         elif not self.reached:
@@ -61,12 +65,21 @@ class ForwardPass:
             return
         held = layers[index].get_seq_length()
         if self.before is None:
-            self.before = held
-        if held != self.before or self.started not in (None, self.before > 0):
+            self.before, self.tokens = held, tokens
+        if held != self.before or self.started not in (None, held > 0):
             raise SixfoldError(
                 f"layer {index} holds {held} tokens where others held {self.before} before this "
                 f"forward pass: {_HOW}"
             )
+        if tokens != self.tokens:
+            raise SixfoldError(
+                f"layer {index} gets {tokens} tokens where others got {self.tokens}: {_HOW}"
+            )
+
+    def leave(self, index: int) -> None:
+        """Note that layer `index` has added its tokens."""
+        if index in self.growing:
+            self.reached.add(index)
 
     def enter_state(self, layers: Sequence[Any], index: int, kind: str, number: int) -> None:
         """The same for a convolution or recurrent state.
@@ -104,7 +117,7 @@ class ForwardPass:
         # What a pass has reached, every length checked on the way, needs no second look.
         if len(self.reached) == len(self.growing):
             return
-        lengths = {i: n for i in self.growing if (n := _length(layers[i]))}
+        lengths = {i: n for i in sorted(self.growing) if (n := _length(layers[i]))}
         if len(set(lengths.values())) > 1:
             raise SixfoldError(f"layers hold different numbers of tokens, {lengths}: {_HOW}")
 
