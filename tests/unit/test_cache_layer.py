@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sixfold.cache import CachePolicy
+from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.encode import Side, encode_pages
@@ -436,3 +436,92 @@ def test_inference_mode_may_come_and_go() -> None:
     layer.append(keys, values)
     layer.attend(query, scaling=shape.scaling).sum().backward()
     assert query.grad is not None
+
+
+def attend(layer: CompressedLayer, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    query, keys, values = tokens
+    layer.append(keys, values)
+    return layer.attend(query, scaling=query.shape[-1] ** -0.5)
+
+
+def test_one_pass_has_its_gradients() -> None:
+    tokens = [x.requires_grad_() for x in Shape().tokens(150)]
+    query, keys, values = tokens
+    attend(Shape().layer(), (query, keys, values)).square().sum().backward()
+    twin = [x.detach().requires_grad_() for x in tokens]
+    oracle(*twin, Shape().scaling).square().sum().backward()
+    for ours, theirs in zip(tokens, twin, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("recent_window", [0, 500])
+@pytest.mark.parametrize("read", ["attend", "dequantized"])
+def test_gradients_through_cached_tokens_are_refused(read: str, recent_window: int) -> None:
+    """Where they would be missing, and only there."""
+    shape, policy = Shape(), CachePolicy(recent_window=recent_window)
+    trained, constant = shape.layer(policy), shape.layer(policy)
+    query, keys, values = shape.tokens(150)
+    attend(trained, (query, keys.requires_grad_(), values))
+    with torch.no_grad():
+        attend(constant, (query, keys, values))
+
+    def loss(layer: CompressedLayer, needs: bool = True) -> Tensor:
+        query, keys, values = (x.requires_grad_(needs) for x in shape.tokens(3, 1))
+        layer.append(keys, values)
+        if read == "dequantized":
+            return layer.dequantized()[0].sum()
+        return layer.attend(query, scaling=shape.scaling).sum()
+
+    loss(constant).backward()
+    with torch.no_grad():
+        assert not loss(trained.fork()).requires_grad
+    # Also where nothing else would ask for the gradient.
+    for needs in (True, False):
+        with pytest.raises(SixfoldError, match="no gradient passes through cached tokens"):
+            loss(trained.fork(), needs).backward()
+    trained.reset()
+    loss(trained).backward()
+
+
+# ---------------------------------------------------------------- surroundings
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_autocast_does_not_matter(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    shape = Shape(dtype=dtype)
+    layer, twin = shape.layer(), shape.layer()
+    for count, seed in ((150, 0), (40, 1), (90, 2), (1, 3)):
+        expected = attend(twin, shape.tokens(count, seed))
+        with torch.autocast("cpu", dtype=autocast):
+            out = attend(layer, shape.tokens(count, seed))
+            held = layer.dequantized()
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, held, twin.dequantized()))
+
+
+def test_queries_of_another_dtype() -> None:
+    layer, twin = Shape().layer(), Shape().layer()
+    for count, seed in ((150, 0), (1, 1)):
+        query, keys, values = Shape().tokens(count, seed)
+        query = query.bfloat16()
+        expected = attend(twin, (query.float(), keys, values))
+        out = attend(layer, (query, keys, values))
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, expected.bfloat16())
+
+
+@pytest.mark.parametrize("sliding_window", [None, 60])
+@pytest.mark.parametrize("columns", [1, -1, -10])
+def test_a_mask_for_another_number_of_tokens(columns: int, sliding_window: int | None) -> None:
+    """It was made for another cache: nothing tells which tokens it means."""
+    layer = Shape().layer(sliding_window=sliding_window)
+    feed(layer, Shape().tokens(150))
+    query, keys, values = Shape().tokens(3, 1)
+    layer.append(keys, values)
+    smallest = layer.length if sliding_window is None else 62
+    mask = torch.ones(2, 1, 3, (layer.length if columns > 0 else smallest) + columns).bool()
+    with pytest.raises(ShapeError, match=f"got one over {mask.shape[3]}"):
+        layer.attend(query, scaling=1.0, mask=mask)
+    layer.attend(query, scaling=1.0, mask=torch.ones(2, 1, 3, smallest).bool())

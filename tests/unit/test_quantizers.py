@@ -111,6 +111,18 @@ def test_codes_keep_no_graph(quantizer: Any) -> None:
     torch.testing.assert_close(queries.grad, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_matter(quantizer: Any, dtype: torch.dtype) -> None:
+    x, queries = gaussian(20, DIM, seed=0), gaussian(3, DIM, seed=1)
+    codes = quantizer.encode(x)
+    decoded, scores = quantizer.decode(codes), quantizer.scores(queries, codes)
+    with torch.autocast("cpu", dtype=dtype):
+        within = quantizer.encode(x)
+        assert torch.equal(quantizer.decode(codes), decoded)
+        assert torch.equal(quantizer.scores(queries, codes), scores)
+    assert torch.equal(quantizer.decode(within), decoded)
+
+
 def test_default_dtype_does_not_matter(quantizer: Any) -> None:
     torch.set_default_dtype(torch.float64)
     try:

@@ -88,10 +88,10 @@ class DenseTokens:
         attended = None if self.attended is None else self.attended[rows]
         return type(self)(self.keys[rows], self.values[rows], attended)
 
-    def to(self, device: torch.device) -> Self:
-        """The same tokens on another device."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """The same tokens on another device, in another dtype if one is given."""
         attended = None if self.attended is None else self.attended.to(device)
-        return type(self)(self.keys.to(device), self.values.to(device), attended)
+        return type(self)(self.keys.to(device, dtype), self.values.to(device, dtype), attended)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""

@@ -12,10 +12,12 @@ from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
 from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
+from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.pages import PagedHistory, Run
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.encode import store_pages
@@ -39,6 +41,7 @@ class CompressedLayer:
         padding: Left-padding tokens of every sequence, as far as masks have shown any.
         evicted: Tokens forgotten because they left the sliding window.
         record_past: Keep tokens that left the window until the next `crop` (assisted generation).
+        detached: Whether tokens held came with a graph that was not kept.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class CompressedLayer:
         self.query_energy: QueryEnergy | None = None
         self.evicted = 0
         self.record_past = False
+        self.detached = False
 
     @property
     def held(self) -> int:
@@ -77,6 +81,7 @@ class CompressedLayer:
         """Tokens a sequence ever seen."""
         return self.evicted + self.held
 
+    @outside_autocast
     def append(
         self,
         keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -87,10 +92,17 @@ class CompressedLayer:
         Raises:
             ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
         """
+        if not torch.is_grad_enabled():
+            keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
         _check_same(self.window, new)
         self.window = self.window.append(new) if self.window.tokens else new
 
+    def take_back(self, count: int) -> None:
+        """Undo an `append` of `count` tokens that have not been attended."""
+        self.window = self.window.copy_slice(0, self.window.tokens - count)
+
+    @outside_autocast
     def attend(
         self,
         query: Float[Tensor, "batch heads queries key_dim"],
@@ -103,7 +115,7 @@ class CompressedLayer:
         """Attention of the newest tokens' queries over everything held, then `compress`.
 
         Args:
-            query: Queries of the last tokens appended.
+            query: Queries of the last tokens appended, in any dtype.
             scaling: Factor of the logits.
             mask: Attended tokens, the last column the newest; tokens held beyond the first column
                 are not attended. Causal (and sliding) without.
@@ -112,8 +124,13 @@ class CompressedLayer:
 
         Returns:
             The output in the dtype of `query`. While nothing is compressed it is exact.
+
+        Raises:
+            ShapeError: The mask is for another number of tokens than are held.
         """
+        dtype, query = query.dtype, query.to(self.window.keys.dtype)
         if mask is not None:
+            self._check_mask(mask)
             mask = fit_mask(mask, self.held)
         if self.prefix is None:
             self._observe(query, mask)
@@ -145,9 +162,12 @@ class CompressedLayer:
                 softcap=softcap,
                 sink_logits=sink_logits,
             )
+        if self.detached and torch.is_grad_enabled():
+            out = refuse_gradient(out)
         self.compress()
-        return out
+        return out.to(dtype)
 
+    @outside_autocast
     def dequantized(
         self,
     ) -> tuple[
@@ -155,6 +175,12 @@ class CompressedLayer:
         Float[Tensor, "batch kv_heads tokens value_dim"],
     ]:
         """Every token held, decoded to the model's dtype: as large as the uncompressed layer."""
+        keys, values = self._decoded()
+        if self.detached and torch.is_grad_enabled():
+            return refuse_gradient(keys), refuse_gradient(values)
+        return keys, values
+
+    def _decoded(self) -> tuple[Tensor, Tensor]:
         if self.prefix is None:
             return self.window.keys, self.window.values
         key_map, dtype = self.prefix.key_map, self.window.keys.dtype
@@ -167,12 +193,14 @@ class CompressedLayer:
         self.prefix.overwrite(all_values, self.prefix.sinks.values)
         return all_keys, all_values
 
+    @outside_autocast
     @torch.no_grad()
     def compress(self) -> None:
         """Turn all but the recent window into codes, whole pages at a time.
 
         What is held afterwards has no history for autograd.
         """
+        self.detached |= self.window.keys.requires_grad or self.window.values.requires_grad
         if not self.record_past:
             self._evict()
         pages = (self.window.tokens - self.policy.recent_window) // PAGE_TOKENS
@@ -234,7 +262,7 @@ class CompressedLayer:
         self.window = self.window.copy_slice(0, 0)
         self.history.keep_first(0)
         self.padding = torch.zeros_like(self.padding)
-        self.prefix, self.query_energy, self.evicted = None, None, 0
+        self.prefix, self.query_energy, self.evicted, self.detached = None, None, 0, False
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep, repeat or reorder sequences of the batch: codes are shared, not copied."""
@@ -259,14 +287,19 @@ class CompressedLayer:
         twin.history = self.history.fork()
         return twin
 
-    def to(self, device: torch.device) -> None:
-        """Move everything held, or nothing where there is no room for all of it."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move everything held, or nothing where there is no room for all of it.
+
+        Args:
+            device: Where to.
+            dtype: Of tokens that are not compressed; as it is by default.
+        """
         moved = self.fork()
-        moved.window, moved.padding = self.window.to(device), self.padding.to(device)
+        moved.window, moved.padding = self.window.to(device, dtype), self.padding.to(device)
         if self.query_energy is not None:
             moved.query_energy = QueryEnergy(self.query_energy.squares.to(device))
         if self.prefix is not None:
-            moved.prefix = self.prefix.to(device)
+            moved.prefix = self.prefix.to(device, dtype)
         moved.history.to(device)
         self.__dict__.update(moved.__dict__)
 
@@ -280,6 +313,18 @@ class CompressedLayer:
             held += self.key_coder.tables(self.padding.device)
             held += self.value_coder.tables(self.padding.device)
         return held + self.history.tensors()
+
+    def _check_mask(self, mask: Mask) -> None:
+        """Columns must be tokens held; only a sliding layer may hold more than is asked for."""
+        visible = self.held
+        if self.sliding_window is not None:
+            visible = min(visible, self.sliding_window - 1 + mask.shape[2])
+        if not visible <= mask.shape[3] <= self.length:
+            raise ShapeError(
+                f"expected a mask over {visible} to {self.length} tokens, as many as the layer "
+                f"holds, got one over {mask.shape[3]}: it was made for another cache, or for one "
+                "whose layers differed in length."
+            )
 
     @torch.no_grad()
     def _observe(
@@ -335,6 +380,12 @@ def _check_same(held: DenseTokens, new: DenseTokens) -> None:
             f"expected a value for every key, got {new.keys.shape[2]} keys and "
             f"{new.values.shape[2]} values a sequence."
         )
+    if (old := _dtypes(held)) != (fresh := _dtypes(new)) and held.keys.device == new.keys.device:
+        raise ShapeError(
+            f"this layer holds keys and values of {old[0]} and {old[1]}, got {fresh[0]} and "
+            f"{fresh[1]}: convert what it holds, as cache.to(dtype={fresh[0]}) does, when the "
+            "dtype of the model changes."
+        )
     for name in ("keys", "values"):
         old, fresh = getattr(held, name), getattr(new, name)
         expected = (*old.shape[:2], old.shape[3], old.dtype, old.device)
@@ -344,3 +395,7 @@ def _check_same(held: DenseTokens, new: DenseTokens) -> None:
                 f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
                 f"{got}; reset the cache or select its batch rows before changing the batch."
             )
+
+
+def _dtypes(tokens: DenseTokens) -> tuple[torch.dtype, torch.dtype]:
+    return tokens.keys.dtype, tokens.values.dtype

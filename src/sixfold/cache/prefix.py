@@ -96,10 +96,10 @@ class Prefix:
         sinks = self.sinks
         return [sinks.keys, sinks.values, self.padding, self.count, key_map.mean, key_map.scale]
 
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """The same on another device, sinks in another dtype if one is given."""
         return type(self)(
-            self.sinks.to(device),
+            self.sinks.to(device, dtype),
             self.padding.to(device),
             self.count.to(device),
             KeyMap(self.key_map.mean.to(device), self.key_map.scale.to(device)),

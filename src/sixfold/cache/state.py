@@ -16,6 +16,7 @@ from sixfold.cache.prefix import Prefix
 from sixfold.cache.validate import check_values
 from sixfold.errors import FormatError
 from sixfold.io import DTYPE_NAMES, TensorSpec
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.packing import PAGE_TOKENS
 
 # Far beyond any real count, and no sum of a few of them overflows.
@@ -23,6 +24,7 @@ MOST = 2**48
 _PAGE_TENSORS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 
+@outside_autocast
 def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Describe a layer and name its tensors; pages are listed in order, shared ones repeated.
 

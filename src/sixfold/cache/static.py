@@ -12,6 +12,7 @@ from sixfold.cache.dense import DenseTokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
 from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
@@ -31,6 +32,7 @@ class StaticLayer:
         recent: Tokens in the window.
     """
 
+    @outside_autocast
     def __init__(self, layer: CompressedLayer, max_tokens: int) -> None:
         """Copy what `layer` holds.
 
@@ -95,6 +97,7 @@ class StaticLayer:
         self.lengths = torch.nn.functional.pad(lengths, (0, more))
         self.pages = torch.tensor([held], device=device)
 
+    @outside_autocast
     @torch.no_grad()
     def append(
         self,
@@ -126,6 +129,7 @@ class StaticLayer:
         self.window_values.index_copy_(2, self.recent, values)
         self.recent += 1
 
+    @outside_autocast
     @torch.no_grad()
     def attend(
         self,

@@ -13,6 +13,7 @@ from sixfold.errors import SixfoldError
 from sixfold.kernels import decode as decoding
 from sixfold.kernels import encode as encoding
 from sixfold.kernels import scores as scoring
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits, check_bits
 from sixfold.quantizers._checks import check_queries, check_vectors
@@ -63,6 +64,7 @@ class TurboQuantMSE:
         rotation, book = self._rotation, centroids(self.dim, self.bits, device)
         return rotation.turns(device), rotation.factor(device), book
 
+    @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> MSECodes:
         """Compress vectors to `bits` bits per coordinate and one 16-bit scale.
 
@@ -84,6 +86,7 @@ class TurboQuantMSE:
         )
         return MSECodes(self, packed, scales)
 
+    @outside_autocast
     def decode(self, codes: MSECodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
 
@@ -94,6 +97,7 @@ class TurboQuantMSE:
         tables = self._tables(codes.device)
         return decoding.decode(codes.packed, codes.scales, *tables, dim=self.dim, bits=self.bits)
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: MSECodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

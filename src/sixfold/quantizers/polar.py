@@ -10,6 +10,7 @@ from torch import Tensor
 from sixfold.codebooks import polar_angles
 from sixfold.codes import PolarCodes, checked
 from sixfold.errors import SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import lookup
 from sixfold.kernels._normalize import normalize
 from sixfold.kernels._tiles import tiles
@@ -68,6 +69,7 @@ class PolarQuant:
         padding = self._rotation.dim - self.dim
         return self._rotation.rotate(torch.nn.functional.pad(x, (0, padding)))
 
+    @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> PolarCodes:
         """Compress vectors to angles and one 16-bit radius per 2^L coordinates.
 
@@ -110,6 +112,7 @@ class PolarQuant:
             radii = torch.stack((radii * cosine, radii * sine), dim=-1).flatten(-2)
         return radii
 
+    @outside_autocast
     def decode(self, codes: PolarCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
 
@@ -119,6 +122,7 @@ class PolarQuant:
         codes = checked(codes, PolarCodes, self)
         return self._rotation.rotate(self._expand(codes), inverse=True)[..., : self.dim]
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: PolarCodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

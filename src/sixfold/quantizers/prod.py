@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sixfold.codes import ProdCodes, checked
 from sixfold.errors import SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.packing import BITS, Bits, check_bits
 from sixfold.quantizers._checks import check_queries, check_vectors
 from sixfold.quantizers.mse import TurboQuantMSE
@@ -59,6 +60,7 @@ class TurboQuantProd:
     def _qjl(self) -> QJL:
         return QJL(self.dim, self.dim, self.projection, self.seed)
 
+    @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> ProdCodes:
         """Compress vectors to `bits` bits per coordinate, a scale and a residual norm.
 
@@ -75,6 +77,7 @@ class TurboQuantProd:
         mse = self._mse.encode(x)
         return ProdCodes(self, self._qjl.encode(x - self._mse.decode(mse)), mse)
 
+    @outside_autocast
     def decode(self, codes: ProdCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors without bias (and with more variance than `TurboQuantMSE`).
 
@@ -87,6 +90,7 @@ class TurboQuantProd:
             return residual
         return self._mse.decode(codes.mse) + residual
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: ProdCodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sixfold.codes import QJLCodes, checked
 from sixfold.errors import SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._normalize import normalize
 from sixfold.kernels._tiles import tiles
@@ -87,6 +88,7 @@ class QJL:
     def _weight(self) -> float:
         return 1 / (self.projections * _mean_magnitude(self.dim, self.projection))
 
+    @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> QJLCodes:
         """Compress vectors to `projections` signs and a 16-bit norm.
 
@@ -109,6 +111,7 @@ class QJL:
         rows = torch.cat(packed)
         return QJLCodes(self, rows.view(*batch, rows.shape[-1]), torch.cat(norms).view(batch))
 
+    @outside_autocast
     def decode(self, codes: QJLCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors without bias: ‖x‖·Sᵀ·sign(S·x) / (projections·E|⟨row, x⟩|).
 
@@ -120,6 +123,7 @@ class QJL:
         norms = decode_scale(codes.norms)[..., None]
         return signs @ self._matrix(codes.device) * (norms * self._weight)
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: QJLCodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

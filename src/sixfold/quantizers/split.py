@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sixfold.codes import SplitCodes, checked
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
@@ -67,6 +68,7 @@ class OutlierSplit:
     def _rest(self) -> TurboQuantMSE:
         return self._part(self.dim - self.outlier_channels, self.bits)
 
+    @outside_autocast
     def choose_channels(
         self, x: Float[Tensor, "*batch n dim"]
     ) -> Int[Tensor, "*batch {self.outlier_channels}"]:
@@ -75,6 +77,7 @@ class OutlierSplit:
         norms = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float64)
         return torch.topk(norms, self.outlier_channels, dim=-1).indices.sort(dim=-1).values
 
+    @outside_autocast
     def encode(
         self,
         x: Float[Tensor, "*batch n dim"],
@@ -106,6 +109,7 @@ class OutlierSplit:
         outlier = torch.zeros(shape, dtype=torch.uint8, device=channels.device)
         return outlier.scatter(-1, channels.long(), 1).argsort(dim=-1, stable=True)
 
+    @outside_autocast
     def decode(self, codes: SplitCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
 
@@ -117,6 +121,7 @@ class OutlierSplit:
         ordered = torch.cat(parts, dim=-1)
         return torch.empty_like(ordered).scatter(-1, self._order(codes.channels), ordered)
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: SplitCodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

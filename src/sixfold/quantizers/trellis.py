@@ -10,6 +10,7 @@ from torch import Tensor
 from sixfold.codes import TrellisCodes, checked
 from sixfold.errors import SixfoldError
 from sixfold.kernels import trellis
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 from sixfold.quantizers._checks import check_queries, check_vectors
@@ -65,6 +66,7 @@ class TrellisQuantizer:
         rotation, book = self._rotation, codewords(self.states, self.bits, device)
         return rotation.turns(device), rotation.factor(device), book
 
+    @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> TrellisCodes:
         """Compress vectors to `bits` bits per coordinate and one 16-bit scale.
 
@@ -85,6 +87,7 @@ class TrellisQuantizer:
         )
         return TrellisCodes(self, packed, scales)
 
+    @outside_autocast
     def decode(self, codes: TrellisCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
 
@@ -95,6 +98,7 @@ class TrellisQuantizer:
         tables = self._tables(codes.device)
         return trellis.decode(codes.packed, codes.scales, *tables, dim=self.dim, bits=self.bits)
 
+    @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: TrellisCodes
     ) -> Float32[Tensor, "*batch n_queries n"]:

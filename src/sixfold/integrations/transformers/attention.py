@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sixfold.cache import CompressedLayer, StaticLayer
+from sixfold.cache.gradients import refuse_gradient
 from sixfold.errors import UnsupportedModelError
 from sixfold.kernels.attention import exact_attention
 
@@ -16,52 +17,72 @@ NAME = "sixfold"
 
 
 class CodesHandle:
-    """Stands for the keys or values of a layer between `Cache.update` and the attention function.
+    """Stands for keys and values of a layer between `Cache.update` and the attention function.
 
     Model code may pass it on but not compute with it: there is no dense tensor to compute with.
-    The layer receives the new tokens only when they are attended, so an error before that loses
-    nothing.
+    A model that tries has not attended the new tokens: the layer forgets them, so that nothing is
+    lost once the model is as it should be.
+
+    Attributes:
+        store: The layer, which holds the new tokens already.
+        new: How many they are; None once they have been attended or taken back.
     """
 
     __slots__ = ("new", "store")
 
-    def __init__(self, store: CompressedLayer, new: Tensor) -> None:
+    def __init__(self, store: CompressedLayer, new: int) -> None:
         self.store = store
-        self.new: Tensor | None = new
+        self.new: int | None = new
 
-    def attend(self, values: "CodesHandle", query: Tensor, **options: Any) -> Tensor:
-        """Add the new tokens, these keys and those `values`, to the layer; attend to all it holds.
+    def attend(self, query: Tensor, **options: Any) -> Tensor:
+        """Attention over all that the layer holds.
 
         Raises:
-            UnsupportedModelError: Called again: the first call has turned them into codes.
+            UnsupportedModelError: Called again: the first call may have turned tokens into codes.
         """
-        keys, self.new = self.new, None
-        if keys is None or values.new is None:
+        if self.new is None:
             raise UnsupportedModelError(_misuse("attends twice to"))
-        self.store.append(keys, values.new)
+        self.new = None
         return self.store.attend(query, **options)
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise UnsupportedModelError(_misuse(f"reads `.{name}` of"))
+        # What Python and its tools look for of their own accord is not there.
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        raise self._refused(f"reads `.{name}` of")
 
     @classmethod
-    def __torch_function__(cls, func: Any, *_: Any) -> NoReturn:
-        raise UnsupportedModelError(_misuse(f"calls {getattr(func, '__name__', func)} on"))
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> NoReturn:
+        action = f"calls {getattr(func, '__name__', func)} on"
+        given = (*args, *(kwargs or {}).values())
+        handle = next((x for x in given if isinstance(x, cls)), None)
+        raise UnsupportedModelError(_misuse(action)) if handle is None else handle._refused(action)
+
+    def take_back(self) -> None:
+        """Let the layer forget the new tokens, if they have not been attended."""
+        if self.new is not None:
+            self.store.take_back(self.new)
+            self.new = None
+
+    def _refused(self, action: str) -> UnsupportedModelError:
+        self.take_back()
+        return UnsupportedModelError(_misuse(action))
 
 
 class StaticHandle:
     """A `CodesHandle` of a static layer: one that torch.compile can trace, without the guards."""
 
-    def __init__(self, layer: StaticLayer, new: Tensor) -> None:
+    def __init__(self, layer: StaticLayer) -> None:
         self.layer = layer
-        self.new = new
 
-    def attend(self, values: "StaticHandle", query: Tensor, **options: Any) -> Tensor:
-        """Add the new token to the layer; attend to all it holds."""
+    def attend(self, query: Tensor, **options: Any) -> Tensor:
+        """Attention over all that the layer holds."""
         # The layer knows the padding of its prefill, and causality needs no mask.
         del options["mask"]
-        self.layer.append(self.new, values.new)
-        return self.layer.attend(query, **options)
+        out = self.layer.attend(query, **options)
+        return refuse_gradient(out) if torch.is_grad_enabled() and query.requires_grad else out
 
 
 def register() -> None:
@@ -107,21 +128,51 @@ def attention_forward(
     """
     options: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux, "mask": attention_mask}
     options["scaling"] = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(key, Tensor) or not isinstance(value, Tensor):
+    if not isinstance(key, Tensor):
         if kwargs.get("position_bias") is not None:
+            if isinstance(key, CodesHandle):
+                key.take_back()
             raise UnsupportedModelError(
                 f"{type(module).__name__} adds a learned position bias to its logits, which "
                 "attention on codes does not do: use TurboQuantCache(model.config, ...) instead."
             )
-        # Of one update: keys' and values' handles are of one kind.
-        out = cast(Any, key).attend(value, query, **options)
+        # One update gives one handle for keys and values.
+        out = _attend(key, as_autocast(query), options)
     elif softcap is None and s_aux is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module,
+            query,
+            key,
+            cast(Tensor, value),
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,
         )
     else:
-        out = exact_attention(query, key, value, **options)
+        out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype in which autocast, where it is on, would hand it to attention."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _attend(handle: CodesHandle | StaticHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
+    if isinstance(handle, CodesHandle) and torch.compiler.is_compiling():
+        out: Tensor = _attend_untraced(handle, query, options)
+        return out
+    return handle.attend(query, **options)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_untraced(handle: CodesHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
+    # A growing layer is Python's business: it decides what to compress by numbers on the host.
+    return handle.attend(query, **options)
 
 
 def _misuse(action: str) -> str:

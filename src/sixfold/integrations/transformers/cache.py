@@ -1,6 +1,5 @@
 """`TurboQuantCache`: a transformers cache whose attention layers hold codes."""
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -19,17 +18,21 @@ from sixfold.integrations.transformers.config import (
     COMPRESSED_TYPES,
     attends_through_interface,
     coded_dims,
+    cross_attention_layers,
     layer_types,
     shared_layers,
 )
+from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.devices import execution_device, layer_devices
-from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
+from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
     fill,
     load_layers,
     save_cache,
 )
+from sixfold.integrations.transformers.wrappers import unwrapped
 from sixfold.packing import Bits
 
 
@@ -96,9 +99,12 @@ class TurboQuantCache(Cache):
         super().__init__(
             layers=[_cache_layer(*layer) for layer in zip(types, kwargs, policies, strict=True)]
         )
+        others = cross_attention_layers(config)
+        growing = [i for i, x in enumerate(self.layers) if grows(x) and i not in others]
+        self._pass = ForwardPass(growing)
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel, bits: Bits = 4, **options: Any) -> Self:
+    def for_model(cls, model: torch.nn.Module, bits: Bits = 4, **options: Any) -> Self:
         """A cache whose attention runs on the codes.
 
         Switches `model` to ``attn_implementation="sixfold"``, which computes exact attention for
@@ -107,18 +113,15 @@ class TurboQuantCache(Cache):
         tensors are handed out dequantized.
 
         Args:
-            model: A decoder-only model.
+            model: A decoder-only model, on its own or wrapped by PEFT, `torch.compile`, Accelerate
+                or data parallelism.
             bits: Bits a coordinate.
             options: Any argument of `TurboQuantCache`.
 
         Raises:
             UnsupportedModelError: The model has no key-value cache that can be compressed.
         """
-        if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModelError(
-                f"expected a transformers PreTrainedModel, got {type(model).__name__}; for another "
-                "framework use sixfold.cache.CompressedLayer."
-            )
+        model = unwrapped(model)
         cache = cls(model.config, bits, **options)
         if attends_through_interface(model):
             register()
@@ -130,6 +133,127 @@ class TurboQuantCache(Cache):
                     layer.fused = index not in shared
         cache._model = weakref.ref(model)
         return cache
+
+    @classmethod
+    def from_cache(
+        cls,
+        source: Cache,
+        model: torch.nn.Module,
+        bits: Bits = 4,
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Self:
+        """Compress what a `DynamicCache` holds, whatever attention has filled it.
+
+        The queries are no longer known, so key channels are equalized by the keys alone: a cache
+        that is filled through `for_model` is as small and a little more faithful. `source` stays
+        as it is; drop it to free its memory.
+
+        Args:
+            source: A `DynamicCache` that `model` has filled, sliding layers and states included.
+            model: The model; see `for_model`.
+            bits: Bits a coordinate.
+            attention_mask: The mask of the prefill [batch, tokens]: needed where sequences are
+                padded on the left, so that the padding is not taken for tokens.
+            options: Any argument of `TurboQuantCache`.
+
+        Raises:
+            UnsupportedModelError: The model has no key-value cache that can be compressed.
+            SixfoldError: `source` is another kind of cache, or another model's, or the mask is not
+                one of its tokens.
+        """
+        cache = cls.for_model(model, bits, **options)
+        cache.layers = convert_layers(source, cache.layers, attention_mask)
+        return cache
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Add tokens to a layer.
+
+        Args:
+            key_states: Keys [batch, kv_heads, tokens, key_dim].
+            value_states: Values [batch, kv_heads, tokens, value_dim].
+            layer_idx: The layer. Every layer gets its tokens before any gets the next ones.
+            args: Ignored.
+            kwargs: Ignored.
+
+        Returns:
+            All keys and values, dequantized; or twice what attention on codes takes for them.
+
+        Raises:
+            SixfoldError: The layer holds another number of tokens than others did before: a
+                forward pass was interrupted. Nothing is added; see `recover`.
+            ShapeError: Batch, heads, dims or dtype differ from the tokens held.
+        """
+        if torch.compiler.is_compiling():
+            return self._update_traced(key_states, value_states, layer_idx)
+        self._pass.enter(self.layers, layer_idx, key_states.shape[2])
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._pass.leave(layer_idx)
+        return updated
+
+    def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
+        layer = self.layers[index]
+        if isinstance(layer, StaticTurboQuantLayer):
+            return layer.update(keys, values)
+        # A growing layer is Python's business: the graph is interrupted.
+        updated: tuple[Any, Any] = _untraced(self.update, keys, values, index)
+        return updated
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Replace a convolution state; like `update`, it notices an interrupted forward pass."""
+        if not torch.compiler.is_compiling():
+            self._pass.enter_state(self.layers, layer_idx, "conv", state_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Replace a recurrent state; like `update`, it notices an interrupted forward pass."""
+        if not torch.compiler.is_compiling():
+            self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def recover(self) -> int:
+        """Forget what an interrupted forward pass has added, and only that.
+
+        An exception (an interrupt, a lack of memory) between two layers leaves some layers with
+        tokens that others lack, and the cache refuses further tokens. This cuts all layers to the
+        tokens that every one has; then the forward pass can be repeated. A cache whose first
+        forward pass was interrupted becomes empty.
+
+        Returns:
+            The tokens a sequence that are left.
+
+        Raises:
+            SixfoldError: A layer cannot go back (a sliding window has let go of tokens, a state has
+                replaced the one before): `reset`, and prefill again. Nothing is changed.
+        """
+        growing: list[Any] = [self.layers[i] for i in self._pass.growing]
+        if not (length := common_length(growing)):
+            self.reset()
+            return 0
+        ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
+        for layer, surplus in ahead:
+            _check_crop(layer, -surplus)
+        if self._pass.states and not self._pass.complete(self.layers):
+            raise SixfoldError(
+                "convolution and recurrent states that a forward pass has replaced are gone: "
+                "reset the cache, and prefill again."
+            )
+        for layer, surplus in ahead:
+            layer.crop(-surplus)
+        self._pass.restart()
+        return length
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._pass.restart()
 
     @property
     def compressed_layers(self) -> list[TurboQuantLayer]:
@@ -171,6 +295,7 @@ class TurboQuantCache(Cache):
         for layer in self.layers:
             _check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
+        self._pass.restart()
 
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied.
@@ -180,7 +305,8 @@ class TurboQuantCache(Cache):
         """
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.layers = [_forked(layer) for layer in self.layers]
+        twin.layers = [forked(layer) for layer in self.layers]
+        twin._pass = self._pass.copy()
         return twin
 
     def static(self, max_tokens: int) -> "TurboQuantCache":
@@ -200,6 +326,7 @@ class TurboQuantCache(Cache):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [_static(layer, max_tokens) for layer in self.layers]
+        twin._pass = ForwardPass(self._pass.growing)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -227,7 +354,7 @@ class TurboQuantCache(Cache):
     def load(
         cls,
         path: str | PathLike[str],
-        model: PreTrainedModel,
+        model: torch.nn.Module,
         *,
         check_weights: bool = True,
     ) -> Self:
@@ -235,7 +362,7 @@ class TurboQuantCache(Cache):
 
         Args:
             path: The file.
-            model: The model that filled the cache.
+            model: The model that filled the cache; tokens become of its dtype.
             check_weights: Refuse a model of the same shape with other weights or adapters. Every
                 byte of them is read: 0.2 s for 135 million weights, 0.9 s for 1.5 billion in
                 bfloat16, measured on a CPU.
@@ -245,6 +372,7 @@ class TurboQuantCache(Cache):
                 numbers that no cache holds (docs/format.md, section 8).
             OSError: The file cannot be read.
         """
+        model = unwrapped(model)
         policies, layers, tensors = load_layers(path, model, check_weights)
         fields = {index: p.to_dict() for index, p in enumerate(policies) if p is not None}
         skipped = [index for index, p in enumerate(policies) if p is None]
@@ -258,14 +386,33 @@ class TurboQuantCache(Cache):
                 raise FormatError(f"{path}, layer {index}: {error}") from error
         devices = layer_devices(model)
         for index, layer in enumerate(cache.layers):
-            _move(layer, devices.get(index, execution_device(model)))
+            _move(layer, devices.get(index, execution_device(model)), model.dtype)
         return cache
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move everything held to `device`."""
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> Self:
+        """Move everything held to `device`, and convert what is not compressed to `dtype`.
+
+        Layers follow their model by themselves: a layer that gets tokens on another device moves.
+
+        Args:
+            device: Where to; by default every layer stays where it is.
+            dtype: Of keys and values in full precision; by default they stay as they are.
+            non_blocking: Ignored; hosts pass it.
+        """
+        target = None if device is None else torch.device(device)
         for layer in self.layers:
-            _move(layer, torch.device(device))
+            _move(layer, target, dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A model is not part of its cache; without one, `save` writes no digest of its weights.
+        return {**self.__dict__, "_model": None}
 
 
 def _static(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
@@ -329,17 +476,24 @@ def _tensors(layer: Any) -> list[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
-def _move(layer: Any, device: torch.device) -> None:
+def _move(layer: Any, device: torch.device | None, dtype: torch.dtype | None) -> None:
     if isinstance(layer, TurboQuantLayer):
-        layer.move(device)
+        layer.move(device, dtype)
         return
-    layer.device = device
+    if device is not None:
+        layer.device = device
     for name in ("keys", "values"):
-        if isinstance(getattr(layer, name, None), Tensor):
-            setattr(layer, name, getattr(layer, name).to(device))
+        if isinstance(x := getattr(layer, name, None), Tensor):
+            setattr(layer, name, x.to(device or x.device, dtype))
     for name in _STATES:
         states = getattr(layer, name, {})
-        states.update({i: x.to(device) for i, x in states.items() if x is not None})
+        moved = {i: x.to(device or x.device) for i, x in states.items() if x is not None}
+        states.update(moved)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _untraced(function: Any, *args: Any) -> Any:
+    return function(*args)
 
 
 def _check_crop(layer: Any, tokens_to_remove: int) -> None:
@@ -353,7 +507,7 @@ def _check_crop(layer: Any, tokens_to_remove: int) -> None:
             "taken back; fork the cache before generating tokens that may be removed."
         )
     try:
-        _forked(layer).crop(tokens_to_remove)
+        forked(layer).crop(tokens_to_remove)
     except (RuntimeError, ValueError) as error:
         raise SixfoldError(f"cannot remove tokens: {error}") from error
 
@@ -368,10 +522,3 @@ def _uncompressed(layer: Any) -> int:
     keys, values = held.window.keys, held.window.values
     shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], layer.sliding_window)
     return uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])
-
-
-def _forked(layer: Any) -> Any:
-    if isinstance(layer, TurboQuantLayer):
-        return layer.fork()
-    # Keys and values are replaced as they grow; convolution and recurrent states change in place.
-    return copy.deepcopy(layer) if hasattr(layer, "conv_states") else copy.copy(layer)

@@ -58,6 +58,11 @@ def caches_latents(config: PreTrainedConfig) -> bool:
     return getattr(decoder_config(config), "kv_lora_rank", None) is not None
 
 
+def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
+    """Layers that cache what another model has seen, an image for example, and not the text."""
+    return set(getattr(decoder_config(config), "cross_attention_layers", None) or ())
+
+
 def shared_layers(config: PreTrainedConfig) -> set[int]:
     """Layers whose keys and values later layers attend to as well (Gemma 3n, Gemma 4)."""
     modes = getattr(decoder_config(config), "kv_sharing_modes", None) or ()

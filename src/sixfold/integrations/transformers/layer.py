@@ -1,14 +1,18 @@
 """One compressed attention layer behind transformers' cache-layer interface."""
 
-from typing import Any, Self
+import copy
+import io
+from functools import reduce
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
+from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import SixfoldError
-from sixfold.integrations.transformers.attention import CodesHandle
+from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -40,17 +44,38 @@ class TurboQuantLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Add tokens; returns handles for the fused attention, or all tokens dequantized."""
+        """Add tokens; returns a handle for the fused attention, or all tokens dequantized."""
+        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-        assert self.store is not None
-        if self.fused:
-            return CodesHandle(self.store, key_states), CodesHandle(self.store, value_states)
+        store = cast(CompressedLayer, self.store)
         masked, _ = self.get_mask_sizes(key_states.shape[2])
-        self.store.append(key_states, value_states)
-        keys, values = self.store.dequantized()
-        self.store.compress()
+        store.append(*self._reconciled(key_states, value_states))
+        if self.fused:
+            # Compressed when attended: until then the queries are not known.
+            handle = CodesHandle(store, key_states.shape[2])
+            return handle, handle
+        keys, values = store.dequantized()
+        store.compress()
         return keys[:, :, -masked:], values[:, :, -masked:]
+
+    def _reconciled(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens and those held on one device, and in one dtype as far as nothing is lost."""
+        store = cast(CompressedLayer, self.store)
+        held = store.window
+        if held.keys.device != keys.device:
+            # A layer is where its model's layer is.
+            self.move(keys.device)
+            held = store.window
+        if keys.dtype is held.keys.dtype and values.dtype is held.values.dtype:
+            return keys, values
+        if torch.is_autocast_enabled(keys.device.type):
+            return keys.to(held.keys.dtype), values.to(held.values.dtype)
+        dtypes = held.keys.dtype, held.values.dtype, keys.dtype, values.dtype
+        wide = reduce(torch.promote_types, dtypes)
+        if wide is keys.dtype and wide is values.dtype:
+            store.to(keys.device, wide)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens the mask must cover, and the position of the first of them.
@@ -137,11 +162,11 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.store is not None:
             self.store.to(self.device)
 
-    def move(self, device: torch.device) -> None:
-        """Move everything held, for good."""
-        self.device = device
+    def move(self, device: torch.device | None, dtype: torch.dtype | None = None) -> None:
+        """Move everything held, for good; what is not compressed becomes `dtype`, if given."""
         if self.store is not None:
-            self.store.to(device)
+            self.device = device or self.store.padding.device
+            self.store.to(self.device, dtype)
 
     @property
     def tokens(self) -> CompressedLayer | StaticLayer | None:
@@ -158,3 +183,30 @@ class TurboQuantLayer(CacheLayerMixin):
         twin.__dict__.update(self.__dict__)
         twin.store = self.store.fork() if self.store else None
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.store is not None:
+            # By value, as in a file: processes would share tensors, and write to each other's.
+            file = io.BytesIO()
+            torch.save((*layer_state(self.store), self.store.detached), file)
+            state["store"] = file.getvalue()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, store=None)
+        if state["store"] is not None:
+            file = io.BytesIO(state["store"])
+            description, tensors, detached = torch.load(file, weights_only=True)
+            store = restore_layer(description, tensors, self.policy, self.sliding_window)
+            store.detached = detached
+            self.adopt(store)
+            self.move(tensors["padding"].device)
+
+
+def forked(layer: Any) -> Any:
+    """A copy of any layer that shares with it what neither changes in place."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.fork()
+    # Keys and values are replaced as they grow; convolution and recurrent states change in place.
+    return copy.deepcopy(layer) if hasattr(layer, "conv_states") else copy.copy(layer)

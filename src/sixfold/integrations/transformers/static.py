@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from sixfold.cache import StaticLayer
@@ -39,8 +40,13 @@ class StaticTurboQuantLayer(TurboQuantLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Handles for the fused attention, which adds the tokens."""
-        return StaticHandle(self.static, key_states), StaticHandle(self.static, value_states)
+        """Add tokens; returns a handle for the fused attention."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            key_states = key_states.to(self.static.window_keys.dtype)
+            value_states = value_states.to(self.static.window_values.dtype)
+        self.static.append(key_states, value_states)
+        handle = StaticHandle(self.static)
+        return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As many columns as there can be tokens: masks are made, and not needed."""
@@ -67,3 +73,4 @@ class StaticTurboQuantLayer(TurboQuantLayer):
 
     adopt = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = refuse
     offload = prefetch = move = fork = reset = check_crop = activate_past_recording = refuse
+    __getstate__ = refuse

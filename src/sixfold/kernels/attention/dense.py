@@ -4,12 +4,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import checked_softcap
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
 LOGITS_PER_BLOCK = 1 << 22  # 16 MiB of float32: bounds the memory of a long prefill
 
 
+@outside_autocast
 def dense_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -60,6 +62,7 @@ def dense_attention(
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
 
+@outside_autocast
 def exact_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     keys: Float[Tensor, "batch kv_heads tokens key_dim"],

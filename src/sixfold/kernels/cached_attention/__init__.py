@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
@@ -12,6 +13,7 @@ from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 __all__ = ["Coding", "Pages", "Tokens", "cached_attention"]
 
 
+@outside_autocast
 def cached_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],

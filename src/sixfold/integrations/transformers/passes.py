@@ -1,0 +1,147 @@
+"""Notices a forward pass that was interrupted between layers, before it makes anything wrong."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.static import StaticTurboQuantLayer
+
+_HOW = (
+    "a forward pass was interrupted between layers. Call cache.recover() to forget what it added, "
+    "then repeat it; or cache.reset(), and prefill again."
+)
+
+
+class ForwardPass:
+    """How far the forward pass in progress has come.
+
+    Every layer that a pass reaches must hold as many tokens as the others did before it. Layers
+    that no pass has reached yet (early exit) are empty, and may stay so.
+
+    Attributes:
+        growing: Layers that hold every token of the text, or the last ones of it.
+        reached: Layers of those that the pass has added its tokens to.
+        states: Convolution and recurrent states that it has replaced.
+        before: Tokens that layers held before the pass; None until it reaches one that counts them.
+        tokens: Tokens that the pass adds to each; None likewise.
+        started: Whether there were states to continue, as far as is known.
+    """
+
+    def __init__(self, growing: Iterable[int]) -> None:
+        self.growing = frozenset(growing)
+        self.restart()
+
+    def restart(self) -> None:
+        """Take what the layers hold as it is: the next update begins a pass."""
+        self.reached: set[int] = set()
+        self.states: set[tuple[int, str, int]] = set()
+        self.before: int | None = None
+        self.tokens: int | None = None
+        self.started: bool | None = None
+
+    def copy(self) -> "ForwardPass":
+        """Another of the same state, for a fork of the cache."""
+        twin = ForwardPass(self.growing)
+        twin.reached, twin.states = set(self.reached), set(self.states)
+        twin.before, twin.tokens, twin.started = self.before, self.tokens, self.started
+        return twin
+
+    def enter(self, layers: Sequence[Any], index: int, tokens: int) -> None:
+        """Check that layer `index` may add the tokens of this pass, or of the next.
+
+        Raises:
+            SixfoldError: Layers differ in what they have seen.
+        """
+        if index not in self.growing:
+            return
+        if index in self.reached:
+            self._next(layers)
+        elif not self.reached:
+            self._check_lengths(layers)
+        if isinstance(layers[index], StaticTurboQuantLayer):
+            return
+        held = layers[index].get_seq_length()
+        if self.before is None:
+            self.before, self.tokens = held, tokens
+        if held != self.before or self.started not in (None, held > 0):
+            raise SixfoldError(
+                f"layer {index} holds {held} tokens where others held {self.before} before this "
+                f"forward pass: {_HOW}"
+            )
+        if tokens != self.tokens:
+            raise SixfoldError(
+                f"layer {index} gets {tokens} tokens where others got {self.tokens}: {_HOW}"
+            )
+
+    def leave(self, index: int) -> None:
+        """Note that layer `index` has added its tokens."""
+        if index in self.growing:
+            self.reached.add(index)
+
+    def enter_state(self, layers: Sequence[Any], index: int, kind: str, number: int) -> None:
+        """The same for a convolution or recurrent state.
+
+        Raises:
+            SixfoldError: Layers differ in what they have seen.
+        """
+        if (index, kind, number) in self.states:
+            self._next(layers)
+        # Only the convolution says whether it has seen tokens.
+        if kind == "conv":
+            started = bool(layers[index].has_previous_state[number])
+            expected = self.started if self.before is None else self.before > 0
+            if expected not in (None, started):
+                raise SixfoldError(f"the states of layer {index} are of another length: {_HOW}")
+            self.started = started
+        self.states.add((index, kind, number))
+
+    def _next(self, layers: Sequence[Any]) -> None:
+        """Begin a pass; the one before must have left no layer behind."""
+        static = any(isinstance(layers[i], StaticTurboQuantLayer) for i in self.growing)
+        if (static or self.states) and not self.complete(layers):
+            raise SixfoldError(f"the last forward pass has not reached all layers: {_HOW}")
+        self._check_lengths(layers)
+        self.restart()
+
+    def complete(self, layers: Sequence[Any]) -> bool:
+        """Whether the pass has reached every layer that had seen tokens before it."""
+        replaced = {index for index, _, _ in self.states}
+        behind = any(i not in self.reached and _length(layers[i]) for i in self.growing)
+        skipped = any(i not in replaced and _started(layer) for i, layer in enumerate(layers))
+        return not behind and not (replaced and skipped)
+
+    def _check_lengths(self, layers: Sequence[Any]) -> None:
+        # What a pass has reached, every length checked on the way, needs no second look.
+        if len(self.reached) == len(self.growing):
+            return
+        lengths = {i: n for i in sorted(self.growing) if (n := _length(layers[i]))}
+        if len(set(lengths.values())) > 1:
+            raise SixfoldError(f"layers hold different numbers of tokens, {lengths}: {_HOW}")
+
+
+def common_length(layers: Sequence[Any]) -> int:
+    """Tokens that every layer can have seen: those of the shortest.
+
+    A layer without any counts only where the others agree: then a first pass never reached it.
+    """
+    lengths = [int(layer.get_seq_length()) for layer in layers]
+    held = [n for n in lengths if n]
+    return min(held) if len(set(held)) > 1 else min(lengths, default=0)
+
+
+def grows(layer: Any) -> bool:
+    """Whether a layer counts the tokens of the text."""
+    plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(layer, TurboQuantLayer) or plain
+
+
+def _length(layer: Any) -> int:
+    # A static layer's length is on the device: it counts as one of the layers a pass must reach.
+    return 1 if isinstance(layer, StaticTurboQuantLayer) else int(layer.get_seq_length())
+
+
+def _started(layer: Any) -> bool:
+    return any(getattr(layer, "has_previous_state", {}).values())

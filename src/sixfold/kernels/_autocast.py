@@ -1,0 +1,29 @@
+"""What Sixfold computes does not depend on the caller's autocast."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+
+
+def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, run with autocast off: every dtype within it is chosen, and float32 is needed.
+
+    Autocast would round the operands of matrix products to 16 bits and refuse float64.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for device_type in _DEVICE_TYPES:
+            if torch.is_autocast_enabled(device_type):
+                with torch.autocast(device_type, enabled=False):
+                    return run(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run

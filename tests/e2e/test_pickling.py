@@ -1,0 +1,99 @@
+"""Caches in other processes: copied, with nothing shared and nothing referred to."""
+
+import copy
+import io
+import multiprocessing
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sixfold import TurboQuantCache
+from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers import register
+from tests.e2e.decoding import batch, continue_decoding, forward
+from tests.e2e.models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
+
+STEPS = 6
+
+
+def by_pickle(cache: TurboQuantCache) -> TurboQuantCache:
+    return pickle.loads(pickle.dumps(cache))
+
+
+def by_torch(cache: TurboQuantCache) -> TurboQuantCache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def codes(layer: Any) -> list[Tensor]:
+    return layer.store.history.tensors() if layer.store else []
+
+
+def filled(name: str, fused: bool, tokens: int = 248, **options: Any) -> TurboQuantCache:
+    register()
+    model = tiny_model(name, "sixfold" if fused else "eager")
+    make = TurboQuantCache.for_model if fused else lambda m, **o: TurboQuantCache(m.config, **o)
+    cache = make(model, bits=4, **options)
+    if tokens:
+        forward(model, cache, batch(steps=STEPS), 0, tokens)
+    return cache
+
+
+@pytest.mark.parametrize("copied", [by_pickle, by_torch])
+@pytest.mark.parametrize("tokens", [0, 20, 248])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])
+@pytest.mark.parametrize("name", ["llama-64", "mistral", "qwen3-next"])
+def test_a_copy_continues_alike(name: str, fused: bool, tokens: int, copied: Any) -> None:
+    cache, data = filled(name, fused, tokens), batch(steps=STEPS)
+    twin = copied(cache)
+    # Pages, which are written in place, are not shared.
+    pages = {x.data_ptr() for layer in cache.compressed_layers for x in codes(layer)}
+    assert pages.isdisjoint(x.data_ptr() for layer in twin.compressed_layers for x in codes(layer))
+    model = tiny_model(name, "sixfold" if fused else "eager")
+    if tokens < data.prompt:
+        for kept in (cache, twin):
+            forward(model, kept, data, tokens, data.prompt)
+    expected = continue_decoding(model, cache, data)
+    assert torch.equal(continue_decoding(model, twin, data), expected)
+
+
+def test_a_fork_is_copied_without_its_relatives() -> None:
+    cache = filled("llama-64", True)
+    forks = [copy.deepcopy(cache) for _ in range(3)]
+    alone = len(pickle.dumps(cache))
+    del forks[1:]
+    assert len(pickle.dumps(forks[0])) == alone
+
+
+def in_another_process(cache: TurboQuantCache, queue: Any) -> None:
+    torch.set_num_threads(1)
+    register()
+    model, data = tiny_model("llama-64", "sixfold"), batch(steps=STEPS)
+    queue.put(continue_decoding(model, cache, data).numpy())
+
+
+@pytest.mark.slow
+def test_a_spawned_process() -> None:
+    """Both go on from the same cache; what one writes the other does not see."""
+    cache, data = filled("llama-64", True), batch(steps=STEPS)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_another_process, args=(cache, queue))
+    process.start()
+    expected = continue_decoding(tiny_model("llama-64", "sixfold"), cache, data)
+    got: Tensor = torch.from_numpy(queue.get(timeout=60))
+    process.join()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_static_cache_says_what_to_do() -> None:
+    static = filled("llama-64", True).static(300)
+    with pytest.raises(SixfoldError, match="the cache it was made"):
+        pickle.dumps(static)

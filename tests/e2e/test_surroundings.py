@@ -1,0 +1,299 @@
+"""What surrounds a call does not leak in: autocast, dtypes that change, hooks, wrappers."""
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sixfold import TurboQuantCache
+from sixfold.errors import ShapeError, UnsupportedModelError
+from tests.e2e.decoding import Batch, batch, continue_decoding, decode, forward, relative_error
+from tests.e2e.models import fresh_model
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+BFLOAT16_TOLERANCE = 0.05  # two roundings of the model to 8 bits of mantissa differ by 0.02
+STEPS = 12
+
+both_modes = pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def cache_for(model: PreTrainedModel, fused: bool, **options: Any) -> TurboQuantCache:
+    options = {"bits": 8, "recent_window": 0, **options}
+    if fused:
+        return TurboQuantCache.for_model(model, **options)
+    return TurboQuantCache(model.config, **options)
+
+
+def autocast(dtype: torch.dtype, enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", dtype=dtype, enabled=enabled)
+
+
+def uncompressed(model: PreTrainedModel, dtype: torch.dtype, data: Batch) -> Tensor:
+    """What the model says under autocast with transformers' own cache and attention."""
+    # Gemma 2 caps logits, and GPT-OSS has sinks, in eager attention alone.
+    model.set_attn_implementation("eager")
+    with autocast(dtype):
+        return decode(model, DynamicCache(config=model.config), data)
+
+
+# ---------------------------------------------------------------- autocast and dtypes
+
+
+@both_modes
+@halves
+@pytest.mark.parametrize("name", ["llama-64", "gemma2", "gpt-oss", "mistral"])
+def test_autocast(name: str, dtype: torch.dtype, fused: bool) -> None:
+    model, data = fresh_model(name), batch(steps=STEPS)
+    expected = uncompressed(model, dtype, data)
+    cache = cache_for(model, fused)
+    with autocast(dtype):
+        logits = decode(model, cache, data)
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+    # As small as the cache of a model of that dtype.
+    windows = [layer.store.window for layer in cache.compressed_layers]
+    assert {x.dtype for w in windows for x in (w.keys, w.values)} == {dtype}
+
+
+@both_modes
+def test_generate_under_autocast(fused: bool) -> None:
+    model, data = fresh_model("llama-64"), batch((250, 180), steps=0)
+    cache = cache_for(model, fused, bits=4)
+    with autocast(torch.bfloat16):
+        out = model.generate(
+            data.ids,
+            attention_mask=data.mask,
+            past_key_values=cache,
+            max_new_tokens=4,
+            do_sample=False,
+        )
+    assert out.shape[1] == data.prompt + 4
+    assert cache.get_seq_length() == data.prompt + 3
+
+
+@both_modes
+@pytest.mark.parametrize("prefill_in_autocast", [True, False])
+def test_autocast_may_come_and_go(fused: bool, prefill_in_autocast: bool) -> None:
+    model, data = fresh_model("llama-64"), batch(steps=STEPS)
+    model.set_attn_implementation("sdpa")
+    expected = decode(model, DynamicCache(config=model.config), data)
+    cache, rest = cache_for(model, fused), model_rest(data)
+    with autocast(torch.bfloat16, prefill_in_autocast):
+        forward(model, cache, data, 0, data.prompt)
+    parts = []
+    for start, inside in zip(rest, (not prefill_in_autocast, prefill_in_autocast), strict=True):
+        with autocast(torch.bfloat16, inside):
+            parts += [forward(model, cache, data, i, i + 1) for i in range(start, start + 6)]
+    assert relative_error(torch.cat(parts, 1), expected) < BFLOAT16_TOLERANCE
+
+
+def model_rest(data: Batch) -> tuple[int, int]:
+    return data.prompt, data.prompt + STEPS // 2
+
+
+def test_a_static_cache_under_autocast() -> None:
+    model, data = fresh_model("llama-64"), batch((250, 250), steps=STEPS)
+    expected = uncompressed(model, torch.bfloat16, data)
+    cache = cache_for(model, True)
+    forward(model, cache, data, 0, data.prompt)
+    with autocast(torch.bfloat16):
+        logits = continue_decoding(model, cache.static(400), data)
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+
+
+def test_a_model_of_another_dtype_is_told_how_to_go_on() -> None:
+    model, data = fresh_model("llama-64"), batch(steps=STEPS)
+    cache = cache_for(model, True)
+    forward(model, cache, data, 0, data.prompt)
+    expected = continue_decoding(model, cache.fork(), data)
+    model.bfloat16()
+    with pytest.raises(ShapeError, match=r"cache\.to\(dtype=torch\.bfloat16\)"):
+        continue_decoding(model, cache, data)
+    cache.to(dtype=torch.bfloat16)
+    logits = continue_decoding(model, cache, data)
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+
+
+@both_modes
+@pytest.mark.parametrize(
+    ("of_file", "of_model"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_a_file_for_a_model_of_another_dtype(
+    of_file: torch.dtype, of_model: torch.dtype, fused: bool, tmp_path: Path
+) -> None:
+    model, data = fresh_model("llama-64").to(of_file), batch(steps=STEPS)
+    cache = cache_for(model, True)
+    forward(model, cache, data, 0, data.prompt)
+    cache.save(tmp_path / "x.sixfold")
+    expected = continue_decoding(model, cache, data)
+    # Other roundings of the same weights.
+    loaded = TurboQuantCache.load(tmp_path / "x.sixfold", model.to(of_model), check_weights=False)
+    if not fused:
+        model.set_attn_implementation("sdpa")
+        for layer in loaded.compressed_layers:
+            layer.fused = False
+    assert relative_error(continue_decoding(model, loaded, data), expected) < BFLOAT16_TOLERANCE
+
+
+# ---------------------------------------------------------------- compilation
+
+
+@torch.no_grad()
+def largest_difference(fused: bool) -> float:
+    """Of the logits of compiled steps, prefill included, and of the same without compiling."""
+    model = fresh_model("llama-64")
+    model.set_attn_implementation("sdpa")
+    data = batch((150, 150), steps=STEPS)
+
+    def logits(forward: Any) -> Tensor:
+        cache = cache_for(model, fused, bits=4)
+        out, starts = [], [0, *range(data.prompt, data.ids.shape[1])]
+        for start, stop in zip(starts, [*starts[1:], data.ids.shape[1]], strict=True):
+            ids = data.ids[:, start:stop]
+            out.append(forward(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(out, 1)
+
+    expected = logits(model.forward)
+    compiled = logits(torch.compile(model.forward, backend="aot_eager"))
+    return float((compiled - expected).abs().max() / expected.std())
+
+
+@both_modes
+def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
+    # A process of its own: shape checks and what torch compiles do not mix.
+    code = f"from tests.e2e.test_surroundings import largest_difference as d; print(d({fused}))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAXTYPING_DISABLE": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split()[-1]) < 1e-4
+
+
+@torch.no_grad()
+def test_tools_that_look_at_a_handle_find_nothing() -> None:
+    """Inspection is not use: what Python looks for of its own accord is simply not there."""
+    model = fresh_model("llama-64")
+    cache = TurboQuantCache.for_model(model)
+    keys, values = cache.update(torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 64), 0)
+    for handle in (keys, values):
+        assert not hasattr(handle, "__array_interface__")
+        assert not hasattr(handle, "__cuda_array_interface__")
+        assert copy.copy(handle).store is handle.store
+    assert cache.get_seq_length() == 3
+
+
+# ---------------------------------------------------------------- hooks and devices
+
+
+def accelerate() -> Any:
+    return pytest.importorskip("accelerate")
+
+
+@both_modes
+def test_offloaded_weights(fused: bool) -> None:
+    library, model, data = accelerate(), fresh_model("llama-64"), batch((150,), steps=STEPS)
+    expected = decode(model, cache_for(model, fused), data)
+    library.cpu_offload(model)
+    assert next(model.parameters()).device.type == "meta"
+    assert torch.equal(decode(model, cache_for(model, fused), data), expected)
+
+
+@both_modes
+def test_hosts_that_move_every_argument(fused: bool) -> None:
+    """They call `.to` with what they call tensors with, None included."""
+    model, data = fresh_model("llama-64"), batch(steps=STEPS)
+    cache = cache_for(model, fused)
+    forward(model, cache, data, 0, data.prompt)
+    expected = continue_decoding(model, cache.fork(), data)
+    assert cache.to(None) is cache
+    assert cache.to("cpu", non_blocking=True) is cache
+    assert cache.to(device=torch.device("cpu")) is cache
+    assert torch.equal(continue_decoding(model, cache, data), expected)
+
+
+@pytest.mark.gpu
+@both_modes
+def test_layers_on_several_devices(fused: bool) -> None:
+    """A layer is where its tokens come from, also when it held some elsewhere."""
+    library, model, data = accelerate(), fresh_model("llama-64"), batch((150,), steps=STEPS)
+    cache = cache_for(model, fused)
+    forward(model, cache, data, 0, data.prompt)
+    expected = continue_decoding(model, cache.fork(), data)
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    library.dispatch_model(model, places, main_device=0, skip_keys="past_key_values")
+    logits = continue_decoding(model, cache, data)
+    assert relative_error(logits.cpu(), expected) < 0.01
+    devices = [layer.store.padding.device.type for layer in cache.compressed_layers]
+    assert devices == ["cuda", "cpu"]
+
+
+# ---------------------------------------------------------------- wrappers
+
+
+@dataclasses.dataclass
+class Adapters:
+    """Stands for what PEFT does where it is not installed."""
+
+    model: PreTrainedModel
+
+    def wrap(self) -> torch.nn.Module:
+        wrapper = torch.nn.Module()
+        wrapper.base = self.model
+        wrapper.get_base_model = lambda: self.model
+        return wrapper
+
+
+def peft(model: PreTrainedModel) -> torch.nn.Module:
+    library = pytest.importorskip("peft")
+    config = library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    return library.get_peft_model(model, config)
+
+
+WRAPPERS = {
+    "adapters": lambda model: Adapters(model).wrap(),
+    "peft": peft,
+    "compiled": torch.compile,
+    "parallel": torch.nn.DataParallel,
+    "compiled peft": lambda model: torch.compile(peft(model)),
+    "accelerate": lambda model: accelerate().Accelerator(cpu=True).prepare(model),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+def test_wrapped_models(wrap: Any, tmp_path: Path) -> None:
+    model, data = fresh_model("llama-64"), batch((150,), steps=STEPS)
+    wrapped = wrap(model)
+    cache = TurboQuantCache.for_model(wrapped, bits=8)
+    assert cache.fused
+    assert model.config._attn_implementation == "sixfold"
+    forward(model, cache, data, 0, data.prompt)
+    cache.save(tmp_path / "x.sixfold")
+    loaded = TurboQuantCache.load(tmp_path / "x.sixfold", wrapped)
+    expected = continue_decoding(model, cache, data)
+    assert torch.equal(continue_decoding(model, loaded, data), expected)
+
+
+def test_a_wrapper_without_a_model_is_named() -> None:
+    wrapped = torch.nn.DataParallel(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="got DataParallel"):
+        TurboQuantCache.for_model(wrapped)
