@@ -69,9 +69,10 @@ def load_layers(
 def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Put what was stored of one layer into an empty cache layer."""
     if isinstance(layer, TurboQuantLayer):
-        if tensors:
+        if "batch" in description:
             args = description, tensors, layer.policy, layer.sliding_window
             layer.adopt(restore_layer(*args))
+        layer.adopt_extra({n: tensors[n] for n in description.get("tensors", {})})
     elif isinstance(layer, LinearAttentionCacheLayerMixin):
         _fill_states(layer, tensors)
     elif tensors:
@@ -139,12 +140,18 @@ def _differ(stored: Any, own: Any) -> bool:
 def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, TurboQuantLayer):
         state = ({}, {}) if layer.store is None else layer_state(layer.store)
-        return {"policy": layer.policy.to_dict(), **state[0]}, state[1]
+        extra = layer.extra_tensors()
+        described = {"policy": layer.policy.to_dict(), **state[0]}
+        if extra:
+            described["tensors"] = _specs(extra)
+        return described, state[1] | extra
     tensors = _dense_tensors(layer)
-    described = {
-        name: [list(tensor.shape), DTYPE_NAMES[tensor.dtype]] for name, tensor in tensors.items()
-    }
-    return {"policy": None, "tensors": described, "length": _length(layer)}, tensors
+    described = {"policy": None, "tensors": _specs(tensors), "length": _length(layer)}
+    return described, tensors
+
+
+def _specs(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: [list(x.shape), DTYPE_NAMES[x.dtype]] for name, x in tensors.items()}
 
 
 def _dense_tensors(layer: Any) -> dict[str, Tensor]:
@@ -177,12 +184,10 @@ def _expected(
 ) -> dict[str, TensorSpec]:
     expected: dict[str, TensorSpec] = {}
     for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
-        if policy is None:
-            specs = {n: TensorSpec(tuple(s), d) for n, (s, d) in layer["tensors"].items()}
-        elif "batch" in layer:
-            specs = expected_tensors(layer, policy)
-        else:
-            specs = {}
+        # Of a layer that is not compressed all there is, of another what it holds beside its codes.
+        specs = {n: TensorSpec(tuple(s), d) for n, (s, d) in layer.get("tensors", {}).items()}
+        if policy is not None and "batch" in layer:
+            specs |= expected_tensors(layer, policy)
         expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
     return expected
 
