@@ -49,10 +49,15 @@ SIZES: dict[str, Any] = {
 # What single classes need beside.
 OTHERS: dict[str, dict[str, Any]] = {
     "ChameleonConfig": {"vocabulary_map": {"<image>": 4}},
-    "ZayaConfig": {"num_experts_per_tok": 1},
+    "BambaConfig": {"attn_layer_indices": [1, 3]},
+    "ZayaConfig": {
+        "sliding_window": WINDOW,
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+    },
 }
 # Without a layer's kind among them: whatever pattern a model has, these hold all of it.
-FALLBACK_LAYERS = (LAYERS, 6, 8, 12)
+FALLBACK_LAYERS = (LAYERS, 6, 8)
 
 
 def tiny_arguments(cls: type[PreTrainedConfig]) -> Iterator[dict[str, Any]]:
@@ -141,6 +146,6 @@ def fill(path: str, parameter: Tensor, key_gain: float) -> None:
     if path.endswith("sinks"):
         parameter.normal_(7, 1)  # as much of the softmax as the largest tokens take
     elif parameter.dim() > 1:
-        parameter.normal_(0, gain * parameter.shape[-1] ** -0.5)
+        parameter.normal_(0, gain * HIDDEN**-0.5)
     else:
         parameter.add_(torch.randn_like(parameter), alpha=0.2).mul_(gain)

@@ -10,7 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
 from sixfold.cache.policy import SPLITS
@@ -166,8 +171,11 @@ class TurboQuantCache(Cache):
     @property
     def is_linear(self) -> list[bool]:
         """Which layers have no attention; transformers makes its masks for the others."""
-        layers = zip(super().is_linear, self.layers, strict=True)
-        return [linear and not isinstance(layer, TurboQuantLayer) for linear, layer in layers]
+        attention = (TurboQuantLayer, DynamicLayer)
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, attention)
+            for layer in self.layers
+        ]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and sliding window of every layer, dequantized, as of a `DynamicCache`."""
