@@ -49,6 +49,9 @@ SIZES: dict[str, Any] = {
 # What single classes need beside.
 OTHERS: dict[str, dict[str, Any]] = {
     "ChameleonConfig": {"vocabulary_map": {"<image>": 4}},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 2},
+    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [32, 32]},
     "BambaConfig": {"attn_layer_indices": [1, 3]},
     "ZayaConfig": {
         "sliding_window": WINDOW,

@@ -36,6 +36,15 @@ MAMBA2 = transformers.Mamba2Config(
 )
 
 
+LATENTS = transformers.DeepseekV3Config(num_hidden_layers=2, qk_rope_head_dim=0)
+
+
+def test_latents_without_rotary_keys() -> None:
+    """One of the two tensors that such a layer caches is empty (Mistral Large 4)."""
+    with pytest.raises(UnsupportedModelError, match="qk_rope_head_dim is 0"):
+        TurboQuantCache(LATENTS)
+
+
 @pytest.mark.parametrize(
     ("config", "model_class", "reason"),
     [

@@ -18,7 +18,8 @@ EXPECTED = {
     "ZayaForCausalLM": "fused",
     # Layers that attend to an image.
     "MllamaForCausalLM": "fused",
-    # An encoder's architecture.
+    # An encoder's architecture, and one whose `get_decoder` gives no decoder.
+    "ModernBertDecoderForCausalLM": "fused",
     "BertLMHeadModel": "fused",
     # Tokens selected by an indexer, whose keys are held as well.
     "DeepseekV32ForCausalLM": "dequantized",

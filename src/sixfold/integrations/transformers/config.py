@@ -54,6 +54,12 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
             f"cannot read layer types from {type(text).__name__}: {error}. Expected a decoder "
             "config with num_hidden_layers and, if layers differ, layer_types."
         ) from error
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None) == 0:
+        raise UnsupportedModelError(
+            f"{type(text).__name__} caches latents without rotary keys beside them "
+            "(qk_rope_head_dim is 0): the second of the pair that a cache holds is empty, which "
+            "Sixfold cannot compress yet. Use transformers' DynamicCache."
+        )
     cross = set(getattr(text, "cross_attention_layers", None) or ())
     types = [CROSS_ATTENTION if index in cross else kind for index, kind in enumerate(types)]
     if not any(kind in COMPRESSED_TYPES for kind in types):
@@ -71,6 +77,8 @@ def fusable_layers(model: PreTrainedModel, count: int) -> set[int]:
     read the keys of earlier ones) need dequantized tensors.
     """
     decoder = model.get_decoder()
+    # Which goes by names: ModernBERT calls the layer after its last one `decoder`.
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model
     # The flag `_supports_attention_backend` is unset on hybrids that do (Qwen3-Next).
     if not decoder._can_set_attn_implementation():
         return set()
