@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import needles
 from tools import long_context_tables, reproduction_tables
+from tools.architecture_tables import architecture_table
 from tools.blocks import RESULTS, ROOT, Block
 from tools.quality_tables import (
     evaluation_table,
@@ -289,7 +290,9 @@ OPTIONAL_BLOCKS = (
     ),
     *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS),
 )
+ARCHITECTURES = ROOT / "docs/architectures.md", RESULTS / "architectures.json"
 BLOCKS = (
+    Block(*ARCHITECTURES, "architectures", architecture_table),
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),

@@ -3,12 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from tests.e2e.models import VOCAB, tiny_model
+from sixfold import TurboQuantCache
+from sixfold.packing import Bits
+from tests.e2e.models import ARCHITECTURES, VOCAB, tiny_model
 
 # Three pages and 56 tokens, the first page of the last sequence all padding. The eighth decoded
 # token completes a page; where a window of `models.WINDOW` slides, the ninth does.
@@ -41,6 +46,14 @@ def batch(prompts: Sequence[int] = PROMPTS, steps: int = STEPS, seed: int = 1) -
     ids = ids[:, : longest + steps]
     padding = torch.arange(longest + steps) < longest - torch.tensor(prompts)[:, None]
     return Batch(ids.masked_fill(padding, 0), (~padding).long(), longest)
+
+
+def fused_cache(name: str, bits: Bits = 8, **options: Any) -> TurboQuantCache:
+    """`for_model` of the tiny model called `name`, which warns exactly where it dequantizes."""
+    dequantized = ARCHITECTURES[name].dequantized
+    expected = pytest.warns(UserWarning, match="dequantized") if dequantized else nullcontext()
+    with expected:
+        return TurboQuantCache.for_model(tiny_model(name), bits, **options)
 
 
 @torch.no_grad()

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
+
+from tools.tiny import fill
 
 VOCAB = 97
 # Shorter than the longest prompts of a batch, and room for two pages of codes and most of a third.
@@ -199,7 +199,7 @@ def fresh_model(name: str, **options: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         model = cls(cls.config_class(**arguments)).eval()
         for path, parameter in model.named_parameters():
-            _fill(path, parameter.data, architecture.key_gain)
+            fill(path, parameter.data, architecture.key_gain)
     return model.requires_grad_(False)
 
 
@@ -211,17 +211,3 @@ def _built(name: str) -> PreTrainedModel:
 def _class(name: str) -> Any:
     found = getattr(transformers, f"{name}ForCausalLM", None)
     return found or getattr(transformers, f"{name}LMHeadModel")
-
-
-_QUERY_KEY = re.compile(r"\b(q|k|qkv|q_b|query_key_value|c_attn|q_norm|k_norm)(_proj)?\.\w+$")
-
-
-def _fill(path: str, parameter: Tensor, key_gain: float) -> None:
-    """Make every part of the model matter: large weights, biases and norms away from identity."""
-    gain = key_gain if _QUERY_KEY.search(path) else 1.0
-    if path.endswith("sinks"):
-        parameter.normal_(7, 1)  # as much of the softmax as the largest tokens take
-    elif parameter.dim() > 1:
-        parameter.normal_(0, gain * _COMMON["hidden_size"] ** -0.5)
-    else:
-        parameter.add_(torch.randn_like(parameter), alpha=0.2).mul_(gain)

@@ -10,6 +10,7 @@ from tests.e2e.decoding import (
     batch,
     continue_decoding,
     forward,
+    fused_cache,
     relative_error,
     uncompressed_logits,
 )
@@ -40,7 +41,7 @@ def test_logits_depend_on_the_cache(name: str) -> None:
 
 @every_architecture
 def test_fused(name: str) -> None:
-    cache = TurboQuantCache.for_model(tiny_model(name), bits=8, **NO_WINDOWS)
+    cache = fused_cache(name, **NO_WINDOWS)
     dequantized = ARCHITECTURES[name].dequantized
     assert cache.fused == (not dequantized)
     for index in ARCHITECTURES[name].compressed:
@@ -51,7 +52,7 @@ def test_fused(name: str) -> None:
 @pytest.mark.usefixtures("unhooked")
 @every_architecture
 def test_fused_with_default_windows(name: str) -> None:
-    check_decoding(name, TurboQuantCache.for_model(tiny_model(name), bits=8), SHORT)
+    check_decoding(name, fused_cache(name), SHORT)
 
 
 # Shape checks more than double the time; test_prefill.py has them on this path.

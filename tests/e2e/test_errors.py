@@ -7,11 +7,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers import register
 from tests.e2e.decoding import (
     batch,
     continue_decoding,
     decode,
     forward,
+    fused_cache,
     relative_error,
     uncompressed_logits,
 )
@@ -32,6 +34,15 @@ MAMBA = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layer
 MAMBA2 = transformers.Mamba2Config(
     vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8
 )
+
+
+LATENTS = transformers.DeepseekV3Config(num_hidden_layers=2, qk_rope_head_dim=0)
+
+
+def test_latents_without_rotary_keys() -> None:
+    """One of the two tensors that such a layer caches is empty (Mistral Large 4)."""
+    with pytest.raises(UnsupportedModelError, match="qk_rope_head_dim is 0"):
+        TurboQuantCache(LATENTS)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +133,7 @@ def test_another_dtype() -> None:
 
 
 def test_attention_that_computes_with_cached_tensors() -> None:
-    """JetMoE repeats cached heads before it attends; the error names the mode that serves it."""
+    """JetMoE repeats cached heads before it attends; forced to, an error names what serves it."""
     config = transformers.JetMoeConfig(
         vocab_size=97,
         hidden_size=32,
@@ -135,7 +146,14 @@ def test_attention_that_computes_with_cached_tensors() -> None:
         pad_token_id=0,
     )
     model: PreTrainedModel = transformers.JetMoeForCausalLM(config).eval()
-    cache = TurboQuantCache.for_model(model)
+    with pytest.warns(UserWarning, match="JetMoeForCausalLM: its attention computes with cached"):
+        cache = TurboQuantCache.for_model(model)
+    assert not cache.fused
+    forward(model, cache, batch((20,), steps=0), 0, 20)
+    register()
+    model.set_attn_implementation("sixfold")
+    cache = TurboQuantCache(model.config)
+    cache.layers[0].fused = True
     with pytest.raises(UnsupportedModelError, match=r"use TurboQuantCache\(model\.config"):
         forward(model, cache, batch((20,), steps=0), 0, 20)
 
@@ -143,7 +161,7 @@ def test_attention_that_computes_with_cached_tensors() -> None:
 def test_keys_attended_twice() -> None:
     """Gemma 4 would do so, were the layers that share their keys fused as well."""
     model, data = tiny_model("gemma4"), batch(steps=0)
-    cache = TurboQuantCache.for_model(model)
+    cache = fused_cache("gemma4", 4)
     for layer in cache.compressed_layers:
         layer.fused = True
     with pytest.raises(UnsupportedModelError, match="attends twice"):

@@ -10,7 +10,14 @@ from sixfold.cache import CachePolicy, cache_nbytes
 from sixfold.integrations.transformers import layer_shapes
 from sixfold.integrations.transformers.cache import layer_policies
 from sixfold.integrations.transformers.config import coded_dims
-from tests.e2e.decoding import batch, decode, forward, relative_error, uncompressed_logits
+from tests.e2e.decoding import (
+    batch,
+    decode,
+    forward,
+    fused_cache,
+    relative_error,
+    uncompressed_logits,
+)
 from tests.e2e.models import ARCHITECTURES, tiny_model
 
 # Shapes are checked in test_architectures.py.
@@ -26,7 +33,7 @@ def make_cache(name: str, fused: bool, bits: float = 8, **options: Any) -> Turbo
     """A cache for the tiny model called `name`, which is set to the attention it needs."""
     model = tiny_model(name)
     if fused:
-        return TurboQuantCache.for_model(model, bits, **options)
+        return fused_cache(name, bits, **options)
     return TurboQuantCache(model.config, bits, **options)
 
 
@@ -86,7 +93,7 @@ def test_layers_without_softmax_attention_stay_as_they_are(name: str, other: typ
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "mimo-v2"])
 def test_bytes_are_known_from_the_config_alone(name: str) -> None:
     model = tiny_model(name)
-    cache, data = TurboQuantCache.for_model(model, bits=3), batch(steps=0)
+    cache, data = fused_cache(name, 3), batch(steps=0)
     forward(model, cache, data, 0, data.prompt)
     held = sum(
         {

@@ -95,6 +95,7 @@ def run_with_mask(model: PreTrainedModel, cache: Any, data: Batch, mask: Tensor)
     return torch.cat(logits[1:], 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*dequantized for it")
 @both_modes
 @pytest.mark.parametrize(
     ("name", "dtype"),

@@ -17,7 +17,10 @@ from tests.e2e.decoding import Batch, batch, forward
 from tests.e2e.models import fresh_model, tiny_model
 from tests.memory import storage_bytes
 
-pytestmark = pytest.mark.usefixtures("unhooked")
+pytestmark = [
+    pytest.mark.usefixtures("unhooked"),
+    pytest.mark.filterwarnings("ignore:.*dequantized for it"),
+]
 
 STEPS = 10  # enough to complete a page after loading
 PROMPTS = (248, 203, 150)

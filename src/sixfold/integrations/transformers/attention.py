@@ -1,5 +1,6 @@
 """The attention and mask functions that transformers calls under the name `sixfold`."""
 
+import warnings
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,6 +15,10 @@ from sixfold.errors import UnsupportedModelError
 from sixfold.kernels.attention import exact_attention
 
 NAME = "sixfold"
+NO_WEIGHTS = (
+    "attention on codes computes no attention weights: `output_attentions=True` gives none. For "
+    'weights use TurboQuantCache(model.config, ...) and model.set_attn_implementation("eager").'
+)
 
 
 class CodesHandle:
@@ -136,6 +141,8 @@ def attention_forward(
                 f"{type(module).__name__} adds a learned position bias to its logits, which "
                 "attention on codes does not do: use TurboQuantCache(model.config, ...) instead."
             )
+        if kwargs.get("output_attentions"):
+            warnings.warn(NO_WEIGHTS, stacklevel=2)
         # One update gives one handle for keys and values.
         out = _attend(key, as_autocast(query), options)
     elif softcap is None and s_aux is None:

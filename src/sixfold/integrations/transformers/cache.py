@@ -1,26 +1,36 @@
 """`TurboQuantCache`: a transformers cache whose attention layers hold codes."""
 
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
-from sixfold.integrations.transformers.attention import NAME, register
+from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register
+from sixfold.integrations.transformers.combined import (
+    STATES,
+    HybridTurboQuantLayer,
+    IndexedTurboQuantLayer,
+)
 from sixfold.integrations.transformers.config import (
     COMPRESSED_TYPES,
-    attends_through_interface,
+    CROSS_ATTENTION,
     coded_dims,
-    cross_attention_layers,
+    fusable_layers,
     layer_types,
-    shared_layers,
 )
 from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.devices import execution_device, layer_devices
@@ -99,8 +109,11 @@ class TurboQuantCache(Cache):
         super().__init__(
             layers=[_cache_layer(*layer) for layer in zip(types, kwargs, policies, strict=True)]
         )
-        others = cross_attention_layers(config)
-        growing = [i for i, x in enumerate(self.layers) if grows(x) and i not in others]
+        growing = [
+            index
+            for index, (kind, layer) in enumerate(zip(types, self.layers, strict=True))
+            if kind != CROSS_ATTENTION and grows(layer)
+        ]
         self._pass = ForwardPass(growing)
 
     @classmethod
@@ -108,9 +121,9 @@ class TurboQuantCache(Cache):
         """A cache whose attention runs on the codes.
 
         Switches `model` to ``attn_implementation="sixfold"``, which computes exact attention for
-        any other cache. Where a model's attention computes with cached tensors itself (Falcon,
-        multi-head latent attention, layers whose keys other layers share) `fused` is False and
-        tensors are handed out dequantized.
+        any other cache. Layers whose attention computes with cached tensors itself (Falcon,
+        multi-head latent attention, layers whose keys other layers share) get them dequantized;
+        then `fused` is False and a warning says so.
 
         Args:
             model: A decoder-only model, on its own or wrapped by PEFT, `torch.compile`, Accelerate
@@ -123,14 +136,15 @@ class TurboQuantCache(Cache):
         """
         model = unwrapped(model)
         cache = cls(model.config, bits, **options)
-        if attends_through_interface(model):
+        fusable = fusable_layers(model, len(cache))
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, TurboQuantLayer):
+                layer.fused = index in fusable
+        if any(layer.fused for layer in cache.compressed_layers):
             register()
             if model.config._attn_implementation != NAME:
                 model.set_attn_implementation(NAME)
-            shared = shared_layers(model.config)
-            for index, layer in enumerate(cache.layers):
-                if isinstance(layer, TurboQuantLayer):
-                    layer.fused = index not in shared
+        cache._warn_of(model)
         cache._model = weakref.ref(model)
         return cache
 
@@ -264,6 +278,44 @@ class TurboQuantCache(Cache):
     def fused(self) -> bool:
         """Whether attention runs on the codes."""
         return all(layer.fused for layer in self.compressed_layers)
+
+    def _warn_of(self, model: PreTrainedModel) -> None:
+        """Say once what a user of `for_model` may not expect."""
+        held = len(self.compressed_layers)
+        dense = sum(not layer.fused for layer in self.compressed_layers)
+        name = type(model).__name__
+        if dense:
+            which = "its attention" if dense == held else f"attention in {dense} of {held} layers"
+            warnings.warn(
+                f"{name}: {which} computes with cached keys and values itself, so they are "
+                "dequantized for it at every step: as small in memory, but slower than attention "
+                "on codes.",
+                stacklevel=3,
+            )
+        if getattr(model.config, "output_attentions", False) and dense < held:
+            warnings.warn(NO_WEIGHTS, stacklevel=3)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have no attention; transformers makes its masks for the others."""
+        attention = (TurboQuantLayer, DynamicLayer)
+        return [
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, attention)
+            for layer in self.layers
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and sliding window of every layer, dequantized, as of a `DynamicCache`."""
+        for index, layer in enumerate(self.layers):
+            window = getattr(layer, "sliding_window", None)
+            yield *self[index], None if window is None else torch.tensor(window)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of one layer, dequantized; None where there are none."""
+        held = self.layers[layer]
+        if isinstance(held, TurboQuantLayer):
+            return held.dense()
+        return getattr(held, "keys", None), getattr(held, "values", None)
 
     @property
     def nbytes(self) -> int:
@@ -423,6 +475,11 @@ def _static(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
             f"a static cache needs every layer compressed, this one has a {type(layer).__name__}: "
             "skip no layers, or let the cache grow."
         )
+    if type(layer) is not TurboQuantLayer:
+        raise UnsupportedModelError(
+            "a static cache holds keys and values only, this model's layers have a recurrent state "
+            "or an indexer as well: let the cache grow."
+        )
     return StaticTurboQuantLayer(layer, max_tokens)
 
 
@@ -455,8 +512,11 @@ def layer_policies(
 
 
 def _cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) -> Any:
+    if kind == CROSS_ATTENTION:
+        return DynamicLayer()
     if kind in COMPRESSED_TYPES and policy is not None:
-        return TurboQuantLayer(policy, kwargs.get("sliding_window"), fused=False)
+        cls = _LAYERS.get(kind, TurboQuantLayer)
+        return cls(policy, fused=False, **{"sliding_window": None, **kwargs})
     if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
         raise UnsupportedModelError(
             f"layer type {kind!r} is unknown to this version of transformers' caches."
@@ -464,7 +524,11 @@ def _cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) 
     return DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
 
 
-_STATES = ("conv_states", "recurrent_states")
+_LAYERS = {
+    "hybrid": HybridTurboQuantLayer,
+    "hybrid_sliding": HybridTurboQuantLayer,
+    "indexed_attention": IndexedTurboQuantLayer,
+}
 
 
 def _tensors(layer: Any) -> list[Tensor]:
@@ -485,7 +549,7 @@ def _move(layer: Any, device: torch.device | None, dtype: torch.dtype | None) ->
     for name in ("keys", "values"):
         if isinstance(x := getattr(layer, name, None), Tensor):
             setattr(layer, name, x.to(device or x.device, dtype))
-    for name in _STATES:
+    for name in STATES:
         states = getattr(layer, name, {})
         moved = {i: x.to(device or x.device) for i, x in states.items() if x is not None}
         states.update(moved)
@@ -513,12 +577,13 @@ def _check_crop(layer: Any, tokens_to_remove: int) -> None:
 
 
 def _uncompressed(layer: Any) -> int:
-    """Bytes of a layer in 16 bits; states that are not keys and values count as they are."""
-    if not isinstance(layer, TurboQuantLayer):
-        return sum(2 * x.numel() if x.is_floating_point() else x.nbytes for x in _tensors(layer))
-    held = layer.tokens
+    """Bytes of a layer in 16 bits; what is not floating point counts as it is."""
+    compressed = isinstance(layer, TurboQuantLayer)
+    others = layer.extra_tensors().values() if compressed else _tensors(layer)
+    nbytes = sum(2 * x.numel() if x.is_floating_point() else x.nbytes for x in others)
+    held = layer.tokens if compressed else None
     if held is None:
-        return 0
+        return nbytes
     keys, values = held.window.keys, held.window.values
     shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], layer.sliding_window)
-    return uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])
+    return nbytes + uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])

@@ -8,8 +8,14 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from sixfold.cache import CachePolicy, LayerShape
 from sixfold.errors import UnsupportedModelError
+from sixfold.integrations.transformers.source import untouched_layers
 
-COMPRESSED_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+COMPRESSED_TYPES = (
+    *("full_attention", "sliding_attention", "chunked_attention"),
+    *("hybrid", "hybrid_sliding", "indexed_attention"),
+)
+# Keys and values of something else than the text, which do not grow with it.
+CROSS_ATTENTION = "cross_attention"
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -34,6 +40,9 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Type of every layer and the arguments of its cache layer, as transformers derives them.
 
+    Layers that attend to an image, which transformers gives no type of their own, are
+    `CROSS_ATTENTION`.
+
     Raises:
         UnsupportedModelError: The config cannot be read, or no layer caches keys and values.
     """
@@ -45,6 +54,14 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
             f"cannot read layer types from {type(text).__name__}: {error}. Expected a decoder "
             "config with num_hidden_layers and, if layers differ, layer_types."
         ) from error
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None) == 0:
+        raise UnsupportedModelError(
+            f"{type(text).__name__} caches latents without rotary keys beside them "
+            "(qk_rope_head_dim is 0): the second of the pair that a cache holds is empty, which "
+            "Sixfold cannot compress yet. Use transformers' DynamicCache."
+        )
+    cross = set(getattr(text, "cross_attention_layers", None) or ())
+    types = [CROSS_ATTENTION if index in cross else kind for index, kind in enumerate(types)]
     if not any(kind in COMPRESSED_TYPES for kind in types):
         raise UnsupportedModelError(
             f"{type(text).__name__} has no attention layer that Sixfold can compress: its layers "
@@ -53,31 +70,19 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
     return types, kwargs
 
 
-def caches_latents(config: PreTrainedConfig) -> bool:
-    """Whether attention computes with what it caches (multi-head latent attention)."""
-    return getattr(decoder_config(config), "kv_lora_rank", None) is not None
+def fusable_layers(model: PreTrainedModel, count: int) -> set[int]:
+    """Layers of a cache of `count` whose attention can run on codes.
 
-
-def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
-    """Layers that cache what another model has seen, an image for example, and not the text."""
-    return set(getattr(decoder_config(config), "cross_attention_layers", None) or ())
-
-
-def shared_layers(config: PreTrainedConfig) -> set[int]:
-    """Layers whose keys and values later layers attend to as well (Gemma 3n, Gemma 4)."""
-    modes = getattr(decoder_config(config), "kv_sharing_modes", None) or ()
-    return {index for index, mode in enumerate(modes) if mode == "store"}
-
-
-def attends_through_interface(model: PreTrainedModel) -> bool:
-    """Whether every attention of `model` hands cached tensors to an attention function untouched.
-
-    If not (Falcon computes attention itself, DeepSeek expands cached latents first) the cache has
-    to hand out dequantized tensors.
+    The others (Falcon attends by itself, DeepSeek expands cached latents, later layers of Gemma 3n
+    read the keys of earlier ones) need dequantized tensors.
     """
+    decoder = model.get_decoder()
+    # Which goes by names: ModernBERT calls the layer after its last one `decoder`.
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model
     # The flag `_supports_attention_backend` is unset on hybrids that do (Qwen3-Next).
-    interface = bool(model.get_decoder()._can_set_attn_implementation())
-    return interface and not caches_latents(model.config)
+    if not decoder._can_set_attn_implementation():
+        return set()
+    return untouched_layers(decoder, count)
 
 
 def layer_shapes(

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.state import layer_state, restore_layer
-from sixfold.errors import SixfoldError
+from sixfold.errors import FormatError, SixfoldError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
 
 
@@ -22,7 +22,8 @@ class TurboQuantLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, policy: CachePolicy, sliding_window: int | None, fused: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Not the parent's: it would set `keys` and `values`, which are read from the codes.
+        self.is_initialized = False
         self.policy = policy
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
@@ -169,6 +170,24 @@ class TurboQuantLayer(CacheLayerMixin):
             self.store.to(self.device, dtype)
 
     @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """What an uncompressed layer would hold, decoded on every access; None while empty."""
+        return self.dense()[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """What an uncompressed layer would hold, decoded on every access; None while empty."""
+        return self.dense()[1]
+
+    def dense(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of the visible tokens, [batch, kv_heads, tokens, dim], or None twice."""
+        if self.store is None:
+            return None, None
+        first = self.store.held - self.store.visible
+        keys, values = self.store.dequantized()
+        return keys[:, :, first:], values[:, :, first:]
+
+    @property
     def tokens(self) -> CompressedLayer | StaticLayer | None:
         """What holds the tokens, if there are any."""
         return self.store
@@ -176,6 +195,19 @@ class TurboQuantLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return self.tokens.tensors() if self.tokens is not None else []
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What is held beside keys and values, by the names that `save` gives it."""
+        return {}
+
+    def adopt_extra(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what `extra_tensors` gave.
+
+        Raises:
+            FormatError: This kind of layer does not hold such a thing.
+        """
+        for name in tensors:
+            raise FormatError(f"this model has no {name!r} beside its keys and values.")
 
     def fork(self) -> Self:
         """A layer that continues from the same tokens and shares their pages."""

@@ -71,6 +71,10 @@ class StaticTurboQuantLayer(TurboQuantLayer):
             "from, then call .static(max_tokens) again."
         )
 
+    def dense(self) -> NoReturn:
+        """Say what to do instead."""
+        self.refuse()
+
     adopt = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = refuse
     offload = prefetch = move = fork = reset = check_crop = activate_past_recording = refuse
     __getstate__ = refuse

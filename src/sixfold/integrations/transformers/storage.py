@@ -90,9 +90,10 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
         FormatError: The tensors hold numbers that no layer holds.
     """
     if isinstance(layer, TurboQuantLayer):
-        if tensors:
+        if "batch" in description:
             args = description, tensors, layer.policy, layer.sliding_window
             layer.adopt(restore_layer(*args))
+        layer.adopt_extra({n: tensors[n] for n in description.get("tensors", {})})
         return
     for name, tensor in tensors.items():
         check_finite(name, tensor)
@@ -155,16 +156,22 @@ def _differ(stored: Any, own: Any) -> bool:
 def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, TurboQuantLayer):
         state = ({}, {}) if layer.store is None else layer_state(layer.store)
-        return {"policy": layer.policy.to_dict(), **state[0]}, state[1]
+        extra = layer.extra_tensors()
+        described = {"policy": layer.policy.to_dict(), **state[0]}
+        if extra:
+            described["tensors"] = _specs(extra)
+        return described, state[1] | extra
     tensors = _dense_tensors(layer)
     for name, tensor in tensors.items():
         check_finite(name, tensor)
-    described = {
-        name: [list(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))]
-        for name, tensor in tensors.items()
-    }
     length = layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
-    return {"policy": None, "tensors": described, "length": length}, tensors
+    return {"policy": None, "tensors": _specs(tensors), "length": length}, tensors
+
+
+def _specs(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: [list(x.shape), DTYPE_NAMES.get(x.dtype, str(x.dtype))] for name, x in tensors.items()
+    }
 
 
 def _dense_tensors(layer: Any) -> dict[str, Tensor]:
