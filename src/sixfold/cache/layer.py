@@ -92,7 +92,7 @@ class CompressedLayer:
         Raises:
             ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
         """
-        if not torch.is_grad_enabled():
+        if (keys.requires_grad or values.requires_grad) and not torch.is_grad_enabled():
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
         _check_same(self.window, new)
@@ -128,7 +128,8 @@ class CompressedLayer:
         Raises:
             ShapeError: The mask is for another number of tokens than are held.
         """
-        dtype, query = query.dtype, query.to(self.window.keys.dtype)
+        dtype, held = query.dtype, self.window.keys.dtype
+        query = query if dtype is held else query.to(held)
         if mask is not None:
             self._check_mask(mask)
             mask = fit_mask(mask, self.held)
@@ -165,7 +166,7 @@ class CompressedLayer:
         if self.detached and torch.is_grad_enabled():
             out = refuse_gradient(out)
         self.compress()
-        return out.to(dtype)
+        return out if dtype is held else out.to(dtype)
 
     @outside_autocast
     def dequantized(

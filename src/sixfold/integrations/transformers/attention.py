@@ -163,10 +163,10 @@ def attention_forward(
 
 def as_autocast(x: Tensor) -> Tensor:
     """`x` in the dtype in which autocast, where it is on, would hand it to attention."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+    if not torch._C._is_any_autocast_enabled() or x.dtype is torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(kind))
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _attend(handle: CodesHandle | StaticHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
