@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sixfold.errors import FormatError
 from sixfold.container.files import existing, hand_on_owner, open_regular
 from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
+from sixfold.errors import FormatError
 
 __all__ = [
     "DTYPE_NAMES",

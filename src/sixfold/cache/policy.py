@@ -39,8 +39,11 @@ class CachePolicy:
         check_bits(self.value_bits)
         for name in ("sink_tokens", "recent_window", "seed"):
             number = getattr(self, name)
-            if not isinstance(number, int) or number < 0:
+            if type(number) is not int or not 0 <= number < 2**63:
                 raise SixfoldError(f"{name} must be a whole number of 0 or more, got {number!r}.")
+        for name in ("center_keys", "equalize_keys"):
+            if type(getattr(self, name)) is not bool:
+                raise SixfoldError(f"{name} must be True or False, got {getattr(self, name)!r}.")
 
     @classmethod
     def spending(cls, bits: Bits, dims: Iterable[tuple[int, int]] = (), **fields: Any) -> Self:

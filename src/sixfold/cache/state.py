@@ -13,15 +13,22 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import Run, Slab
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix
+from sixfold.cache.validate import check_values
 from sixfold.errors import FormatError
 from sixfold.io import DTYPE_NAMES, TensorSpec
 from sixfold.packing import PAGE_TOKENS
 
+# Far beyond any real count, and no sum of a few of them overflows.
+MOST = 2**48
 _PAGE_TENSORS = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 
 def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Describe a layer and name its tensors; pages are listed in order, shared ones repeated."""
+    """Describe a layer and name its tensors; pages are listed in order, shared ones repeated.
+
+    Raises:
+        FormatError: It holds numbers that no reader would take, such as NaN.
+    """
     window = layer.window
     tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
     if layer.query_energy is not None:
@@ -46,19 +53,30 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
         "sinks": layer.prefix.sinks.tokens if layer.prefix else None,
         "query_energy": layer.query_energy is not None,
     }
+    check_values(description, tensors)
     return description, tensors
 
 
-def expected_tensors(description: Mapping[str, Any], policy: CachePolicy) -> dict[str, TensorSpec]:
+def expected_tensors(
+    description: Mapping[str, Any], policy: CachePolicy, sliding_window: int | None
+) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor that `layer_state` would have stored.
 
     Raises:
         FormatError: The description is not one that `layer_state` writes.
     """
     try:
-        return _expected(description) | _expected_pages(description, policy)
-    except (KeyError, TypeError) as error:
+        specs = _expected(description) | _expected_pages(description, policy)
+        _check_tokens(description, policy, sliding_window)
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"the description of a layer is damaged: {error!r}.") from error
+    return specs
+
+
+def tokens_seen(description: Mapping[str, Any]) -> int:
+    """Tokens a sequence that a described layer has ever seen."""
+    held: int = sum(description["page_lengths"]) + description["window_tokens"]
+    return held + int(description["evicted"])
 
 
 def restore_layer(
@@ -67,7 +85,12 @@ def restore_layer(
     policy: CachePolicy,
     sliding_window: int | None,
 ) -> CompressedLayer:
-    """The layer that `layer_state` described; its tensors have been checked."""
+    """The layer that `layer_state` described; shapes and dtypes have been checked.
+
+    Raises:
+        FormatError: The tensors hold numbers that no layer holds.
+    """
+    check_values(description, tensors)
     window = DenseTokens(tensors["window.keys"], tensors["window.values"])
     layer = CompressedLayer(window.keys, window.values, policy, sliding_window)
     layer.window = window
@@ -95,16 +118,39 @@ def _run(tensors: Mapping[str, Tensor], lengths: Tensor) -> Run:
     return Run.of(slab, slots, lengths)
 
 
-def _count(description: Mapping[str, Any], name: str) -> int:
+def whole(description: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """A number of a description.
+
+    Raises:
+        TypeError: It is none from `least` to `MOST`.
+    """
     number = description[name]
-    if type(number) is not int or number < 0:
-        raise TypeError(f"{name} must be a whole number of 0 or more, got {number!r}")
+    if type(number) is not int or not least <= number <= MOST:
+        raise TypeError(f"{name} must be a whole number from {least} to {MOST}, got {number!r}")
     return number
 
 
+def _check_tokens(
+    description: Mapping[str, Any], policy: CachePolicy, sliding_window: int | None
+) -> None:
+    """How many tokens are held, and in what state, by a layer that has seen so many."""
+    evicted, seen = whole(description, "evicted"), tokens_seen(description)
+    needed = 0 if sliding_window is None else min(seen, sliding_window - 1)
+    if evicted and (sliding_window is None or seen - evicted < needed):
+        raise ValueError(f"evicted is {evicted}, with {needed} tokens of {seen} to be held")
+    sinks = policy.sink_tokens if sliding_window is None else 0
+    if description["sinks"] is not None and whole(description, "sinks") != sinks:
+        raise ValueError(f"sinks is {description['sinks']}, expected {sinks}")
+    if type(description["query_energy"]) is not bool:
+        raise TypeError(f"query_energy must be true or false, got {description['query_energy']!r}")
+    if description["query_energy"] and description["sinks"] is not None:
+        raise ValueError("query_energy is kept only until there is a key map")
+
+
 def _expected(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    names = ("batch", "kv_heads", "key_dim", "value_dim", "window_tokens", "evicted")
-    batch, heads, key_dim, value_dim, window, _ = (_count(description, name) for name in names)
+    names = ("batch", "kv_heads", "key_dim", "value_dim")
+    batch, heads, key_dim, value_dim = (whole(description, name, 1) for name in names)
+    window = whole(description, "window_tokens")
     dtype = description["dtype"]
     if dtype not in ("F64", "F32", "F16", "BF16"):
         raise TypeError(f"keys and values of dtype {dtype!r}")
@@ -116,7 +162,7 @@ def _expected(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
     if description["query_energy"]:
         specs["query_energy"] = TensorSpec((batch, heads, key_dim), "F32")
     if description["sinks"] is not None:
-        sinks = _count(description, "sinks")
+        sinks = whole(description, "sinks")
         specs |= {
             "sinks.keys": TensorSpec((batch, heads, sinks, key_dim), dtype),
             "sinks.values": TensorSpec((batch, heads, sinks, value_dim), dtype),
@@ -129,7 +175,9 @@ def _expected(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
 
 def _expected_pages(description: Mapping[str, Any], policy: CachePolicy) -> dict[str, TensorSpec]:
     lengths = description["page_lengths"]
-    if any(type(n) is not int or not 1 <= n <= PAGE_TOKENS for n in lengths):
+    if type(lengths) is not list or any(
+        type(n) is not int or not 1 <= n <= PAGE_TOKENS for n in lengths
+    ):
         raise TypeError(f"page lengths must be 1 to {PAGE_TOKENS}, got {lengths}")
     if not lengths:
         return {}

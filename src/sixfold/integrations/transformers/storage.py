@@ -1,12 +1,11 @@
 """Saving a transformers cache, and loading it for the model that filled it."""
 
-import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -17,11 +16,14 @@ from transformers.cache_utils import (
 )
 
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.state import expected_tensors, layer_state, restore_layer
+from sixfold.cache.state import layer_state, restore_layer
+from sixfold.cache.validate import check_finite
 from sixfold.errors import FormatError
+from sixfold.integrations.transformers.checks import expected_layers, model_layers
 from sixfold.integrations.transformers.config import decoder_config, layer_types
 from sixfold.integrations.transformers.layer import TurboQuantLayer
-from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
+from sixfold.integrations.transformers.weights import check_weights, weights_digest
+from sixfold.io import DTYPE_NAMES, open_container, write_container
 
 KIND = "transformers-cache"
 
@@ -39,27 +41,42 @@ def save_cache(
         description, held = _describe(layer)
         layers.append(description)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in held.items()}
+    try:
+        # What is written can be read: better an error now, while the cache is at hand.
+        expected_layers(layers, list(map(_policy, layers)), model_layers(config, model))
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"this cache does not fit its model and is not saved: {error}."
+        ) from error
+    digest = None if model is None else weights_digest(model)
+    if model is not None and digest is None:
+        warnings.warn(
+            "some weights of the model are on the meta device and cannot be read: whoever loads "
+            f"{path} will not be told if other weights read it.",
+            stacklevel=3,
+        )
     description = {
         "model": model_description(config),
-        "weights": None if model is None else weights_digest(model),
+        "dtype": None if model is None else str(model.dtype),
+        "weights": digest,
         "layers": layers,
     }
     write_container(path, KIND, description, tensors)
 
 
 def load_layers(
-    path: str | os.PathLike[str], model: PreTrainedModel, check_weights: bool
+    path: str | os.PathLike[str], model: PreTrainedModel, check: bool
 ) -> tuple[list[CachePolicy | None], list[dict[str, Any]], dict[str, Tensor]]:
     """Check a file against `model`, then read it: policies, layer descriptions and tensors."""
     with open_container(path, KIND) as container:
         description = container.description
-        _check_model(path, description, model, check_weights)
+        _check_model(path, description, model, check)
         try:
             layers = description["layers"]
             if len(layers) != len(description["model"]["layers"]):
                 raise ValueError(f"it describes {len(layers)} layers")
             policies = [_policy(layer) for layer in layers]
-            expected = _expected(layers, policies)
+            expected = expected_layers(layers, policies, model_layers(model.config, model))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: its description is wrong ({error}).") from error
         container.expect(expected)
@@ -67,12 +84,19 @@ def load_layers(
 
 
 def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Put what was stored of one layer into an empty cache layer."""
+    """Put what was stored of one layer into an empty cache layer.
+
+    Raises:
+        FormatError: The tensors hold numbers that no layer holds.
+    """
     if isinstance(layer, TurboQuantLayer):
         if tensors:
             args = description, tensors, layer.policy, layer.sliding_window
             layer.adopt(restore_layer(*args))
-    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        return
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
         _fill_states(layer, tensors)
     elif tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
@@ -103,30 +127,22 @@ def model_description(config: PreTrainedConfig) -> dict[str, Any]:
     return as_json
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """A fingerprint of the weights: the first numbers of every parameter, as bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        head = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16)
-        digest.update(name.encode())
-        digest.update(head.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _check_model(
-    path: Any, description: dict[str, Any], model: PreTrainedModel, check_weights: bool
+    path: Any, description: dict[str, Any], model: PreTrainedModel, check: bool
 ) -> None:
     stored, own = description.get("model"), model_description(model.config)
     stored = stored if isinstance(stored, dict) else {}
     differ = {k: (stored.get(k), own[k]) for k in own if _differ(stored.get(k), own[k])}
     if differ:
         raise FormatError(f"{path} was saved for another model: (file, this model) = {differ}.")
-    digest = description.get("weights")
-    if check_weights and digest is not None and digest != weights_digest(model):
+    dtype = description.get("dtype")
+    if dtype is not None and dtype != str(model.dtype):
         raise FormatError(
-            f"{path} was saved for other weights of the same architecture; keys and values of one "
-            "are noise to the other. Pass check_weights=False to load it all the same."
+            f"{path} was saved for the model in {dtype}, this one is in {model.dtype}: load the "
+            "model in that dtype, or prefill again."
         )
+    if check:
+        check_weights(path, description.get("weights"), model)
 
 
 def _differ(stored: Any, own: Any) -> bool:
@@ -141,19 +157,24 @@ def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = ({}, {}) if layer.store is None else layer_state(layer.store)
         return {"policy": layer.policy.to_dict(), **state[0]}, state[1]
     tensors = _dense_tensors(layer)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
     described = {
-        name: [list(tensor.shape), DTYPE_NAMES[tensor.dtype]] for name, tensor in tensors.items()
+        name: [list(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))]
+        for name, tensor in tensors.items()
     }
-    return {"policy": None, "tensors": described, "length": _length(layer)}, tensors
+    length = layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
+    return {"policy": None, "tensors": described, "length": length}, tensors
 
 
 def _dense_tensors(layer: Any) -> dict[str, Tensor]:
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+        held = layer.is_initialized and layer.keys.numel()
+        return {"keys": layer.keys, "values": layer.values} if held else {}
     if type(layer) is LinearAttentionLayer:
         states = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
         return {
-            f"{kind}.{index}": state
+            f"{kind}.{index}": _state(layer, kind, index, state)
             for kind, by_index in states.items()
             for index, state in by_index.items()
             if state is not None and layer.has_previous_state[index]
@@ -163,28 +184,15 @@ def _dense_tensors(layer: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _length(layer: Any) -> int:
-    return layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
+def _state(layer: LinearAttentionLayer, kind: str, index: int, state: Tensor) -> Tensor:
+    """A state without the past that is recorded for `crop`: a loaded one has no such past."""
+    size = layer.conv_kernel_size[index] if kind == "conv_states" else None
+    return state if size is None else state[..., -size:]
 
 
 def _policy(description: dict[str, Any]) -> CachePolicy | None:
     fields = description["policy"]
     return None if fields is None else CachePolicy(**fields)
-
-
-def _expected(
-    layers: list[dict[str, Any]], policies: list[CachePolicy | None]
-) -> dict[str, TensorSpec]:
-    expected: dict[str, TensorSpec] = {}
-    for index, (layer, policy) in enumerate(zip(layers, policies, strict=True)):
-        if policy is None:
-            specs = {n: TensorSpec(tuple(s), d) for n, (s, d) in layer["tensors"].items()}
-        elif "batch" in layer:
-            specs = expected_tensors(layer, policy)
-        else:
-            specs = {}
-        expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
-    return expected
 
 
 def _fill_states(layer: Any, tensors: dict[str, Tensor]) -> None:

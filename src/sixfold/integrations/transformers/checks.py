@@ -1,0 +1,164 @@
+"""What a stored layer must share with the model's layer, and with the other layers."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sixfold.cache import CachePolicy
+from sixfold.cache.state import MOST, expected_tensors, tokens_seen, whole
+from sixfold.integrations.transformers.config import (
+    COMPRESSED_TYPES,
+    layer_types,
+    uncompressed_shapes,
+)
+from sixfold.io import TensorSpec
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+_STATES = ("conv_states", "recurrent_states")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLayer:
+    """What a model has at one layer.
+
+    Attributes:
+        attends: Whether it caches keys and values.
+        sliding_window: Tokens a query sees, itself included; None for all.
+        shape: KV heads, key and value dim; None where only the model could say.
+        states: Convolution or recurrent states that it caches otherwise.
+    """
+
+    attends: bool
+    sliding_window: int | None
+    shape: tuple[int, int, int] | None
+    states: int
+
+
+def model_layers(config: PreTrainedConfig, model: PreTrainedModel | None) -> list[ModelLayer]:
+    """Every layer of a model; its shape from its projections where it has any, else its config."""
+    types, options = layer_types(config)
+    attends = [kind in COMPRESSED_TYPES for kind in types]
+    shapes: dict[int, tuple[int, int, int]] = {}
+    if model is not None:
+        numbers = (index for index, own in enumerate(attends) if own)
+        for index, x in zip(numbers, uncompressed_shapes(config), strict=True):
+            shapes[index] = x.kv_heads, x.key_dim, x.value_dim
+        shapes |= _projected(model)
+    return [
+        ModelLayer(
+            own,
+            kwargs.get("sliding_window"),
+            shapes.get(index) if own else None,
+            0 if own else kwargs.get("number_of_states", 1),
+        )
+        for index, (own, kwargs) in enumerate(zip(attends, options, strict=True))
+    ]
+
+
+def expected_layers(
+    layers: list[dict[str, Any]],
+    policies: list[CachePolicy | None],
+    model: list[ModelLayer],
+) -> dict[str, TensorSpec]:
+    """The tensors that these layers of a cache have.
+
+    Raises:
+        KeyError, TypeError, ValueError: A description contradicts itself, the model, or another.
+    """
+    expected: dict[str, TensorSpec] = {}
+    sizes: dict[str, set[int]] = {"sequences": set(), "tokens": set()}
+    for index, (layer, policy, own) in enumerate(zip(layers, policies, model, strict=True)):
+        try:
+            specs, batch, tokens = _layer(layer, policy, own)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"layer {index}: {error}") from error
+        if specs:
+            sizes["sequences"].add(batch)
+            sizes["tokens"] |= {tokens} if own.attends else set()
+        expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
+    for name, found in sizes.items():
+        if len(found) > 1:
+            raise ValueError(f"its layers hold different numbers of {name}: {sorted(found)}")
+    return expected
+
+
+def _layer(
+    layer: Mapping[str, Any], policy: CachePolicy | None, own: ModelLayer
+) -> tuple[dict[str, TensorSpec], int, int]:
+    """Tensors of a layer, and how many sequences of how many tokens it has seen."""
+    if policy is None:
+        specs = {name: _spec(name, *spec) for name, spec in layer["tensors"].items()}
+        check = _check_dense if own.attends else _check_states
+        batch = {spec.shape[0] for spec in specs.values()}
+        if len(batch) > 1:
+            raise ValueError(f"tensors of different numbers of sequences: {sorted(batch)}")
+        check(layer, specs, own)
+        return specs, batch.pop() if batch else 0, whole(layer, "length")
+    if not own.attends:
+        raise ValueError("it is compressed, and the model's layer has no keys and values")
+    if "batch" not in layer:
+        return {}, 0, 0
+    specs = expected_tensors(layer, policy, own.sliding_window)
+    found = layer["kv_heads"], layer["key_dim"], layer["value_dim"]
+    _check_shape(found, own.shape)
+    return specs, layer["batch"], tokens_seen(layer)
+
+
+def _check_shape(found: tuple[int, int, int], expected: tuple[int, int, int] | None) -> None:
+    if expected is not None and found != expected:
+        raise ValueError(f"KV heads, key and value dim are {found}, the model's are {expected}")
+
+
+def _check_dense(
+    layer: Mapping[str, Any], specs: Mapping[str, TensorSpec], own: ModelLayer
+) -> None:
+    length = whole(layer, "length")
+    if not specs:
+        if length:
+            raise ValueError(f"it has seen {length} tokens and holds none")
+        return
+    keys, values = specs["keys"], specs["values"]
+    alike = keys.dtype == values.dtype and keys.shape[:3] == values.shape[:3]
+    if len(specs) > 2 or not alike or len(keys.shape) != 4 or len(values.shape) != 4:
+        raise ValueError(f"expected a value for every key, alike, got {dict(specs)}")
+    _check_shape((keys.shape[1], keys.shape[3], values.shape[3]), own.shape)
+    window = length if own.sliding_window is None else min(length, own.sliding_window - 1)
+    least = length if own.sliding_window is None else window
+    if not least <= keys.shape[2] <= length:
+        raise ValueError(f"it has seen {length} tokens and holds {keys.shape[2]}")
+
+
+def _check_states(
+    layer: Mapping[str, Any], specs: Mapping[str, TensorSpec], own: ModelLayer
+) -> None:
+    names = {f"{kind}.{index}" for kind in _STATES for index in range(own.states)}
+    if not specs.keys() <= names:
+        raise ValueError(f"expected some of {sorted(names)}, got {sorted(specs)}")
+
+
+def _spec(name: str, shape: Any, dtype: Any) -> TensorSpec:
+    if type(shape) is not list or len(shape) < 2 or dtype not in FLOATS:
+        raise TypeError(f"{name} has shape {shape!r} and dtype {dtype!r}")
+    if not all(type(n) is int and 1 <= n <= MOST for n in shape):
+        raise TypeError(f"{name} has shape {shape!r}")
+    return TensorSpec(tuple(shape), dtype)
+
+
+def _projected(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """KV heads, key and value dim of the layers with separate projections, by their number.
+
+    Configs name these in many ways; what a projection gives is what is cached.
+    """
+    found: dict[int, tuple[int, int, int]] = {}
+    for module in model.get_decoder().modules():
+        index: Any = getattr(module, "layer_idx", None)
+        dim: Any = getattr(module, "head_dim", None)
+        keys: Any = getattr(getattr(module, "k_proj", None), "out_features", None)
+        values: Any = getattr(getattr(module, "v_proj", None), "out_features", keys)
+        if not all(isinstance(n, int) for n in (index, dim, keys, values)):
+            continue
+        if dim > 0 and keys > 0 and keys % dim == 0:
+            found.setdefault(index, (keys // dim, dim, values // (keys // dim)))
+    return found

@@ -1,0 +1,157 @@
+"""A digest of all weights of a model: whose keys and values a cache holds."""
+
+import contextlib
+import hashlib
+import importlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sixfold.errors import FormatError
+
+# Digests of this kind; one without a prefix saw the first eight numbers of every parameter.
+_ALL = "all:"
+# 512 KiB: a block and its product stay in the cache of a processor.
+_WORDS = 1 << 16
+_ADAPTERS = ("active_adapters", "disable_adapters", "scaling")
+
+
+def weights_digest(model: nn.Module) -> str | None:
+    """A digest of every byte of every parameter and persistent buffer, and of active adapters.
+
+    Sums of products with odd factors, modulo 2^64, a block at a time on the device where the
+    weights lie: a single word of a block that differs always shows, more of them all but always.
+    Against accidents, not against malice. Nothing is remembered from one call to the next: PyTorch
+    does not tell when weights have changed (`parameter.data` may be written to).
+
+    Returns:
+        The digest, or None where some weights cannot be read: they are on the meta device, and not
+        because accelerate has offloaded them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _weights(model):
+        if tensor is None:
+            return None
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_block_sums(tensor))
+    for name, module in model.named_modules():
+        digest.update(_adapters(name, module).encode())
+    return _ALL + digest.hexdigest()
+
+
+def check_weights(path: Any, stored: Any, model: nn.Module) -> None:
+    """Compare the digest of a file with a model.
+
+    Args:
+        path: The file, for messages.
+        stored: Its digest; None says nothing.
+        model: The model.
+
+    Raises:
+        FormatError: The model has other weights, or some that cannot be read.
+    """
+    if stored is None:
+        return
+    full = isinstance(stored, str) and stored.startswith(_ALL)
+    found = weights_digest(model) if full else _first_numbers_digest(model)
+    if found is None:
+        raise FormatError(
+            f"{path} names the weights it belongs to, but some of this model's are on the meta "
+            "device and cannot be compared. Pass check_weights=False if they are the same."
+        )
+    if stored != found:
+        raise FormatError(
+            f"{path} was saved for other weights of the same architecture (adapters and dtype "
+            "count); keys and values of one are noise to the other. Pass check_weights=False to "
+            "load it all the same."
+        )
+
+
+def _first_numbers_digest(model: nn.Module) -> str | None:
+    """What files of earlier versions hold: the first numbers of every parameter, as bfloat16."""
+    digest = hashlib.sha256()
+    parameters = {name for name, _ in model.named_parameters()}
+    heads: dict[str, Tensor] = {}
+    for name, tensor in _weights(model):
+        if tensor is None:
+            return None
+        if name in parameters:
+            heads[name] = tensor.flatten()[:8].to("cpu", torch.bfloat16)
+    for name, head in sorted(heads.items()):
+        digest.update(name.encode())
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Name and value of every parameter and persistent buffer; None where there is no value."""
+    for prefix, module in model.named_modules():
+        with _present(module):
+            for name, tensor in _own_weights(module):
+                readable = tensor.device.type != "meta"
+                yield f"{prefix}.{name}" if prefix else name, tensor.detach() if readable else None
+
+
+def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    temporary = module._non_persistent_buffers_set
+    buffers = {k: v for k, v in module._buffers.items() if k not in temporary}
+    for name, tensor in sorted({**module._parameters, **buffers}.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, what accelerate has offloaded of `module` itself is on the CPU."""
+    if not any(tensor.device.type == "meta" for _, tensor in _own_weights(module)):
+        return contextlib.nullcontext()
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    # There is a hook of it: it is installed.
+    utilities = importlib.import_module("accelerate.utils")
+    present: contextlib.AbstractContextManager[None] = utilities.align_module_device(module, "cpu")
+    return present
+
+
+def _block_sums(tensor: Tensor) -> bytes:
+    """A sum for every block of a tensor's bytes, read as 64-bit words; the last is filled up."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = len(data) // 8 * 8
+    rest = torch.nn.functional.pad(data[whole:], (0, -len(data) % 8))
+    factors = _factors(tensor.device)
+    parts = (data[:whole].view(torch.int64), rest.view(torch.int64))
+    blocks = (block for part in parts for block in part.split(_WORDS) if len(block))
+    sums = [_product(block, factors[: len(block)]) for block in blocks]
+    if not sums:
+        return b""
+    return torch.stack(sums).cpu().numpy().astype("<i8").tobytes()
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    # On a CPU, one thread and no copy; other devices have no such product of whole numbers.
+    return torch.dot(x, y) if x.device.type == "cpu" else (x * y).sum()
+
+
+@lru_cache(maxsize=8)
+def _factors(device: torch.device) -> Tensor:
+    """Odd numbers of 64 bits, the same on every machine (SplitMix64)."""
+    mask, found = 2**64 - 1, []
+    for index in range(1, _WORDS + 1):
+        z = index * 0x9E3779B97F4A7C15 & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        found.append((z ^ z >> 31) | 1)
+    signed = [x - 2**64 if x >> 63 else x for x in found]
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def _adapters(name: str, module: nn.Module) -> str:
+    """Which adapters a layer of PEFT applies, and how much: no weight says so."""
+    # The type is asked for what is computed: a wrapper's attributes may be those of what it wraps.
+    if not isinstance(getattr(type(module), "active_adapters", None), property):
+        return ""
+    return f"{name} {[getattr(module, field, None) for field in _ADAPTERS]}\n"

@@ -1,0 +1,188 @@
+"""A file belongs to weights: all of them, wherever they lie, and to nothing else."""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sixfold import TurboQuantCache
+from sixfold.errors import FormatError
+from sixfold.integrations.transformers.storage import KIND
+from sixfold.integrations.transformers.weights import _first_numbers_digest, weights_digest
+from sixfold.io import open_container, write_container
+from tests.e2e.decoding import batch, forward
+from tests.e2e.models import fresh_model
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+PROMPT = batch((100, 80))
+
+
+def model_and_file(folder: Path, name: str = "llama-64") -> tuple[PreTrainedModel, Path]:
+    model = fresh_model(name)
+    cache = TurboQuantCache.for_model(model)
+    forward(model, cache, PROMPT, 0, PROMPT.prompt)
+    cache.save(folder / "file")
+    return model, folder / "file"
+
+
+def last_number(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.v_proj.weight.data[-1, -1] += 1e-6
+
+
+def in_the_middle(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[40, 33].neg_()
+
+
+def swapped(model: PreTrainedModel) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight.data = attention.q_proj.weight.data.flip(0)
+
+
+def buffer(model: PreTrainedModel) -> None:
+    model.model.register_buffer("offset", torch.ones(3))
+
+
+@pytest.mark.parametrize("change", [last_number, in_the_middle, swapped, buffer])
+def test_any_change_is_noticed(change: Callable[[PreTrainedModel], None], tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    TurboQuantCache.load(path, model)
+    change(model)
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(path, model)
+    TurboQuantCache.load(path, model, check_weights=False)
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter, as PEFT puts them into models."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.ones(2, base.in_features) / 50)
+        self.disable_adapters = False
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return ["default"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(x)
+        return y if self.disable_adapters else y + (x @ self.down.T).sum(-1, keepdim=True)
+
+
+def test_adapters_are_noticed_and_whether_they_are_applied(tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    with pytest.raises(FormatError, match=r"other weights.*adapters"):
+        TurboQuantCache.load(path, model)
+    cache = TurboQuantCache.for_model(model)
+    forward(model, cache, PROMPT, 0, PROMPT.prompt)
+    cache.save(path)
+    TurboQuantCache.load(path, model)
+    attention.q_proj.disable_adapters = True
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(path, model)
+
+
+def test_the_dtype_is_noticed_first(tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    for options in ({}, {"check_weights": False}):
+        with pytest.raises(FormatError, match=r"torch\.float32.*torch\.bfloat16"):
+            TurboQuantCache.load(path, model.bfloat16(), **options)
+
+
+def test_a_digest_of_the_earlier_kind_is_still_compared(tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    with open_container(path, KIND) as container:
+        description, tensors = container.description, container.read()
+    assert description["weights"].startswith("all:")
+    earlier: dict[str, Any] = {**description, "weights": _first_numbers_digest(model)}
+    assert re.fullmatch("[0-9a-f]{64}", earlier["weights"])
+    del earlier["dtype"]
+    write_container(path, KIND, earlier, tensors)
+    TurboQuantCache.load(path, model)
+    model.model.embed_tokens.weight.data[0, 0] += 1
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(path, model)
+
+
+@pytest.mark.parametrize("weights", [3, "", "all:", "x" * 64, {}, []])
+def test_a_digest_that_is_none(weights: Any, tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    with open_container(path, KIND) as container:
+        description, tensors = container.description, container.read()
+    write_container(path, KIND, {**description, "weights": weights}, tensors)
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(path, model)
+
+
+def test_views_and_odd_sizes() -> None:
+    """What bytes there are counts, not how they lie."""
+    whole = torch.arange(41, dtype=torch.uint8)
+    model, twin = nn.Module(), nn.Module()
+    model.register_buffer("x", whole[3:40])
+    twin.register_buffer("x", whole[3:40].clone())
+    assert weights_digest(model) == weights_digest(twin)
+    for position in range(37):
+        changed = whole[3:40].clone()
+        changed[position] += 1
+        twin.register_buffer("x", changed)
+        assert weights_digest(model) != weights_digest(twin)
+
+
+def test_blocks_that_change_places() -> None:
+    model, twin = nn.Module(), nn.Module()
+    blocks = torch.arange(4 * 2**19, dtype=torch.int32).view(2, -1).float()
+    model.register_buffer("x", blocks)
+    twin.register_buffer("x", blocks.flip(0))
+    assert weights_digest(model) != weights_digest(twin)
+
+
+# ---------------------------------------------------------------- offloaded weights
+
+
+def offload(model: PreTrainedModel, folder: Path, where: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    if where == "memory":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, folder / "weights", execution_device="cpu")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_offloaded_weights_are_read(where: str, tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    digest = weights_digest(model)
+    offload(model, tmp_path, where)
+    assert model.device.type == "meta"
+    assert weights_digest(model) == digest
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    cache = TurboQuantCache.load(path, model)
+    assert {x.device.type for x in cache.tensors()} == {"cpu"}
+    cache.save(path)
+    plain = fresh_model("llama-64")
+    again = TurboQuantCache.load(path, plain)
+    assert again.get_seq_length() == PROMPT.prompt
+    assert forward(plain, again, PROMPT, 100, 101).isfinite().all()
+
+
+def test_weights_that_are_nowhere(tmp_path: Path) -> None:
+    model, path = model_and_file(tmp_path)
+    cache = TurboQuantCache.load(path, model)
+    model.to("meta")
+    with pytest.raises(FormatError, match=r"meta device.*check_weights=False"):
+        TurboQuantCache.load(path, model)
+    with pytest.warns(UserWarning, match="meta device"):
+        cache.save(tmp_path / "again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TurboQuantCache.load(tmp_path / "again", fresh_model("llama-64"))
