@@ -281,17 +281,24 @@ class Call {
 }  // namespace
 
 void check_bounds(const CachedTask& task) {
-    if (task.mask_kind == Mask::none) return;
     for (const TokenSegment& segment : task.tokens)
         for (std::int64_t b = 0; b < task.batch; ++b) {
-            const std::int64_t first = segment.first[b];
-            const std::int64_t stop = std::min(segment.stop[b], first + segment.tokens);
-            if (first < 0 || stop > task.mask_columns)
+            const std::int64_t first = segment.first[b], stop = segment.stop[b];
+            // Of numbers from 0 differences do not overflow; sums might.
+            if (first < 0 || segment.start[b] < 0 || stop < 0)
+                throw std::invalid_argument("tokens: expected positions from 0, got first " +
+                                            std::to_string(first) + ", start " +
+                                            std::to_string(segment.start[b]) + " and stop " +
+                                            std::to_string(stop));
+            if (task.mask_kind == Mask::none) continue;
+            const std::int64_t read =
+                std::min(std::max<std::int64_t>(stop - first, 0), segment.tokens);
+            if (first > task.mask_columns || read > task.mask_columns - first)
                 throw std::invalid_argument(
-                    "mask: expected a column for every position from 0 to " +
-                    std::to_string(stop - 1) + ", got " + std::to_string(task.mask_columns) +
-                    " columns and a part that begins at position " + std::to_string(first) +
-                    "; pass a mask that covers all tokens held");
+                    "mask: expected a column for every one of " + std::to_string(read) +
+                    " tokens from position " + std::to_string(first) + ", got " +
+                    std::to_string(task.mask_columns) +
+                    " columns; pass a mask that covers all tokens held");
         }
 }
 

@@ -85,10 +85,19 @@ SIXFOLD_INLINE f32x4 widen(const char* p, Dtype dtype) {
     return dtype == Dtype::bf16 ? bits<f32x4>(x << 16) : half_to_float<f32x4>(x);
 }
 
+// What is finite stays so: decoding may carry a number past the largest half it came from.
+template <class F, class U>
+SIXFOLD_INLINE F within_half(F x) {
+    const U all = bits<U>(x), magnitude = all & 0x7fffffff;
+    const U beyond = (U)(magnitude > 0x477fe000) & (U)(magnitude < 0x7f800000);
+    return bits<F>((beyond & (0x477fe000 | (all & 0x80000000))) | (~beyond & all));
+}
+
 SIXFOLD_INLINE void narrow(char* p, f32x4 x, Dtype dtype) {
     if (dtype == Dtype::f32) return store_unaligned(p, x);
     const u32x4 y =
-        dtype == Dtype::bf16 ? float_to_bfloat<f32x4, u32x4>(x) : float_to_half<f32x4, u32x4>(x);
+        dtype == Dtype::bf16 ? float_to_bfloat<f32x4, u32x4>(x)
+                             : float_to_half<f32x4, u32x4>(within_half<f32x4, u32x4>(x));
     store_unaligned(p, __builtin_convertvector(y, u16x4));
 }
 

@@ -193,7 +193,10 @@ struct Lanes : LanesBase<f32x16, i32x16, u32x16, f64x8> {
     }
 
     static SIXFOLD_INLINE __m512i narrow_lanes(f32 x, bool half) {
-        if (half) return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+        if (half) {
+            const __m512 within = bits<__m512>(within_half<f32x16, u32x16>(x));
+            return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(within, _MM_FROUND_TO_NEAREST_INT));
+        }
         return bits<__m512i>(float_to_bfloat<f32x16, u32x16>(x));
     }
 };

@@ -170,8 +170,8 @@ def encode_scale(x: Float[Tensor, "*b"]) -> Float16[Tensor, "*b"]:
 
     The sign bit is a flag: scales up to 65504 are stored as they are, larger ones negated and in
     units of 2**16, up to 4.29e9, where they saturate. Relative error at most 2**-11 above 6.1e-5;
-    below, absolute error at most 3e-8. NaN and infinity become NaN, so that a vector that was
-    not finite decodes to NaN, visibly, and spoils no other.
+    below, absolute error at most 3e-8, so that 2.9e-8 and less become zero. NaN and infinity become
+    NaN, so that a vector that was not finite decodes to NaN, visibly, and spoils no other.
     """
     large = -(x / _LARGE_SCALE_UNIT).clamp(max=_FLOAT16_MAX)
     stored = torch.where(x > _FLOAT16_MAX, large, x)

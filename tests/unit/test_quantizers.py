@@ -220,3 +220,11 @@ def test_split_finds_the_channels_and_keeps_them() -> None:
 def test_split_needs_tokens() -> None:
     with pytest.raises(ShapeError, match="token axis"):
         sixfold.OutlierSplit(DIM, outlier_channels=4).encode(torch.zeros(DIM))
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_advice_fits_the_input(quantizer: Any) -> None:
+    array = torch.zeros(3, DIM).numpy()
+    with pytest.raises(SixfoldError, match=r"numpy.ndarray; convert it with torch.as_tensor"):
+        quantizer.encode(array)
+    assert quantizer.encode(torch.as_tensor(array)).shape == (3, DIM)

@@ -13,9 +13,14 @@ def check_vectors(x: Tensor, dim: int, name: str = "x") -> None:
     """Refuse vectors of another dimension or of a dtype without fractions.
 
     Raises:
-        SixfoldError: `x` is not float16, bfloat16, float32 or float64.
+        SixfoldError: `x` is not a tensor, or not of float16, bfloat16, float32 or float64.
         ShapeError: The last axis is not `dim`.
     """
+    if not isinstance(x, Tensor):
+        raise SixfoldError(
+            f"{name} must be a torch tensor, got {type(x).__module__}.{type(x).__name__}; convert "
+            f"it with torch.as_tensor({name}), which shares the memory of a numpy array"
+        )
     if x.dtype not in _DTYPES:
         raise SixfoldError(
             f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "

@@ -109,4 +109,8 @@ def decode_pages_kernel(
         tile = tile + tl.load(mean + channel, mask=channels, other=0.0)[None, :]
     row = (batch * heads + head).to(tl.int64) * n_pages * 64 + page % n_pages * 64 + token
     offset = row[:, None] * DIM + coordinate[None, :]
+    if out.dtype.element_ty == tl.float16:
+        # As `sixfold.kernels._narrow`: what is finite stays so.
+        largest = tl.where(tl.abs(tile) == float("inf"), float("inf"), 65504.0)
+        tile = tl.where(tl.abs(tile) > largest, tl.where(tile < 0, -largest, largest), tile)
     tl.store(out + offset, tile.to(out.dtype.element_ty), mask=channels[None, :])

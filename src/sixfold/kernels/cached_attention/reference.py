@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from sixfold.kernels._narrow import narrow
 from sixfold.kernels.attention import (
     Partial,
     dense_attention,
@@ -65,7 +66,7 @@ def cached_attention(
         merged = merge_partials(coded)
         out = rotate(merged.out, values.turns, values.factor, inverse=True)
         parts.append(Partial(out, merged.lse))
-    return with_sinks(merge_partials(parts), sink_logits).out.to(query.dtype)
+    return narrow(with_sinks(merge_partials(parts), sink_logits).out, query.dtype)
 
 
 def _positions(part: Tokens) -> Int64[Tensor, "batch tokens"]:

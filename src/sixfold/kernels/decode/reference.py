@@ -5,6 +5,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._codewords import expand
+from sixfold.kernels._narrow import narrow
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.rotate.reference import rotate
 from sixfold.packing import (
@@ -66,7 +67,7 @@ def decode_pages(
             tile = tile / channel_scale[rows, None, :, None].float()
         if mean is not None:
             tile = tile + mean[rows, None, :, None].float()
-        vectors[rows, :, columns] = tile.transpose(1, 2).to(dtype)
+        vectors[rows, :, columns] = narrow(tile.transpose(1, 2), dtype)
     return vectors.flatten(2, 3)
 
 
