@@ -43,6 +43,8 @@ def check_values(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if "query_energy" in tensors:
         energy = tensors["query_energy"]
         _require((energy >= 0) & (energy <= LARGEST_ENERGY), "query_energy")
+    if "window.attended" in tensors:
+        _require(tensors["window.attended"] <= 1, "window.attended")
     for name in ("window.keys", "window.values"):
         _require(_bounded(tensors[name]), name)
     if description["page_lengths"]:

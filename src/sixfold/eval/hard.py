@@ -175,8 +175,8 @@ def _offset(
         # Channels c and c + dim/2 make up a RoPE pair; pairs 4m and 4m + 1 turn alike.
         pairs = offset.unflatten(1, (2, -1, 4))
         pairs[..., 1] = -pairs[..., 0]
-    length = torch.linalg.vector_norm(offset, dim=1)[:, None]
-    return offset * (mean * _typical(keys) * math.sqrt(dim) / length)
+    length: Tensor = torch.linalg.vector_norm(offset, dim=1)[:, None]
+    return offset * (mean * _typical(keys) * math.sqrt(dim)) / length
 
 
 def _typical(keys: Float[Tensor, "heads dim hidden"]) -> float:

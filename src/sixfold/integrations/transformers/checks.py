@@ -8,15 +8,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sixfold.cache import CachePolicy
 from sixfold.cache.state import MOST, expected_tensors, tokens_seen, whole
+from sixfold.integrations.transformers.combined import INDEXER, STATES
 from sixfold.integrations.transformers.config import (
     COMPRESSED_TYPES,
+    CROSS_ATTENTION,
     layer_types,
     uncompressed_shapes,
 )
 from sixfold.io import TensorSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-_STATES = ("conv_states", "recurrent_states")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,15 @@ class ModelLayer:
     """What a model has at one layer.
 
     Attributes:
-        attends: Whether it caches keys and values.
+        attends: Whether it caches keys and values of the text.
+        cross: Whether it caches keys and values of something else, such as an image.
         sliding_window: Tokens a query sees, itself included; None for all.
         shape: KV heads, key and value dim; None where only the model could say.
         states: Convolution or recurrent states that it caches otherwise.
     """
 
     attends: bool
+    cross: bool
     sliding_window: int | None
     shape: tuple[int, int, int] | None
     states: int
@@ -49,11 +52,12 @@ def model_layers(config: PreTrainedConfig, model: PreTrainedModel | None) -> lis
     return [
         ModelLayer(
             own,
+            kind == CROSS_ATTENTION,
             kwargs.get("sliding_window"),
             shapes.get(index) if own else None,
-            0 if own else kwargs.get("number_of_states", 1),
+            kwargs.get("number_of_states", 1),
         )
-        for index, (own, kwargs) in enumerate(zip(attends, options, strict=True))
+        for index, (kind, own, kwargs) in enumerate(zip(types, attends, options, strict=True))
     ]
 
 
@@ -88,19 +92,22 @@ def _layer(
     layer: Mapping[str, Any], policy: CachePolicy | None, own: ModelLayer
 ) -> tuple[dict[str, TensorSpec], int, int]:
     """Tensors of a layer, and how many sequences of how many tokens it has seen."""
+    others = {name: _spec(name, *spec) for name, spec in layer.get("tensors", {}).items()}
+    batch = {spec.shape[INDEXER.get(name, 0)] for name, spec in others.items()}
+    if "batch" in layer:
+        batch.add(whole(layer, "batch"))
+    if len(batch) > 1:
+        raise ValueError(f"tensors of different numbers of sequences: {sorted(batch)}")
     if policy is None:
-        specs = {name: _spec(name, *spec) for name, spec in layer["tensors"].items()}
-        check = _check_dense if own.attends else _check_states
-        batch = {spec.shape[0] for spec in specs.values()}
-        if len(batch) > 1:
-            raise ValueError(f"tensors of different numbers of sequences: {sorted(batch)}")
-        check(layer, specs, own)
-        return specs, batch.pop() if batch else 0, whole(layer, "length")
+        check = _check_dense if own.attends or own.cross else _check_states
+        check(layer, others, own)
+        return others, batch.pop() if batch else 0, whole(layer, "length")
     if not own.attends:
         raise ValueError("it is compressed, and the model's layer has no keys and values")
+    _check_states(layer, {n: x for n, x in others.items() if n not in INDEXER}, own)
     if "batch" not in layer:
-        return {}, 0, 0
-    specs = expected_tensors(layer, policy, own.sliding_window)
+        return others, batch.pop() if batch else 0, 0
+    specs = others | expected_tensors(layer, policy, own.sliding_window)
     found = layer["kv_heads"], layer["key_dim"], layer["value_dim"]
     _check_shape(found, own.shape)
     return specs, layer["batch"], tokens_seen(layer)
@@ -124,6 +131,8 @@ def _check_dense(
     if len(specs) > 2 or not alike or len(keys.shape) != 4 or len(values.shape) != 4:
         raise ValueError(f"expected a value for every key, alike, got {dict(specs)}")
     _check_shape((keys.shape[1], keys.shape[3], values.shape[3]), own.shape)
+    if own.cross:
+        return
     window = length if own.sliding_window is None else min(length, own.sliding_window - 1)
     least = length if own.sliding_window is None else window
     if not least <= keys.shape[2] <= length:
@@ -133,13 +142,14 @@ def _check_dense(
 def _check_states(
     layer: Mapping[str, Any], specs: Mapping[str, TensorSpec], own: ModelLayer
 ) -> None:
-    names = {f"{kind}.{index}" for kind in _STATES for index in range(own.states)}
+    names = {f"{kind}.{index}" for kind in STATES for index in range(own.states)}
     if not specs.keys() <= names:
         raise ValueError(f"expected some of {sorted(names)}, got {sorted(specs)}")
 
 
 def _spec(name: str, shape: Any, dtype: Any) -> TensorSpec:
-    if type(shape) is not list or len(shape) < 2 or dtype not in FLOATS:
+    dtypes = ("I64",) if name == "indexer_position_ids" else FLOATS
+    if type(shape) is not list or len(shape) < 2 or dtype not in dtypes:
         raise TypeError(f"{name} has shape {shape!r} and dtype {dtype!r}")
     if not all(type(n) is int and 1 <= n <= MOST for n in shape):
         raise TypeError(f"{name} has shape {shape!r}")

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.state import layer_state, restore_layer
-from sixfold.errors import FormatError, SixfoldError
+from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
 
 
@@ -32,7 +32,17 @@ class TurboQuantLayer(CacheLayerMixin):
         self.store: CompressedLayer | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn batch, heads, dims, dtype and device from the first tokens."""
+        """Learn batch, heads, dims, dtype and device from the first tokens.
+
+        Raises:
+            UnsupportedModelError: Keys or values have no coordinates.
+        """
+        if 0 in (key_states.shape[-1], value_states.shape[-1]):
+            raise UnsupportedModelError(
+                "one of the two tensors that this layer caches is empty (latents without rotary "
+                "keys beside them), which Sixfold cannot compress yet: leave such layers as they "
+                "are with skip_layers=[...], or use transformers' DynamicCache."
+            )
         self.adopt(CompressedLayer(key_states, value_states, self.policy, self.sliding_window))
 
     def adopt(self, store: CompressedLayer) -> None:

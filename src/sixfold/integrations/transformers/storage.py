@@ -93,7 +93,10 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
         if "batch" in description:
             args = description, tensors, layer.policy, layer.sliding_window
             layer.adopt(restore_layer(*args))
-        layer.adopt_extra({n: tensors[n] for n in description.get("tensors", {})})
+        others = {name: tensors[name] for name in description.get("tensors", {})}
+        for name, tensor in others.items():
+            check_finite(name, tensor)
+        layer.adopt_extra(others)
         return
     for name, tensor in tensors.items():
         check_finite(name, tensor)
