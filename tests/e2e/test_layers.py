@@ -8,8 +8,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, cache_nbytes
 from sixfold.integrations.transformers import layer_shapes
-from sixfold.integrations.transformers.cache import layer_policies
 from sixfold.integrations.transformers.config import coded_dims
+from sixfold.integrations.transformers.layers import layer_policies
 from tests.e2e.decoding import (
     batch,
     decode,

@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
+from sixfold.cache import CachePolicy
 from sixfold.cache.policy import SPLITS
-from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
+from sixfold.errors import FormatError, SixfoldError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register
-from sixfold.integrations.transformers.combined import (
-    STATES,
-    HybridTurboQuantLayer,
-    IndexedTurboQuantLayer,
-)
 from sixfold.integrations.transformers.config import (
-    COMPRESSED_TYPES,
     CROSS_ATTENTION,
     coded_dims,
     fusable_layers,
@@ -35,6 +28,15 @@ from sixfold.integrations.transformers.config import (
 from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.devices import execution_device, layer_devices
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
+from sixfold.integrations.transformers.layers import (
+    cache_layer,
+    check_crop,
+    layer_policies,
+    layer_tensors,
+    move_layer,
+    static_layer,
+    uncompressed_bytes,
+)
 from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
@@ -107,7 +109,7 @@ class TurboQuantCache(Cache):
         types, kwargs = layer_types(config)
         policies = layer_policies(len(types), policy, skip_layers, per_layer or {})
         super().__init__(
-            layers=[_cache_layer(*layer) for layer in zip(types, kwargs, policies, strict=True)]
+            layers=[cache_layer(*layer) for layer in zip(types, kwargs, policies, strict=True)]
         )
         growing = [
             index
@@ -253,7 +255,7 @@ class TurboQuantCache(Cache):
             return 0
         ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
         for layer, surplus in ahead:
-            _check_crop(layer, -surplus)
+            check_crop(layer, -surplus)
         if self._pass.states and not self._pass.complete(self.layers):
             raise SixfoldError(
                 "convolution and recurrent states that a forward pass has replaced are gone: "
@@ -326,7 +328,7 @@ class TurboQuantCache(Cache):
     @property
     def uncompressed_nbytes(self) -> int:
         """Bytes the same tokens take in a 16-bit cache."""
-        return sum(_uncompressed(layer) for layer in self.layers)
+        return sum(uncompressed_bytes(layer) for layer in self.layers)
 
     @property
     def compression_ratio(self) -> float:
@@ -335,7 +337,7 @@ class TurboQuantCache(Cache):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held by any layer."""
-        return [x for layer in self.layers for x in _tensors(layer)]
+        return [x for layer in self.layers for x in layer_tensors(layer)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
@@ -345,7 +347,7 @@ class TurboQuantCache(Cache):
                 a layer's recurrent state cannot be taken back.
         """
         for layer in self.layers:
-            _check_crop(layer, tokens_to_remove)
+            check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
         self._pass.restart()
 
@@ -377,7 +379,7 @@ class TurboQuantCache(Cache):
         """
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.layers = [_static(layer, max_tokens) for layer in self.layers]
+        twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
         twin._pass = ForwardPass(self._pass.growing)
         return twin
 
@@ -438,7 +440,7 @@ class TurboQuantCache(Cache):
                 raise FormatError(f"{path}, layer {index}: {error}") from error
         devices = layer_devices(model)
         for index, layer in enumerate(cache.layers):
-            _move(layer, devices.get(index, execution_device(model)), model.dtype)
+            move_layer(layer, devices.get(index, execution_device(model)), model.dtype)
         return cache
 
     def to(
@@ -459,7 +461,7 @@ class TurboQuantCache(Cache):
         """
         target = None if device is None else torch.device(device)
         for layer in self.layers:
-            _move(layer, target, dtype)
+            move_layer(layer, target, dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -467,123 +469,6 @@ class TurboQuantCache(Cache):
         return {**self.__dict__, "_model": None}
 
 
-def _static(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
-    if isinstance(layer, StaticTurboQuantLayer):
-        layer.refuse()
-    if not isinstance(layer, TurboQuantLayer):
-        raise UnsupportedModelError(
-            f"a static cache needs every layer compressed, this one has a {type(layer).__name__}: "
-            "skip no layers, or let the cache grow."
-        )
-    if type(layer) is not TurboQuantLayer:
-        raise UnsupportedModelError(
-            "a static cache holds keys and values only, this model's layers have a recurrent state "
-            "or an indexer as well: let the cache grow."
-        )
-    return StaticTurboQuantLayer(layer, max_tokens)
-
-
-def layer_policies(
-    count: int,
-    policy: CachePolicy,
-    skip_layers: Sequence[int],
-    per_layer: Mapping[int, Mapping[str, Any]],
-) -> list[CachePolicy | None]:
-    """The policy of every layer; None for layers kept uncompressed.
-
-    Raises:
-        SixfoldError: A layer number is out of range, or an override names no policy field.
-    """
-    for index in (*skip_layers, *per_layer):
-        if not -count <= index < count:
-            raise SixfoldError(f"layer {index} does not exist: the model has {count} layers.")
-    policies: list[CachePolicy | None] = [policy] * count
-    for index, fields in per_layer.items():
-        unknown = set(fields) - set(policy.to_dict())
-        if unknown:
-            raise SixfoldError(
-                f"per_layer[{index}] has unknown fields {sorted(unknown)}; "
-                f"expected some of {sorted(policy.to_dict())}."
-            )
-        policies[index] = CachePolicy(**{**policy.to_dict(), **fields})
-    for index in skip_layers:
-        policies[index] = None
-    return policies
-
-
-def _cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) -> Any:
-    if kind == CROSS_ATTENTION:
-        return DynamicLayer()
-    if kind in COMPRESSED_TYPES and policy is not None:
-        cls = _LAYERS.get(kind, TurboQuantLayer)
-        return cls(policy, fused=False, **{"sliding_window": None, **kwargs})
-    if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
-        raise UnsupportedModelError(
-            f"layer type {kind!r} is unknown to this version of transformers' caches."
-        )
-    return DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-
-
-_LAYERS = {
-    "hybrid": HybridTurboQuantLayer,
-    "hybrid_sliding": HybridTurboQuantLayer,
-    "indexed_attention": IndexedTurboQuantLayer,
-}
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    if isinstance(layer, TurboQuantLayer):
-        return layer.tensors()
-    held: list[Any] = []
-    for attribute in vars(layer).values():
-        held += attribute.values() if isinstance(attribute, dict) else [attribute]
-    return [x for x in held if isinstance(x, Tensor)]
-
-
-def _move(layer: Any, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    if isinstance(layer, TurboQuantLayer):
-        layer.move(device, dtype)
-        return
-    if device is not None:
-        layer.device = device
-    for name in ("keys", "values"):
-        if isinstance(x := getattr(layer, name, None), Tensor):
-            setattr(layer, name, x.to(device or x.device, dtype))
-    for name in STATES:
-        states = getattr(layer, name, {})
-        moved = {i: x.to(device or x.device) for i, x in states.items() if x is not None}
-        states.update(moved)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)
-
-
-def _check_crop(layer: Any, tokens_to_remove: int) -> None:
-    """Refuse what a layer's `crop` would, or should; changes nothing."""
-    if isinstance(layer, TurboQuantLayer):
-        return layer.check_crop(tokens_to_remove)
-    recurrent = getattr(layer, "is_recurrent_states_initialized", {})
-    if tokens_to_remove and any(recurrent.values()):
-        raise SixfoldError(
-            f"cannot remove tokens: the recurrent state of a {type(layer).__name__} cannot be "
-            "taken back; fork the cache before generating tokens that may be removed."
-        )
-    try:
-        forked(layer).crop(tokens_to_remove)
-    except (RuntimeError, ValueError) as error:
-        raise SixfoldError(f"cannot remove tokens: {error}") from error
-
-
-def _uncompressed(layer: Any) -> int:
-    """Bytes of a layer in 16 bits; what is not floating point counts as it is."""
-    compressed = isinstance(layer, TurboQuantLayer)
-    others = layer.extra_tensors().values() if compressed else _tensors(layer)
-    nbytes = sum(2 * x.numel() if x.is_floating_point() else x.nbytes for x in others)
-    held = layer.tokens if compressed else None
-    if held is None:
-        return nbytes
-    keys, values = held.window.keys, held.window.values
-    shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], layer.sliding_window)
-    return nbytes + uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])

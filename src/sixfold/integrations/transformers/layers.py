@@ -1,0 +1,152 @@
+"""What a cache asks of one layer, of whichever kind it is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+
+from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
+from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers.combined import (
+    STATES,
+    HybridTurboQuantLayer,
+    IndexedTurboQuantLayer,
+)
+from sixfold.integrations.transformers.config import COMPRESSED_TYPES, CROSS_ATTENTION
+from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
+from sixfold.integrations.transformers.static import StaticTurboQuantLayer
+
+
+def static_layer(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
+    """A static layer of the same tokens.
+
+    Raises:
+        SixfoldError: It is static, not compressed, too short, too long, or more than attention.
+    """
+    if isinstance(layer, StaticTurboQuantLayer):
+        layer.refuse()
+    if not isinstance(layer, TurboQuantLayer):
+        raise UnsupportedModelError(
+            f"a static cache needs every layer compressed, this one has a {type(layer).__name__}: "
+            "skip no layers, or let the cache grow."
+        )
+    if type(layer) is not TurboQuantLayer:
+        raise UnsupportedModelError(
+            "a static cache holds keys and values only, this model's layers have a recurrent state "
+            "or an indexer as well: let the cache grow."
+        )
+    return StaticTurboQuantLayer(layer, max_tokens)
+
+
+def layer_policies(
+    count: int,
+    policy: CachePolicy,
+    skip_layers: Sequence[int],
+    per_layer: Mapping[int, Mapping[str, Any]],
+) -> list[CachePolicy | None]:
+    """The policy of every layer; None for layers kept uncompressed.
+
+    Raises:
+        SixfoldError: A layer number is out of range, or an override names no policy field.
+    """
+    for index in (*skip_layers, *per_layer):
+        if not -count <= index < count:
+            raise SixfoldError(f"layer {index} does not exist: the model has {count} layers.")
+    policies: list[CachePolicy | None] = [policy] * count
+    for index, fields in per_layer.items():
+        unknown = set(fields) - set(policy.to_dict())
+        if unknown:
+            raise SixfoldError(
+                f"per_layer[{index}] has unknown fields {sorted(unknown)}; "
+                f"expected some of {sorted(policy.to_dict())}."
+            )
+        policies[index] = CachePolicy(**{**policy.to_dict(), **fields})
+    for index in skip_layers:
+        policies[index] = None
+    return policies
+
+
+def cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) -> Any:
+    """An empty layer of a type that `layer_types` names; uncompressed without a policy.
+
+    Raises:
+        UnsupportedModelError: Transformers knows no such type.
+    """
+    if kind == CROSS_ATTENTION:
+        return DynamicLayer()
+    if kind in COMPRESSED_TYPES and policy is not None:
+        cls = _LAYERS.get(kind, TurboQuantLayer)
+        return cls(policy, fused=False, **{"sliding_window": None, **kwargs})
+    if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+        raise UnsupportedModelError(
+            f"layer type {kind!r} is unknown to this version of transformers' caches."
+        )
+    return DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+
+
+_LAYERS = {
+    "hybrid": HybridTurboQuantLayer,
+    "hybrid_sliding": HybridTurboQuantLayer,
+    "indexed_attention": IndexedTurboQuantLayer,
+}
+
+
+def layer_tensors(layer: Any) -> list[Tensor]:
+    """Every tensor that a layer holds."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.tensors()
+    held: list[Any] = []
+    for attribute in vars(layer).values():
+        held += attribute.values() if isinstance(attribute, dict) else [attribute]
+    return [x for x in held if isinstance(x, Tensor)]
+
+
+def move_layer(layer: Any, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Move everything held, where a device is given, and convert it, where a dtype is."""
+    if isinstance(layer, TurboQuantLayer):
+        layer.move(device, dtype)
+        return
+    if device is not None:
+        layer.device = device
+    for name in ("keys", "values"):
+        if isinstance(x := getattr(layer, name, None), Tensor):
+            setattr(layer, name, x.to(device or x.device, dtype))
+    for name in STATES:
+        states = getattr(layer, name, {})
+        moved = {i: x.to(device or x.device) for i, x in states.items() if x is not None}
+        states.update(moved)
+
+
+def check_crop(layer: Any, tokens_to_remove: int) -> None:
+    """Refuse what a layer's `crop` would, or should; changes nothing.
+
+    Raises:
+        SixfoldError: The layer cannot go back by so many tokens.
+    """
+    if isinstance(layer, TurboQuantLayer):
+        return layer.check_crop(tokens_to_remove)
+    recurrent = getattr(layer, "is_recurrent_states_initialized", {})
+    if tokens_to_remove and any(recurrent.values()):
+        raise SixfoldError(
+            f"cannot remove tokens: the recurrent state of a {type(layer).__name__} cannot be "
+            "taken back; fork the cache before generating tokens that may be removed."
+        )
+    try:
+        forked(layer).crop(tokens_to_remove)
+    except (RuntimeError, ValueError) as error:
+        raise SixfoldError(f"cannot remove tokens: {error}") from error
+
+
+def uncompressed_bytes(layer: Any) -> int:
+    """Bytes of a layer in 16 bits; what is not floating point counts as it is."""
+    compressed = isinstance(layer, TurboQuantLayer)
+    others = layer.extra_tensors().values() if compressed else layer_tensors(layer)
+    nbytes = sum(2 * x.numel() if x.is_floating_point() else x.nbytes for x in others)
+    held = layer.tokens if compressed else None
+    if held is None:
+        return nbytes
+    keys, values = held.window.keys, held.window.values
+    shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], layer.sliding_window)
+    return nbytes + uncompressed_nbytes([shape], tokens=held.length, batch=keys.shape[0])
