@@ -8,7 +8,7 @@ OUTCOMES = {
     "partly fused": "attention of some layers runs on the codes, others get tensors dequantized",
     "dequantized": "compressed; attention gets tensors dequantized, and a warning says so",
     "refused": "`TurboQuantCache` raises `UnsupportedModelError`",
-    "not built": "no tiny model of it takes text alone, so nothing was compared",
+    "not built": "not compared: needs more than text, or no tiny config of it was found",
     "undecided": "compared, but wrong keys would not have been noticed",
     "failed": "raised another error",
     "wrong": "differs from the uncompressed model by more than the tolerance",
