@@ -148,19 +148,17 @@ def _forward(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
 def _fill(cache: Cache, model: PreTrainedModel, tokens: int) -> None:
     """Put random keys and values into every layer, as many at a time as a prefill in chunks."""
     config = model.config
-    for index in range(config.num_hidden_layers):
-        generator = _seeded(index)
-        for first in range(0, tokens, CHUNK):
-            size = (1, config.num_key_value_heads, min(CHUNK, tokens - first), config.head_dim)
+    generators = [_seeded(index) for index in range(config.num_hidden_layers)]
+    for first in range(0, tokens, CHUNK):
+        size = (1, config.num_key_value_heads, min(CHUNK, tokens - first), config.head_dim)
+        for index, generator in enumerate(generators):
             keys, values = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))
-            held = cache.update(keys, values, index)
+            cache.update(keys, values, index)
             layer = cache.layers[index]
             if isinstance(layer, TurboQuantLayer) and layer.fused:
-                # Tokens enter a fused layer when they are attended, which nobody needs here.
+                # Tokens of a fused layer are compressed when attended, which nobody needs here.
                 assert layer.store is not None
-                layer.store.append(keys, values)
                 layer.store.compress()
-            del held
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -48,11 +48,15 @@ def batch(prompts: Sequence[int] = PROMPTS, steps: int = STEPS, seed: int = 1) -
     return Batch(ids.masked_fill(padding, 0), (~padding).long(), longest)
 
 
-def fused_cache(name: str, bits: Bits = 8, **options: Any) -> TurboQuantCache:
-    """`for_model` of the tiny model called `name`, which warns exactly where it dequantizes."""
+def expected_warning(name: str) -> AbstractContextManager[Any]:
+    """Where `for_model` dequantizes it warns, and nowhere else."""
     dequantized = ARCHITECTURES[name].dequantized
-    expected = pytest.warns(UserWarning, match="dequantized") if dequantized else nullcontext()
-    with expected:
+    return pytest.warns(UserWarning, match="dequantized") if dequantized else nullcontext()
+
+
+def fused_cache(name: str, bits: Bits = 8, **options: Any) -> TurboQuantCache:
+    """`for_model` of the tiny model called `name`."""
+    with expected_warning(name):
         return TurboQuantCache.for_model(tiny_model(name), bits, **options)
 
 

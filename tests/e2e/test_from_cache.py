@@ -8,7 +8,14 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, SixfoldError
-from tests.e2e.decoding import Batch, batch, continue_decoding, forward, relative_error
+from tests.e2e.decoding import (
+    Batch,
+    batch,
+    continue_decoding,
+    expected_warning,
+    forward,
+    relative_error,
+)
 from tests.e2e.models import fresh_model
 
 pytestmark = pytest.mark.usefixtures("unhooked")
@@ -33,7 +40,9 @@ def test_decoding_goes_on(name: str, padded: bool) -> None:
     data = batch(*[] if padded else [(248, 248)], steps=STEPS)
     source = prefilled(model, data)
     mask = data.mask[:, : data.prompt] if padded else None
-    cache = TurboQuantCache.from_cache(source, model, bits=8, recent_window=0, attention_mask=mask)
+    options: dict[str, Any] = {"bits": 8, "recent_window": 0, "attention_mask": mask}
+    with expected_warning(name):
+        cache = TurboQuantCache.from_cache(source, model, **options)
     assert cache.get_seq_length() == data.prompt
     assert all(layer.store.history.tokens >= 64 for layer in cache.compressed_layers)
     logits = continue_decoding(model, cache, data)

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.cache import CompressedLayer
-from tests.e2e.decoding import batch, relative_error
+from tests.e2e.decoding import batch, fused_cache, relative_error
 from tests.e2e.models import fresh_model, tiny_model
 
 # Shapes are checked in test_architectures.py.
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("unhooked")
 
 TOLERANCE = 0.03
 NEW_TOKENS = 20
-PROMPTS = (184, 131)
+PROMPTS = (184, 130)
 
 both_modes = pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])
 
@@ -50,7 +50,7 @@ def compressed(name: str, fused: bool, **options: Any) -> Any:
     """The same through codes at 8 bits."""
     model = tiny_model(name)
     if fused:
-        cache = TurboQuantCache.for_model(model, bits=8, recent_window=0)
+        cache = fused_cache(name, recent_window=0)
     else:
         cache = TurboQuantCache(model.config, 8, recent_window=0)
     out = generate(model, cache, **options)

@@ -127,7 +127,7 @@ class Operations(RuleBasedStateMachine):
         index = which % len(self.pairs)
         layer, shadow = self.pairs[index]
         description, tensors = layer_state(layer)
-        specs = expected_tensors(description, layer.policy)
+        specs = expected_tensors(description, layer.policy, layer.sliding_window)
         assert {name: spec.shape for name, spec in specs.items()} == {
             name: tuple(tensor.shape) for name, tensor in tensors.items()
         }

@@ -46,7 +46,7 @@ def step(cache: TurboQuantCache, shape: Shape, count: int, seed: int = 0) -> Non
         query, keys, values = shape.tokens(count, seed + index)
         keys, values = cache.update(keys, values, index)
         if not isinstance(keys, torch.Tensor):
-            keys.attend(values, query, scaling=shape.scaling)
+            keys.attend(query, scaling=shape.scaling)
 
 
 def grow(cache: TurboQuantCache, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -88,12 +88,14 @@ def test_an_offset_of_sixty_keys_is_the_same_function() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("windows", [{}, {"sink_tokens": 0, "recent_window": 0}], ids=str)
-def test_an_offset_of_sixty_keys_costs_nothing(fused: bool, windows: dict[str, int]) -> None:
-    model, ids, _ = plain()
+def test_an_offset_of_sixty_keys_costs_little_more_than_ten(
+    fused: bool, windows: dict[str, int]
+) -> None:
+    _, ids, _ = plain()
     text, make = ids[2000:2384][None], compressed if fused else dequantizing
     found = [
         compare_caches(one, text, {"4": make(4, **windows)}, prefill=256)["4"].kl.mean
-        for one in (model, biased())
+        for one in (hard(), biased())
     ]
     assert found[1] < 3 * found[0]
 

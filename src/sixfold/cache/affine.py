@@ -18,10 +18,12 @@ from torch import Tensor
 DEAD_ZONE = math.log(2) / 2
 # A channel that has been silent need not stay so: RoPE turns the slowest ones within thousands of
 # tokens. What enlarges it is bounded where its spread is only what a beginning showed of it.
-MAX_LOG_SCALE = 1.0
+MAX_LOG_SCALE = 1.15
 MIN_LOG_SCALE = -5.0
 MIN_TOKENS = 16  # fewer say too little about a channel's spread
-MIN_FRESH = 1 / 8  # of the tokens, outside runs of one token
+# Of the tokens: as many in runs of one token are left out, and fewer than that outside of runs say
+# too little about a channel's spread.
+MANY = 1 / 8
 # Of the squared distance of two keys: above what bfloat16 rounds off, far below how text varies.
 REPEAT_TOLERANCE = 0.05
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
@@ -86,7 +88,7 @@ def estimate_key_map(
     Args:
         keys: Keys seen so far. Those that are not finite count for their own head only: not at all.
         valid: Tokens to count: neither hidden nor attention sinks. Those in runs of one token
-            (`repeats`) are left out where enough others are there.
+            (`repeats`) are left out where they are many, and enough others are there.
         queries: Energy of the queries seen so far; None where the host hides them.
         center: Whether to subtract the mean; zero otherwise.
         equalize: Whether to scale; one otherwise.
@@ -97,9 +99,11 @@ def estimate_key_map(
         outlier channels belong to the model. The identity if no sequence of the batch has any.
     """
     counted = valid[:, None] & _finite(keys)
+    total = counted.sum(2, keepdim=True)
     fresh = counted & ~repeats(keys)
-    few = (counted.sum(2, keepdim=True) * MIN_FRESH).clamp(min=MIN_TOKENS)
-    enough = fresh.sum(2, keepdim=True) >= few
+    # A few runs change no estimate, nor does a token that looks like one by chance.
+    fresh = torch.where(fresh.sum(2, keepdim=True) >= total * (1 - MANY), counted, fresh)
+    enough = fresh.sum(2, keepdim=True) >= (total * MANY).clamp(min=MIN_TOKENS)
     counted = torch.where(enough, fresh, counted)
     zero = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
     mean = _mean(keys, counted) if center else zero
@@ -125,22 +129,25 @@ def repeats(
 ) -> Bool[Tensor, "batch kv_heads tokens"]:
     """Tokens in a run of one and the same token: they say nothing about how keys spread.
 
-    In such a run RoPE turns every key by the same angles, so that consecutive keys of a head are
-    all equally far apart; those of a text are not. Distances, and with them the answer, do not
-    depend on what is added to all keys. A run shows from its fourth token on.
+    In such a run RoPE turns every key by the same angles, so that keys of a head that are one token
+    apart, or two, are all equally far apart; those of a text are not. Distances, and with them the
+    answer, do not depend on what is added to all keys. A run shows from its fourth token on.
     """
-    tokens = keys.shape[2]
-    steps = [
-        (keys[:, :, block.start + 1 : block.stop + 1].float() - keys[:, :, block].float())
-        .square()
-        .sum(3)
-        for block in _blocks(tokens - 1)
-    ]
-    step = torch.cat([keys.new_zeros(*keys.shape[:2], 0, dtype=torch.float32), *steps], 2)
-    same = step.diff(dim=2).abs() <= REPEAT_TOLERANCE * step[:, :, 1:]
-    # Twice in a row: one step as long as the last is common by chance.
-    run = same[:, :, 1:] & same[:, :, :-1]
-    return torch.nn.functional.pad(run, (tokens - run.shape[2], 0), value=False)
+    # One distance alone is as long as the one before by chance, or where massive tokens take turns
+    # with others.
+    run = _equal_steps(keys, 1)[:, :, 1:] & _equal_steps(keys, 2)
+    return torch.nn.functional.pad(run, (keys.shape[2] - run.shape[2], 0), value=False)
+
+
+def _equal_steps(
+    keys: Float[Tensor, "batch kv_heads tokens dim"], lag: int
+) -> Bool[Tensor, "batch kv_heads later"]:
+    """Tokens, from `lag` + 1 on, as far from the one `lag` before as the token before was."""
+    step = keys.new_zeros(*keys.shape[:2], max(keys.shape[2] - lag, 1), dtype=torch.float32)
+    for block in _blocks(keys.shape[2] - lag):
+        later = keys[:, :, block.start + lag : block.stop + lag].float()
+        step[:, :, block] = (later - keys[:, :, block].float()).square().sum(3)
+    return step.diff(dim=2).abs() <= REPEAT_TOLERANCE * step[:, :, 1:]
 
 
 def _finite(

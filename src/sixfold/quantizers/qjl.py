@@ -121,7 +121,9 @@ class QJL:
         codes = checked(codes, QJLCodes, self)
         signs = expand(codes.packed, _signs(codes.device), dim=self.projections, bits=1)
         norms = decode_scale(codes.norms)[..., None]
-        return signs @ self._matrix(codes.device) * (norms * self._weight)
+        # float64, so that a vector decodes the same alone and among others.
+        units = (signs.double() @ self._matrix(codes.device).double()).float()
+        return units * (norms * self._weight)
 
     @outside_autocast
     def scores(

@@ -140,10 +140,10 @@ def _check_model(
     if differ:
         raise FormatError(f"{path} was saved for another model: (file, this model) = {differ}.")
     dtype = description.get("dtype")
-    if dtype is not None and dtype != str(model.dtype):
+    if check and dtype is not None and dtype != str(model.dtype):
         raise FormatError(
             f"{path} was saved for the model in {dtype}, this one is in {model.dtype}: load the "
-            "model in that dtype, or prefill again."
+            "model in that dtype, or pass check_weights=False to convert the cache."
         )
     if check:
         check_weights(path, description.get("weights"), model)
