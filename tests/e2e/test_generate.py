@@ -91,7 +91,8 @@ def check_tokens(name: str, actual: Tensor, expected: Tensor) -> None:
         if step < NEW_TOKENS:
             scores = logits[row, step]
             ours, theirs = actual[row, step - NEW_TOKENS], expected[row, step - NEW_TOKENS]
-            assert scores[theirs] - scores[ours] < TOLERANCE * scores.std()
+            # Both logits err, by TOLERANCE each as `check_logits` has it.
+            assert scores[theirs] - scores[ours] < 2**0.5 * TOLERANCE * scores.std()
     assert agreed.float().mean() >= NEW_TOKENS / 2
 
 
