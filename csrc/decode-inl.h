@@ -42,9 +42,9 @@ void expand(const CodeShape& shape, const Codebook& book, const float* words, co
 // packing.decode_scale, for 16 lanes of which the last may stand for others.
 inline void load_scales(const CodeTile& in, float* scales) {
     for (int lane = 0; lane < kLanes; ++lane) {
-        const u32x4 half = u32x4{} + in.scales[lane < in.count ? lane : in.count - 1];
-        const float scale = half_to_float<f32x4>(half)[0];
-        scales[lane] = scale < 0 ? scale * -65536.0f : scale;
+        const std::uint16_t stored = in.scales[lane < in.count ? lane : in.count - 1];
+        scales[lane] = stored & kFlag ? flagged_scale(stored)
+                                      : half_to_float<f32x4>(u32x4{} + stored)[0];
     }
 }
 

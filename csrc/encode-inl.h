@@ -266,18 +266,22 @@ inline void store_scales(const EncodeTask& task, const Norms& norms, const float
     std::uint16_t halves[kLanes];
     for (int i = 0; i < kLanes; i += 4) {
         f32x4 stored;
+        double scale[4];
         for (int j = 0; j < 4; ++j) {
             const int lane = i + j;
-            double scale = static_cast<double>(norms.norm[lane]) / norms.power[lane] * task.unit *
-                           correction[lane];
-            const double large = scale / kLargeUnit;
-            const bool finite = scale - scale == 0;
-            if (scale > kHalfMax) scale = large < kHalfMax ? -large : -kHalfMax;
+            scale[j] = static_cast<double>(norms.norm[lane]) / norms.power[lane] * task.unit *
+                       correction[lane];
+            const bool finite = scale[j] - scale[j] == 0;
+            const double x = scale[j] > kHalfMax ? -scale[j] / kLargeUnit : scale[j];
             // A zero vector's optimal scale is minus zero, by the sign of its product.
-            stored[j] = static_cast<float>(finite ? scale + 0.0 : __builtin_nan(""));
+            stored[j] = static_cast<float>(finite ? x + 0.0 : __builtin_nan(""));
+            if (!finite) scale[j] = 0;
         }
         store_unaligned(halves + i,
                         __builtin_convertvector(float_to_half<f32x4, u32x4>(stored), u16x4));
+        for (int j = 0; j < 4; ++j)
+            if (is_extreme(scale[j]))
+                halves[i + j] = extreme_scale(static_cast<float>(scale[j]));
     }
     __builtin_memcpy(out.scales, halves, out.count * sizeof *halves);
 }

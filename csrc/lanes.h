@@ -4,6 +4,7 @@
 // internal linkage and calls no library: the linker must not pick one ISA's copy for another.
 #pragma once
 
+#include "scale.h"
 #include "vectors.h"
 
 namespace sixfold::vectors {

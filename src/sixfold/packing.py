@@ -31,6 +31,9 @@ _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2,
 _PLANE_ALIGNMENT = 4
 _FLOAT16_MAX = 65504.0
 _LARGE_SCALE_UNIT = 65536.0
+_LEAST_HALF, _LEAST_SCALE = 2.0**-18, 2.0**-96
+# Bits of 0.5 as float16: numbers in units of 2**16 are larger than that.
+_UPPER_END = 0x3800
 
 
 def check_bits(bits: Bits) -> None:
@@ -166,19 +169,29 @@ def from_pages(
 
 
 def encode_scale(x: Float[Tensor, "*b"]) -> Float16[Tensor, "*b"]:
-    """Store non-negative scales in 16 bits without overflow.
+    """Store non-negative scales in 16 bits, whatever their size.
 
-    The sign bit is a flag: scales up to 65504 are stored as they are, larger ones negated and in
-    units of 2**16, up to 4.29e9, where they saturate. Relative error at most 2**-11 above 6.1e-5;
-    below, absolute error at most 3e-8, so that 2.9e-8 and less become zero. NaN and infinity become
-    NaN, so that a vector that was not finite decodes to NaN, visibly, and spoils no other.
+    The sign bit is a flag: scales from 2**-18 to 65504 are stored as they are, larger ones negated
+    and in units of 2**16, and those beyond either end as the upper bits of a float32. Relative
+    error at most 2**-11 from 6.1e-5 to 4.29e9, and 2**-7 from 2**-96 to 1.5e29, where scales
+    saturate; below 2**-96 they become zero. NaN and infinity become NaN, so that a vector that was
+    not finite decodes to NaN, visibly, and spoils no other.
     """
+    x = x.detach()
     large = -(x / _LARGE_SCALE_UNIT).clamp(max=_FLOAT16_MAX)
     stored = torch.where(x > _FLOAT16_MAX, large, x)
-    return torch.where(x.isfinite(), stored, math.nan).to(torch.float16)
+    half = torch.where(x.isfinite(), stored, math.nan).to(torch.float16)
+    small = (x >= _LEAST_SCALE) & (x < _LEAST_HALF)
+    huge = (x > _FLOAT16_MAX * _LARGE_SCALE_UNIT) & x.isfinite()
+    upper = (x.float().view(torch.int32) + (1 << 16)) >> 17
+    flagged = (upper.clamp(max=_UPPER_END - 1) - (1 << 15)).to(torch.int16).view(torch.float16)
+    return torch.where(small | huge, flagged, half)
 
 
 def decode_scale(stored: Float16[Tensor, "*b"]) -> Float32[Tensor, "*b"]:
     """Inverse of `encode_scale`."""
     scale = stored.float()
-    return torch.where(scale < 0, scale * -_LARGE_SCALE_UNIT, scale)
+    bits = stored.view(torch.int16).int() & 0x7FFF
+    large, upper = scale * -_LARGE_SCALE_UNIT, (bits << 17).view(torch.float32)
+    flagged = torch.where(bits < _UPPER_END, upper, large)
+    return torch.where(scale < 0, flagged, scale)

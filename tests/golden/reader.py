@@ -67,8 +67,10 @@ def symbols(page: Array, count: int, width: int, side: str) -> Array:
 
 def scale(stored: Array) -> Array:
     """Scales as numbers (section 4)."""
-    numbers = stored.astype(float)
-    return np.where(numbers < 0, -65536 * numbers, numbers)
+    numbers, bits = stored.astype(float), stored.view(np.uint16) & np.uint16(0x7FFF)
+    upper = (bits.astype(np.uint32) << 17).view(np.float32)
+    flagged = np.where(bits < 0x3800, upper, -65536 * numbers)
+    return np.where(numbers < 0, flagged, numbers)
 
 
 def levels(dim: int, bits: int) -> Array:

@@ -171,7 +171,8 @@ def test_a_whole_page_of_four_dims_by_hand() -> None:
 def test_the_scales_of_the_document() -> None:
     (row,) = re.findall(r"^\| bytes \| (.*) \|$", FORMAT.read_text(), re.MULTILINE)
     expected = [bytes.fromhex(cell) for cell in re.findall(r"`([0-9a-f ]+)`", row)]
-    scales = encode_scale(torch.tensor([0, 1.5, 65504, 100_000, torch.nan]))
+    scales = encode_scale(torch.tensor([0, 1.5, 65504, 100_000, 1e-9, 1e12, torch.nan]))
     assert [scale.numpy().tobytes() for scale in scales] == expected
-    decoded = reader.scale(scales.numpy())[:4]
-    np.testing.assert_array_equal(decoded, [0, 1.5, 65504, 99968])
+    decoded = reader.scale(scales.numpy())[:6]
+    np.testing.assert_array_equal(decoded[:4], [0, 1.5, 65504, 99968])
+    np.testing.assert_allclose(decoded[4:], [1.0041e-9, 9.964e11], rtol=1e-4)

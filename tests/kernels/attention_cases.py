@@ -160,6 +160,23 @@ def make_case(
     )
 
 
+def resized(case: Case, key_size: float, value_size: float) -> Case:
+    """The same attention with keys and values as many times as large, queries as much smaller.
+
+    Scales become multiples of 1/64 first: all forms of `packing.encode_scale` hold these exactly.
+    """
+    size = {"keys": key_size, "values": value_size}
+    stored = {
+        name: encode_scale((getattr(case, name).scales.float() * 64).round() / 64 * size[name])
+        for name in size
+    }
+    sides = {
+        name: dataclasses.replace(getattr(case, name), scales=scales)
+        for name, scales in stored.items()
+    }
+    return dataclasses.replace(case, query=case.query / key_size, **sides)
+
+
 def dense_softmax(
     query: Tensor,
     keys: Tensor,

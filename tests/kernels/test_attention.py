@@ -28,6 +28,7 @@ from tests.kernels.attention_cases import (
     assert_as_accurate,
     dense_softmax,
     make_case,
+    resized,
 )
 
 
@@ -94,6 +95,18 @@ def test_huge_logits_do_not_overflow() -> None:
     case = make_case(queries=2, sharpness=1e6)
     case.options["logit_offset"] = torch.full((2, 4, 2), -3e6)
     assert check(case).out.isfinite().all()
+
+
+@pytest.mark.parametrize("key_size", [2.0**-60, 1.0, 2.0**60])
+@pytest.mark.parametrize("value_size", [2.0**-90, 2.0**-15, 2.0**20, 2.0**90])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_sizes_of_keys_and_values_do_not_matter(
+    key_size: float, value_size: float, queries: int
+) -> None:
+    case = make_case(queries=queries)
+    expected, got = resized(case, 1, 1).run(), resized(case, key_size, value_size).run()
+    torch.testing.assert_close(got.out / value_size, expected.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.lse, expected.lse)
 
 
 def test_first_token_hides_what_lies_before_it() -> None:

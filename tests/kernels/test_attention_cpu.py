@@ -16,7 +16,7 @@ from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
 )
-from tests.kernels.attention_cases import Case, assert_as_accurate, make_case
+from tests.kernels.attention_cases import Case, assert_as_accurate, make_case, resized
 from tests.kernels.attention_errors import error_beside_quantization
 
 if "cpu" not in available_backends("attention"):
@@ -122,6 +122,16 @@ def test_integers_do_what_floats_do(
     seen = exact.lse > -math.inf
     assert torch.equal(got.lse > -math.inf, seen)
     assert (got.lse - exact.lse)[seen].abs().max() < (0.2 if narrow else 0.01)
+
+
+@pytest.mark.parametrize("value_size", [2.0**-90, 2.0**-20, 2.0**20, 2.0**90])
+@pytest.mark.parametrize("bits", [2, 3.5, 4, 8])
+@pytest.mark.usefixtures("isa")
+def test_sizes_do_not_matter_to_integers(value_size: float, bits: Bits) -> None:
+    case = make_case(key_bits=bits, queries=3)
+    expected, got = resized(case, 1, 1).run(), resized(case, 1 / value_size, value_size).run()
+    torch.testing.assert_close(got.out / value_size, expected.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.lse, expected.lse)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 9, 70, 130])

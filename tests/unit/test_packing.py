@@ -119,14 +119,35 @@ def test_scales_keep_three_digits_from_1e_4_to_4e9(dtype: torch.dtype) -> None:
     assert ((decoded - x).abs() <= x * 2**-11).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_of_any_size_keep_two_digits(dtype: torch.dtype) -> None:
+    x = torch.logspace(-28.8, 29.1, 5000, dtype=dtype)
+    decoded = decode_scale(encode_scale(x)).to(dtype)
+    assert ((decoded - x).abs() <= x * 2**-7).all()
+
+
 def test_scales_at_the_edges() -> None:
-    edges = torch.tensor([0.0, 1e-9, 65504, 65505, 4e9, 1e30, math.inf, math.nan])
+    edges = torch.tensor([0.0, 2**-97, 2**-96, 65504, 65505, 4e9, 1e30, 3e38, math.inf, math.nan])
     decoded = decode_scale(encode_scale(edges)).tolist()
-    assert decoded[:3] == [0, 0, 65504]
-    assert decoded[3] == pytest.approx(65505, rel=2**-11)
-    assert decoded[4] == pytest.approx(4e9, rel=2**-11)
-    assert decoded[5] == 65504 * 65536
-    assert all(math.isnan(value) for value in decoded[6:])
+    assert decoded[:4] == [0, 0, 2**-96, 65504]
+    assert decoded[4] == pytest.approx(65505, rel=2**-11)
+    assert decoded[5] == pytest.approx(4e9, rel=2**-11)
+    assert decoded[6] == decoded[7] == 2.0**97 * (1 - 2**-7)
+    assert all(math.isnan(value) for value in decoded[8:])
+
+
+def test_every_stored_scale_decodes_and_encodes_to_itself() -> None:
+    stored = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    decoded = decode_scale(stored)
+    written = decoded.isfinite() & (decoded >= 2.0**-96) & ~(stored.abs().isinf())
+    # Subnormal numbers below 2**-18 and float32s that a float16 holds better are read, not written.
+    written &= ~((stored > 0) & (stored < 2.0**-18))
+    bits = stored.view(torch.int16).int() & 0x7FFF
+    upper = (stored < 0) & (bits < 0x3800)
+    written &= ~(upper & (decoded >= 2.0**-18) & (decoded <= 65504 * 65536.0))
+    written &= ~((stored < 0) & ~upper & (decoded <= 65504))
+    assert written.sum() > 2**15
+    assert torch.equal(encode_scale(decoded[written]), stored[written])
 
 
 def test_empty_batches_keep_their_shape() -> None:

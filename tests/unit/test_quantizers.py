@@ -62,7 +62,7 @@ def test_zero_vectors_decode_to_zero(quantizer: Any) -> None:
         assert (quantizer.decode(quantizer.encode(zeros)) == 0).all()
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e6, 1e9])
+@pytest.mark.parametrize("size", [1e-26, 1e-9, 1e-3, 1e6, 1e9, 1e13, 1e26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_size_does_not_matter(quantizer: Any, size: float, dtype: torch.dtype) -> None:
     x = torch.nn.functional.normalize(gaussian(200, DIM, seed=5).to(dtype), dim=-1)

@@ -1,6 +1,7 @@
 """How the vectors of one side of the cache, keys or values, become pages."""
 
 import dataclasses
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -35,15 +36,14 @@ class Coder:
         """Bytes of one head's codes of a page, without scales."""
         return PAGE_TOKENS * row_bytes(n_symbols(self.dim, self.bits), symbol_bits(self.bits))
 
-    @property
+    @cached_property
     def rotation(self) -> Rotation:
         """The rotation shared by all heads, layers and sequences."""
         return Rotation(self.dim, "hadamard", self.seed)
 
     def coding(self, device: torch.device) -> Coding:
         """The tables and numbers that kernels code with."""
-        rotation, book = self.rotation, centroids(self.dim, self.bits, device)
-        return Coding(rotation.turns(device), rotation.factor(device), book, self.bits, self.dim)
+        return _coding(self.rotation, self.bits, device)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
@@ -116,3 +116,9 @@ def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Co
 def _valid(lengths: Int64[Tensor, " pages"]) -> Int64[Tensor, " tokens"]:
     offsets = torch.arange(PAGE_TOKENS, device=lengths.device)
     return (offsets < lengths[:, None]).flatten().nonzero().flatten()
+
+
+@lru_cache
+def _coding(rotation: Rotation, bits: Bits, device: torch.device) -> Coding:
+    book = centroids(rotation.dim, bits, device)
+    return Coding(rotation.turns(device), rotation.factor(device), book, bits, rotation.dim)

@@ -70,9 +70,10 @@ class DenseTokens:
         Copied only if they are part of something larger.
         """
         whole = all(x.untyped_storage().nbytes() == x.nbytes for x in (self.keys, self.values))
-        if not whole:
-            return self.copy_slice(0, self.tokens)
-        return type(self)(self.keys.detach(), self.values.detach(), self.attended)
+        kept = self if whole else self.copy_slice(0, self.tokens)
+        if not (kept.keys.requires_grad or kept.values.requires_grad):
+            return kept
+        return type(self)(kept.keys.detach(), kept.values.detach(), kept.attended)
 
     def gather(self, positions: Tensor) -> Self:
         """Tokens at per-sequence `positions` [batch n]."""

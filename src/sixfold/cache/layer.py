@@ -146,17 +146,17 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            device = query.device
+            device, end = query.device, self.prefix.end
             out = cached_attention(
                 query,
-                dense_parts(self.prefix, self.window, self.history.tokens),
+                dense_parts(self.prefix, end, self.window, self.history.tokens),
                 coded_parts(self.history),
                 self.key_coder.coding(device),
                 self.value_coder.coding(device),
                 mean=self.prefix.key_map.mean,
                 channel_scale=self.prefix.key_map.scale,
                 position=self.held - query.shape[2],
-                start=self.prefix.end,
+                start=end,
                 scaling=scaling,
                 mask=mask,
                 sliding_window=self.sliding_window,
@@ -194,8 +194,6 @@ class CompressedLayer:
         self.prefix.overwrite(all_values, self.prefix.sinks.values)
         return all_keys, all_values
 
-    @outside_autocast
-    @torch.no_grad()
     def compress(self) -> None:
         """Turn all but the recent window into codes, whole pages at a time.
 
@@ -205,9 +203,14 @@ class CompressedLayer:
         if not self.record_past:
             self._evict()
         pages = (self.window.tokens - self.policy.recent_window) // PAGE_TOKENS
-        if pages <= 0 or not self._can_fix_prefix():
+        if pages > 0 and self._can_fix_prefix():
+            self._compress(pages)
+        else:
             self.window = self.window.owned()
-            return
+
+    @outside_autocast
+    @torch.no_grad()
+    def _compress(self, pages: int) -> None:
         prefix = self.prefix or self._fixed_prefix()
         runs = self.history.reserve(len(self.padding), pages, self.padding.device)
         for run, stop in zip(runs, accumulate(run.tokens for run in runs), strict=True):
@@ -381,6 +384,8 @@ def _check_same(held: DenseTokens, new: DenseTokens) -> None:
             f"expected a value for every key, got {new.keys.shape[2]} keys and "
             f"{new.values.shape[2]} values a sequence."
         )
+    if _kind(held.keys) == _kind(new.keys) and _kind(held.values) == _kind(new.values):
+        return
     if (old := _dtypes(held)) != (fresh := _dtypes(new)) and held.keys.device == new.keys.device:
         raise ShapeError(
             f"this layer holds keys and values of {old[0]} and {old[1]}, got {fresh[0]} and "
@@ -388,14 +393,17 @@ def _check_same(held: DenseTokens, new: DenseTokens) -> None:
             "dtype of the model changes."
         )
     for name in ("keys", "values"):
-        old, fresh = getattr(held, name), getattr(new, name)
-        expected = (*old.shape[:2], old.shape[3], old.dtype, old.device)
-        got = (*fresh.shape[:2], fresh.shape[3], fresh.dtype, fresh.device)
+        expected, got = _kind(getattr(held, name)), _kind(getattr(new, name))
         if expected != got:
             raise ShapeError(
                 f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
                 f"{got}; reset the cache or select its batch rows before changing the batch."
             )
+
+
+def _kind(x: Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
+    batch, heads, _, dim = x.shape
+    return batch, heads, dim, x.dtype, x.device
 
 
 def _dtypes(tokens: DenseTokens) -> tuple[torch.dtype, torch.dtype]:

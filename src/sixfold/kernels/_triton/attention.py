@@ -14,7 +14,7 @@ from sixfold.kernels._triton.pages import decoded_scale
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Weights below it are zero beside those of any token that counts.
-LEAST_UNIT = tl.constexpr(1e-30)
+LEAST_UNIT = tl.constexpr(1e-33)
 
 
 @triton.jit

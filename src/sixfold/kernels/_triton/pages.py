@@ -101,4 +101,6 @@ def gathered_levels(book, symbols, columns, DIM: tl.constexpr, PAIRED: tl.conste
 def decoded_scale(stored):
     """Inverse of `packing.encode_scale`: the sign bit is a flag."""
     scale = stored.to(tl.float32)
-    return tl.where(scale < 0, scale * -65536.0, scale)
+    bits = stored.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    upper = (bits << 17).to(tl.float32, bitcast=True)
+    return tl.where(scale < 0, tl.where(bits < 0x3800, upper, scale * -65536.0), scale)

@@ -123,9 +123,14 @@ def nearest_pairs(x, y, points, SYMBOL: tl.constexpr):
 def _stored(scale, finite):
     """`packing.encode_scale` of float64 scales, as float16."""
     large = -tl.minimum(scale * (1.0 / 65536), 65504.0)
+    single = scale.to(tl.float32)
     half = tl.where(scale > 65504.0, large, scale).to(tl.float32).to(tl.float16)
     # The canonical NaN of torch; processors' differ.
-    bits = tl.where(finite, half.to(tl.int16, bitcast=True), _FLOAT16_NAN)
+    bits = tl.where(finite, half.to(tl.int16, bitcast=True), _FLOAT16_NAN).to(tl.int32)
+    upper = (single.to(tl.int32, bitcast=True) + (1 << 16)) >> 17
+    small = (scale >= 2.0**-96) & (scale < 2.0**-18)
+    extreme = finite & (small | (scale > 65504.0 * 65536.0))
+    bits = tl.where(extreme, tl.minimum(upper, 0x37FF) - (1 << 15), bits)
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 

@@ -64,7 +64,7 @@ def cached_attention(
     """
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
         plain(query),
-        [x._replace(keys=plain(x.keys), values=plain(x.values)) for x in tokens],
+        [Tokens(plain(x.keys), plain(x.values), *x[2:]) for x in tokens],
         pages,
         keys,
         values,

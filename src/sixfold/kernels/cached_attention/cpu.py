@@ -107,6 +107,8 @@ def _side(name: str, coding: Coding) -> tuple[int, int, int, int, int, int, int,
 
 
 def _contiguous(part: Tokens) -> Tokens:
+    if part.keys.is_contiguous() and part.values.is_contiguous():
+        return part
     return part._replace(keys=part.keys.contiguous(), values=part.values.contiguous())
 
 
