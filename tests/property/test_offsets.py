@@ -6,6 +6,7 @@ taken off exactly: so that what the dtype rounds off is the same on both sides.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.affine import repeats
+from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels._native import extension
 from tests.layers import Shape, feed, oracle
 
@@ -34,16 +36,26 @@ WHERE = ["all heads", "one head", "some channels"]
 
 offsets = pytest.mark.parametrize(("dtype", "size"), OFFSETS, ids=str)
 where = pytest.mark.parametrize("where", WHERE)
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        pytest.param(
-            "cpu", marks=pytest.mark.skipif(isinstance(extension(), str), reason="not compiled")
-        ),
-    ],
-)
 pytestmark = pytest.mark.usefixtures("unhooked")
+
+
+def kernels() -> list[Any]:
+    """Every backend that runs on a CPU, and every instruction set of the compiled one."""
+    cpu = extension()
+    isas = [] if isinstance(cpu, str) else [f"cpu {isa}" for isa in cpu.available_isas()]
+    triton = ["triton"] if "triton" in available_backends("attention") else []
+    # The interpreter takes half a minute a case.
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in triton]
+    return ["reference", *isas, *slow]
+
+
+@pytest.fixture(params=kernels())
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, isa = str(request.param).partition(" ")
+    monkeypatch.setenv("SIXFOLD_BACKEND", name)
+    if isa:
+        monkeypatch.setenv("SIXFOLD_ISA", isa)
+    return name
 
 
 def offset(size: float, where: str, dtype: torch.dtype) -> Tensor:
@@ -98,13 +110,10 @@ def test_the_same_tokens_count(dtype: torch.dtype, size: float, where: str) -> N
     assert repeats(beside)[1].float().mean() < 0.05
 
 
-@backends
 @where
 @offsets
-def test_map_and_codes(
-    dtype: torch.dtype, size: float, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SIXFOLD_BACKEND", backend)
+@pytest.mark.usefixtures("backend")
+def test_map_and_codes(dtype: torch.dtype, size: float, where: str) -> None:
     beside, plain, moved = layers(dtype, size, where)
     assert beside.prefix is not None
     assert plain.prefix is not None
@@ -119,14 +128,11 @@ def test_map_and_codes(
     assert torch.equal(*(run.slab.value_codes[run.slots] for run in slabs))
 
 
-@backends
 @where
 @offsets
-def test_attention(
-    dtype: torch.dtype, size: float, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("backend")
+def test_attention(dtype: torch.dtype, size: float, where: str) -> None:
     """Growing and static, on codes and dequantized: as far from exact as without the offset."""
-    monkeypatch.setenv("SIXFOLD_BACKEND", backend)
     beside, plain, _ = layers(dtype, size, where)
     static = StaticLayer(beside.fork(), 2 * TOKENS)
     (query, keys, values), _, _ = pair(dtype, size, where)
