@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from sixfold.errors import SixfoldError
+from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 
 T = TypeVar("T")
 
@@ -174,6 +175,50 @@ def dense(name: str, x: Any) -> None:
             f"{name} must be a dense tensor, got one that is {kind}; convert it, for example with "
             f"{name}.to_dense() or torch.nested.to_padded_tensor"
         )
+    if not torch.compiler.is_compiling() and not _has_memory(x):
+        raise SixfoldError(
+            f"{name} must be a tensor with its numbers in memory, got one whose storage was freed"
+        )
+
+
+def _has_memory(x: Tensor) -> bool:
+    if isinstance(x, FakeTensor):
+        # Tools that trace run whole layers on fake tensors; the extension refuses them itself.
+        return True
+    # Of a lazy zero there are none, and of a tensor without values none are needed.
+    return bool(x.data_ptr()) or x.is_meta or x._is_zerotensor() or not x.numel()
+
+
+def rows(name: str, value: Any, count: int) -> Tensor:
+    """Numbers of some of `count` sequences, int64 [rows]; a mask over all of them is taken too.
+
+    Raises:
+        SixfoldError: It is no tensor of one axis that holds whole numbers.
+        ShapeError: The mask is of another number of sequences.
+        OutOfRangeError: There is no such sequence. (On an accelerator the check would wait for it:
+            there the device asserts.)
+    """
+    dense(name, value)
+    if value.ndim != 1 or value.is_floating_point() or value.is_complex():
+        raise SixfoldError(
+            f"{name} must be a tensor of one axis that holds numbers of sequences, got "
+            f"{value.dtype} {list(value.shape)}; pass torch.tensor([0, 1]), say"
+        )
+    if value.dtype is torch.bool:
+        if len(value) != count:
+            raise ShapeError(
+                f"{name}: expected a mask over the {count} sequences held, got {len(value)}"
+            )
+        chosen: Tensor = value.nonzero().flatten()
+        return chosen
+    # As int64, because PyTorch takes bytes for a mask.
+    numbers: Tensor = value.to(torch.int64)
+    if numbers.is_cpu and bool(((numbers < -count) | (numbers >= count)).any()):
+        raise OutOfRangeError(
+            f"{name} must be at least {-count} and below {count}, the number of sequences held, "
+            f"got {numbers.tolist()}"
+        )
+    return numbers
 
 
 def floating(name: str, x: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sixfold.arguments import MOST_COORDINATES, settle, whole
 from sixfold.codes import SplitCodes, checked
-from sixfold.errors import ShapeError, SixfoldError
+from sixfold.errors import ShapeError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels.encode import Scale

@@ -56,9 +56,7 @@ class TrellisQuantizer:
         rotation = self._rotation
         bits, states = check_trellis(rotation.dim, self.bits, self.states)
         scale = choice("scale", self.scale, get_args(Scale))
-        settle(
-            self, dim=rotation.dim, seed=rotation.seed, bits=bits, states=states, scale=scale
-        )
+        settle(self, dim=rotation.dim, seed=rotation.seed, bits=bits, states=states, scale=scale)
 
     @property
     def _rotation(self) -> Rotation:
