@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from sixfold.errors import SixfoldError
-from sixfold.packing import Bits, is_paired, symbol_bits
+from sixfold.arguments import MOST_COORDINATES, whole
+from sixfold.packing import Bits, check_bits, is_paired, symbol_bits
 from sixfold.pair_grids import pair_grid, pair_mse
 
 _Array: TypeAlias = npt.NDArray[np.floating]
@@ -30,11 +30,6 @@ _NEWTON_STEPS = 100
 _CPU = torch.device("cpu")
 # Coarser than the last bit of any libm, so that every machine gets the same codebooks.
 _DIGITS = 10
-
-
-def _check_dim(dim: int) -> None:
-    if dim < 1:
-        raise SixfoldError(f"dim must be at least 1, got {dim}")
 
 
 def _quadrature(edges: _Array) -> tuple[_Array, _Array]:
@@ -98,7 +93,6 @@ def _frozen(array: _Array) -> _Array:
     return array
 
 
-@lru_cache
 def lloyd_max(dim: int, bits: int) -> Float64[np.ndarray, " levels"]:
     """Least-squares quantizer of one coordinate of a random vector of norm sqrt(dim).
 
@@ -111,11 +105,15 @@ def lloyd_max(dim: int, bits: int) -> Float64[np.ndarray, " levels"]:
         of the coordinate.
 
     Raises:
-        SixfoldError: `dim` is below 1.
+        SixfoldError: `dim` is below 1, or `bits` is none of those.
 
     Source: arXiv:2504.19874, Eq. 4.
     """
-    _check_dim(dim)
+    return _lloyd_max(whole("dim", dim, 1, MOST_COORDINATES), whole("bits", bits, 1, 8))
+
+
+@lru_cache
+def _lloyd_max(dim: int, bits: int) -> Float64[np.ndarray, " levels"]:
     if dim == 1:
         # The coordinate is exactly ±1: any levels that include those two are perfect.
         return _frozen(np.linspace(-1, 1, 2**bits))
@@ -124,15 +122,22 @@ def lloyd_max(dim: int, bits: int) -> Float64[np.ndarray, " levels"]:
     return _frozen(np.concatenate((-half[::-1], half)))
 
 
-@lru_cache
 def polar_angles(level: int, bits: int) -> Float64[np.ndarray, " levels"]:
     """Least-squares quantizer of an angle of PolarQuant's `level`, in radians.
 
     Level 1 is uniform on [0, 2π); level l > 1 lies in [0, π/2] with density proportional to
     sin(2ψ)^(2^(l-1) - 1), exact for rotated vectors of any dimension.
 
+    Raises:
+        SixfoldError: `level` is not 1 to 20, or `bits` not 1 to 8.
+
     Source: arXiv:2502.02617, Lemma 2.
     """
+    return _polar_angles(whole("level", level, 1, 20), whole("bits", bits, 1, 8))
+
+
+@lru_cache
+def _polar_angles(level: int, bits: int) -> Float64[np.ndarray, " levels"]:
     count = 2**bits
     if level == 1:
         return _frozen((np.arange(count) + 0.5) * (2 * math.pi / count))
@@ -153,7 +158,7 @@ def centroids(
     Raises:
         SixfoldError: `bits` is not a supported width or `dim` is below 1.
     """
-    return _tensor(dim, bits, device)
+    return _tensor(whole("dim", dim, 1, MOST_COORDINATES), check_bits(bits), device)
 
 
 # What `torch.compiler.assume_constant_result` does, without half of torch to import.
@@ -162,19 +167,24 @@ centroids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache
 def _tensor(dim: int, bits: Bits, device: torch.device) -> Float32[Tensor, " levels *pair"]:
-    _check_dim(dim)
     book = (pair_grid if is_paired(bits) else lloyd_max)(dim, symbol_bits(bits))
     return torch.tensor(book, dtype=torch.float32, device=device)
 
 
-@lru_cache
 def expected_mse(dim: int, bits: Bits) -> float:
     """Mean squared error per coordinate of the codebook, for coordinates of unit variance.
 
     This is E‖x - x̂‖² / ‖x‖² of a vector that is rotated at random and keeps its exact norm
     (paper: d·C(f, b)), by exact integration.
+
+    Raises:
+        SixfoldError: `bits` is not a supported width or `dim` is below 1.
     """
-    _check_dim(dim)
+    return _expected_mse(whole("dim", dim, 1, MOST_COORDINATES), check_bits(bits))
+
+
+@lru_cache
+def _expected_mse(dim: int, bits: Bits) -> float:
     if is_paired(bits):
         return pair_mse(dim, symbol_bits(bits))
     if dim == 1:

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float16, Int32, UInt8
 from torch import Tensor
 
-from sixfold.errors import SixfoldError
+from sixfold.arguments import device as checked_device
+from sixfold.arguments import shown
+from sixfold.errors import OutOfRangeError, SixfoldError
 
 # Not `Self`: run-time checkers of single methods cannot resolve that.
 C = TypeVar("C", bound="Codes")
@@ -67,12 +69,17 @@ class Codes:
 
     @property
     def bits_per_value(self) -> float:
-        """Stored bits per coordinate, scales and padding included."""
-        return 8 * self.nbytes / self.shape.numel()
+        """Stored bits per coordinate, scales and padding included; 0 of no vectors."""
+        return 8 * self.nbytes / max(self.shape.numel(), 1)
 
     def to(self: C, device: torch.device | str) -> C:
-        """The same codes on another device."""
-        return self._map(lambda part: part.to(device))
+        """The same codes on another device.
+
+        Raises:
+            SixfoldError: There is no such device.
+        """
+        target = checked_device(device)
+        return self._map(lambda part: part.to(target))
 
     def __len__(self) -> int:
         if len(self.shape) == 1:
@@ -80,12 +87,22 @@ class Codes:
         return self.shape[0]
 
     def __getitem__(self: C, index: Any) -> C:
-        """Index the batch axes, as a tensor of shape `shape[:-1]` would be."""
+        """Index the batch axes, as a tensor of shape `shape[:-1]` would be.
+
+        Raises:
+            OutOfRangeError: Such a tensor has no such index.
+        """
         index = index if isinstance(index, tuple) else (index,)
         n_batch = len(self.shape) - 1
         if not any(entry is Ellipsis for entry in index):
             index = (*index, Ellipsis)
-        return self._map(lambda part: part[(*index, *[slice(None)] * (part.ndim - n_batch))])
+        try:
+            return self._map(lambda part: part[(*index, *[slice(None)] * (part.ndim - n_batch))])
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise OutOfRangeError(
+                f"codes of shape {list(self.shape)} are indexed like a tensor of shape "
+                f"{list(self.shape[:-1])}, got {shown(index[:-1])}: {error}"
+            ) from error
 
 
 def _stored_bytes(tensor: Tensor) -> int:

@@ -9,6 +9,10 @@ class ShapeError(SixfoldError):
     """A tensor or index does not fit the dimensions of what it is used with."""
 
 
+class OutOfRangeError(ShapeError, IndexError):
+    """An index of codes or layers that do not exist; an `IndexError` too, which ends iteration."""
+
+
 class FormatError(SixfoldError):
     """Bytes that are not a readable Sixfold file: truncated, foreign, or from a later version."""
 

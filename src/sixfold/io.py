@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sixfold.arguments import dense, shown
+from sixfold.arguments import path as checked_path
 from sixfold.container.files import existing, hand_on_owner, open_regular
 from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
-from sixfold.errors import FormatError
+from sixfold.errors import FormatError, SixfoldError
 
 __all__ = [
     "DTYPE_NAMES",
@@ -54,10 +56,16 @@ def write_container(
         tensors: What to store.
 
     Raises:
+        SixfoldError: An argument cannot be stored.
         OSError: The file cannot be written, or is no regular file; an older one is still whole.
     """
-    tensors = _separate(tensors)
-    text = json.dumps(description, sort_keys=True, allow_nan=False)
+    path, tensors = checked_path(path), _separate(tensors)
+    try:
+        text = json.dumps(description, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SixfoldError(f"description must be of finite JSON values: {error}") from error
+    if not isinstance(kind, str):
+        raise SixfoldError(f"kind must be a string, got {shown(kind)}")
     metadata = {
         "format": _MAGIC,
         "version": str(FORMAT_VERSION),
@@ -140,10 +148,11 @@ def open_container(path: str | os.PathLike[str], kind: str) -> Iterator[Containe
     The file is opened once: one that takes its place meanwhile is not seen.
 
     Raises:
+        SixfoldError: `path` is no path.
         FormatError: Not such a file, of another kind or a newer version, cut short or damaged.
         OSError: The file cannot be read, or is no regular file.
     """
-    source = Path(path)
+    source = Path(checked_path(path))
     with os.fdopen(open_regular(source), "rb") as file:
         try:
             header = read_header(file, os.fstat(file.fileno()).st_size)
@@ -188,14 +197,30 @@ def _no_number(text: str) -> None:
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU, no two in the same memory (safetensors refuses those)."""
+    if not isinstance(tensors, Mapping):
+        raise SixfoldError(f"tensors must be a mapping of names to tensors, got {shown(tensors)}")
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise SixfoldError(f"names of tensors must be strings, got {shown(name)}")
+        dense(name, tensor)
+        if tensor.dtype not in DTYPE_NAMES or tensor.is_meta:
+            raise SixfoldError(
+                f"{name}: expected numbers in one of {sorted(DTYPE_NAMES.values())}, got "
+                f"{tensor.dtype} on {tensor.device}; convert it"
+            )
+        # Lazy tensors have other numbers in memory, or none.
+        tensor = (tensor.detach().cpu() + 0).contiguous() if _lazy(tensor) else tensor
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return separate
+
+
+def _lazy(tensor: Tensor) -> bool:
+    return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def _digest(kind: str, description: str, tensors: Mapping[str, Tensor]) -> str:

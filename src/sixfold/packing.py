@@ -11,12 +11,13 @@ to one vector, and unpacking is a shift and a mask at every width.
 
 import math
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
+from sixfold.arguments import choice
 from sixfold.errors import SixfoldError
 
 # `float` alone would make run-time checkers refuse a plain `4`.
@@ -36,14 +37,15 @@ _LEAST_HALF, _LEAST_SCALE = 2.0**-18, 2.0**-96
 _UPPER_END = 0x3800
 
 
-def check_bits(bits: Bits) -> None:
-    """Refuse bit widths that have no codebook.
+def check_bits(bits: Any, name: str = "bits") -> Bits:
+    """Refuse bit widths that have no codebook; returns the one of `BITS` that it is.
 
     Raises:
         SixfoldError: `bits` is not one of `BITS`.
     """
-    if bits not in BITS:
-        raise SixfoldError(f"bits must be one of {BITS}, got {bits!r}")
+    if type(bits) in (int, float) and bits in BITS:
+        return bits  # type: ignore[no-any-return]
+    return choice(name, bits, BITS)
 
 
 def is_paired(bits: Bits) -> bool:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.errors import SixfoldError
+from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.hadamard import hadamard_factor
 from sixfold.kernels.rotate import rotate
 
@@ -26,16 +26,6 @@ _ROUNDS = 3
 
 # Last part of the generator's key: other draws of the same seed and dimension differ in it.
 _TURN_STREAM, _DENSE_STREAM = 0, 1
-
-
-def check_seed(seed: int) -> None:
-    """Refuse seeds that the generator would.
-
-    Raises:
-        SixfoldError: `seed` is not a non-negative integer.
-    """
-    if not isinstance(seed, int) or seed < 0:
-        raise SixfoldError(f"seed must be a non-negative integer, got {seed!r}")
 
 
 def random_bits(count: int, seed: int, *key: int) -> npt.NDArray[np.uint64]:
@@ -132,12 +122,12 @@ class Rotation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dim, int) or self.dim < 1:
-            raise SixfoldError(f"dim must be a positive integer, got {self.dim!r}")
-        if self.kind not in get_args(RotationKind):
-            kinds = get_args(RotationKind)
-            raise SixfoldError(f"rotation must be one of {kinds}, got {self.kind!r}")
-        check_seed(self.seed)
+        settle(
+            self,
+            dim=whole("dim", self.dim, 1, MOST_COORDINATES),
+            kind=choice("rotation", self.kind, get_args(RotationKind)),
+            seed=whole("seed", self.seed, most=MOST_SEED),
+        )
 
     def turns(self, device: torch.device) -> Float32[Tensor, "rounds 2 half"]:
         """Plane rotations of each round, as `kernels.rotate` takes them. Cached: do not modify."""

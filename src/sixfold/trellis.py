@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.arguments import choice
 from sixfold.errors import SixfoldError
 from sixfold.packing import Bits
 
@@ -54,22 +55,20 @@ _DIGITS = 10
 _ALIGNMENT = 32
 
 
-def check_trellis(dim: int, bits: Bits, states: int) -> None:
-    """Refuse a trellis that does not exist.
+def check_trellis(dim: int, bits: Bits, states: int) -> tuple[Bits, int]:
+    """Refuse a trellis that does not exist; returns its width and number of states.
 
     Raises:
         SixfoldError: There is no such width or number of states, or `dim` coordinates have fewer
             bits than one window.
     """
-    if bits not in TRELLIS_BITS:
-        raise SixfoldError(f"bits must be one of {TRELLIS_BITS}, got {bits!r}")
-    if states not in STATES:
-        raise SixfoldError(f"states must be one of {STATES}, got {states!r}")
+    bits, states = choice("bits", bits, TRELLIS_BITS), choice("states", states, STATES)
     if starts(dim, bits)[-1] < window_bits(states):
         raise SixfoldError(
             f"dim·bits must be at least log2(states) = {window_bits(states)}, "
             f"got dim={dim} and bits={bits}"
         )
+    return bits, states
 
 
 def window_bits(states: int) -> int:

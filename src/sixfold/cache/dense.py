@@ -1,11 +1,34 @@
 """Tokens kept in the model's own dtype."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sixfold.arguments import floating
+from sixfold.errors import ShapeError, SixfoldError
+
+
+def check_tokens(keys: Any, values: Any) -> None:
+    """Refuse what are no keys and values of the same tokens.
+
+    Raises:
+        SixfoldError: One is no dense tensor of a floating dtype, or they are on different devices.
+        ShapeError: They are not [batch, kv_heads, tokens, dim], alike but for `dim`.
+    """
+    floating("keys", keys)
+    floating("values", values)
+    if keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or values.ndim != 4:
+        raise ShapeError(
+            "expected keys and a value for every key, both [batch, kv_heads, tokens, dim], got "
+            f"keys {list(keys.shape)} and values {list(values.shape)}."
+        )
+    if keys.device != values.device:
+        raise SixfoldError(
+            f"keys are on {keys.device} and values on {values.device}: move one with .to()."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

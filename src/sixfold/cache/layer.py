@@ -3,21 +3,26 @@
 import copy
 import dataclasses
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sixfold.arguments import FLOATS, dense, floating, shown, whole
+from sixfold.arguments import device as checked_device
+from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
 from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
 from sixfold.cache.coder import coders
-from sixfold.cache.dense import DenseTokens
+from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.pages import PagedHistory, Run
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels._border import checked_scaling
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.encode import store_pages
@@ -52,6 +57,11 @@ class CompressedLayer:
         sliding_window: int | None = None,
     ) -> None:
         """An empty history for vectors shaped like `keys` and `values`, which are not stored."""
+        check_tokens(keys, values)
+        if not isinstance(policy, CachePolicy):
+            raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
+        if sliding_window is not None:
+            sliding_window = whole("sliding_window", sliding_window, 1)
         self.policy = policy
         self.sliding_window = sliding_window
         self.key_coder, self.value_coder = coders(policy, keys.shape[3], values.shape[3])
@@ -92,6 +102,7 @@ class CompressedLayer:
         Raises:
             ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
         """
+        check_tokens(keys, values)
         if (keys.requires_grad or values.requires_grad) and not torch.is_grad_enabled():
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
@@ -100,6 +111,7 @@ class CompressedLayer:
 
     def take_back(self, count: int) -> None:
         """Undo an `append` of `count` tokens that have not been attended."""
+        count = whole("count", count, 0, self.window.tokens)
         self.window = self.window.copy_slice(0, self.window.tokens - count)
 
     @outside_autocast
@@ -128,6 +140,8 @@ class CompressedLayer:
         Raises:
             ShapeError: The mask is for another number of tokens than are held.
         """
+        self._check_query(query)
+        scaling = checked_scaling(scaling)
         dtype, held = query.dtype, self.window.keys.dtype
         query = query if dtype is held else query.to(held)
         if mask is not None:
@@ -234,6 +248,7 @@ class CompressedLayer:
         Raises:
             SixfoldError: A sliding window has already forgotten tokens the remaining ones need.
         """
+        count = whole("count", count)
         self.check_crop(count)
         if count >= self.length:
             self.reset()
@@ -269,8 +284,13 @@ class CompressedLayer:
         self.prefix, self.query_energy, self.evicted, self.detached = None, None, 0, False
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep, repeat or reorder sequences of the batch: codes are shared, not copied."""
-        rows = rows.to(self.padding.device)
+        """Keep, repeat or reorder sequences of the batch: codes are shared, not copied.
+
+        Raises:
+            SixfoldError: `rows` are no numbers of sequences, nor a mask over all of them.
+            OutOfRangeError: There is no such sequence.
+        """
+        rows = checked_rows("rows", rows, len(self.padding)).to(self.padding.device)
         shrinks = len(rows) < len(self.padding)
         self.window = self.window.select(rows)
         self.padding = self.padding[rows]
@@ -298,6 +318,9 @@ class CompressedLayer:
             device: Where to.
             dtype: Of tokens that are not compressed; as it is by default.
         """
+        device = checked_device(device)
+        if dtype is not None and dtype not in FLOATS:
+            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         moved = self.fork()
         moved.window, moved.padding = self.window.to(device, dtype), self.padding.to(device)
         if self.query_energy is not None:
@@ -318,8 +341,27 @@ class CompressedLayer:
             held += self.value_coder.tables(self.padding.device)
         return held + self.history.tensors()
 
+    def _check_query(self, query: Any) -> None:
+        floating("query", query)
+        keys = self.window.keys
+        batch, heads, _, dim = keys.shape
+        fits = query.ndim == 4 and query.shape[0] == batch and query.shape[3] == dim
+        if not fits or query.shape[1] % heads or not 0 < query.shape[2] <= self.held:
+            raise ShapeError(
+                f"query: expected [{batch}, a multiple of {heads} heads, 1 to {self.held} tokens, "
+                f"{dim}], got {list(query.shape)}."
+            )
+        if query.device != keys.device:
+            raise SixfoldError(f"query is on {query.device}, this layer on {keys.device}: move it.")
+
     def _check_mask(self, mask: Mask) -> None:
         """Columns must be tokens held; only a sliding layer may hold more than is asked for."""
+        dense("mask", mask)
+        if mask.ndim != 4 or not (mask.is_floating_point() or mask.dtype is torch.bool):
+            raise ShapeError(
+                "mask: expected bool or floating point, [batch or 1, heads or 1, queries, tokens], "
+                f"got {mask.dtype} {list(mask.shape)}."
+            )
         visible = self.held
         if self.sliding_window is not None:
             visible = min(visible, self.sliding_window - 1 + mask.shape[2])
@@ -379,11 +421,6 @@ class CompressedLayer:
 
 
 def _check_same(held: DenseTokens, new: DenseTokens) -> None:
-    if new.keys.shape[2] != new.values.shape[2]:
-        raise ShapeError(
-            f"expected a value for every key, got {new.keys.shape[2]} keys and "
-            f"{new.values.shape[2]} values a sequence."
-        )
     if _kind(held.keys) == _kind(new.keys) and _kind(held.values) == _kind(new.values):
         return
     if (old := _dtypes(held)) != (fresh := _dtypes(new)) and held.keys.device == new.keys.device:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Self
 
-from sixfold.errors import SixfoldError
+from sixfold.arguments import flag, settle, whole
 from sixfold.packing import Bits, check_bits, n_symbols, row_bytes, symbol_bits
 
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
@@ -35,15 +35,15 @@ class CachePolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.key_bits)
-        check_bits(self.value_bits)
-        for name in ("sink_tokens", "recent_window", "seed"):
-            number = getattr(self, name)
-            if type(number) is not int or not 0 <= number < 2**63:
-                raise SixfoldError(f"{name} must be a whole number of 0 or more, got {number!r}.")
+        numbers = ("sink_tokens", "recent_window", "seed")
+        settle(
+            self,
+            key_bits=check_bits(self.key_bits, "key_bits"),
+            value_bits=check_bits(self.value_bits, "value_bits"),
+            **{name: whole(name, getattr(self, name)) for name in numbers},
+        )
         for name in ("center_keys", "equalize_keys"):
-            if type(getattr(self, name)) is not bool:
-                raise SixfoldError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+            flag(name, getattr(self, name))
 
     @classmethod
     def spending(cls, bits: Bits, dims: Iterable[tuple[int, int]] = (), **fields: Any) -> Self:
@@ -57,6 +57,7 @@ class CachePolicy:
             fields: Of the policy. With `key_bits` or `value_bits` among them, those have the bits
                 named and the others have `bits`.
         """
+        bits = check_bits(bits)
         given = {name: fields.pop(name, None) for name in ("key_bits", "value_bits")}
         chosen = {name: width for name, width in given.items() if width is not None}
         even, split = (bits, bits), SPLITS.get(bits, (bits, bits))

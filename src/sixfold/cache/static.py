@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sixfold.cache.dense import DenseTokens
+from sixfold.arguments import shown, whole
+from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
@@ -16,6 +17,9 @@ from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
 from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
+
+# Sequences are never so long: a mistake that would be noticed by the memory it takes.
+MOST_TOKENS = 2**31 - 1
 
 
 class StaticLayer:
@@ -43,6 +47,9 @@ class StaticLayer:
         Raises:
             SixfoldError: Nothing is compressed yet, or there are more tokens than that already.
         """
+        if not isinstance(layer, CompressedLayer):
+            raise SixfoldError(f"layer must be a CompressedLayer, got {shown(layer)}")
+        max_tokens = whole("max_tokens", max_tokens, 0, MOST_TOKENS)
         if layer.prefix is None:
             raise SixfoldError(
                 f"a static cache is made of codes, and this layer's {layer.held} tokens are still "
@@ -111,6 +118,8 @@ class StaticLayer:
         Raises:
             ShapeError: More than one token, or other sizes or dtypes than those of the tokens held.
         """
+        if not torch.compiler.is_compiling():
+            check_tokens(keys, values)
         for name, new, held in (
             ("keys", keys, self.window_keys),
             ("values", values, self.window_values),

@@ -17,6 +17,7 @@ from sixfold.integrations.transformers.config import layer_shapes, layer_types
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
+MOST = 2**20  # layers, heads or coordinates
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,13 @@ def plan(
         str | None,
         typer.Argument(metavar="[MODEL]", help="A config.json, a directory or a hub name."),
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Without MODEL: layers.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads.")] = None,
-    head_dim: Annotated[int | None, typer.Option(min=1, help="Dimension of a head.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Without MODEL: layers.")
+    ] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Key-value heads.")] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Dimension of a head.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Of the device: 80GB is 80·10⁹ bytes.")] = "80GB",
     weights: Annotated[str, typer.Option(help="Taken by weights and activations.")] = "0GB",
     bits: Annotated[str, typer.Option(help="Bits a value, separated by commas.")] = "4,3,2.5,2",

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sixfold.arguments import dense, number_of, real, shown
 from sixfold.errors import SixfoldError
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -19,10 +20,14 @@ def plain(x: T) -> T:
 
     Lazy tensors have others there: of a negative view (`Tensor.imag` of a conjugate makes one) the
     opposite, of a zero tensor of autograd nothing at all.
+
+    Raises:
+        SixfoldError: It is no dense tensor, or has no memory.
     """
     # A tracer has no lazy tensors, and cannot ask.
     if x is None or torch.compiler.is_compiling():
         return x
+    dense("the argument", x)
     if x.is_neg():
         return x.resolve_neg()
     return x.new_zeros(x.shape) if x._is_zerotensor() else x
@@ -36,8 +41,19 @@ def checked_softcap(softcap: float | None) -> float | None:
     """
     if softcap is None:
         return None
-    if math.isnan(softcap) or softcap <= 0:
+    number = number_of(softcap)
+    if number is None or math.isnan(number) or number <= 0:
         raise SixfoldError(
-            f"softcap must be a positive number, or None for no soft-capping, got {softcap}"
+            f"softcap must be a positive number, or None for no soft-capping, got {shown(softcap)}"
         )
-    return None if softcap > _NO_SOFTCAP else softcap
+    return None if number > _NO_SOFTCAP else float(number)
+
+
+def checked_scaling(scaling: float) -> float:
+    """The factor of the logits: a NaN would make all of them NaN without a word.
+
+    Raises:
+        SixfoldError: It is no finite number.
+    """
+    # A tracer may know no more of it than that it is a number.
+    return scaling if torch.compiler.is_compiling() else real("scaling", scaling)

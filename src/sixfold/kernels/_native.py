@@ -29,7 +29,22 @@ def address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
             f"{name}: expected a contiguous {dtype} tensor {list(shape)} on the cpu, got "
             f"{x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."
         )
-    return x.data_ptr()
+    return memory(name, x)
+
+
+def memory(name: str, x: Tensor) -> int:
+    """Where the elements of a tensor start.
+
+    Raises:
+        ShapeError: It has elements, and nowhere (fake, lazy, or its storage was freed).
+    """
+    start = x.data_ptr()
+    if not start and x.numel():
+        raise ShapeError(
+            f"{name}: expected a tensor with its numbers in memory, got one without any: it is on "
+            f"{x.device}, fake, lazy, or its storage was freed; clone it before."
+        )
+    return start
 
 
 @cache

@@ -1,12 +1,10 @@
 """One clear error for each kind of unusable input."""
 
-import torch
 from torch import Tensor
 
+from sixfold.arguments import floating
 from sixfold.codes import Codes
 from sixfold.errors import ShapeError, SixfoldError
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_vectors(x: Tensor, dim: int, name: str = "x") -> None:
@@ -16,16 +14,7 @@ def check_vectors(x: Tensor, dim: int, name: str = "x") -> None:
         SixfoldError: `x` is not a tensor, or not of float16, bfloat16, float32 or float64.
         ShapeError: The last axis is not `dim`.
     """
-    if not isinstance(x, Tensor):
-        raise SixfoldError(
-            f"{name} must be a torch tensor, got {type(x).__module__}.{type(x).__name__}; convert "
-            f"it with torch.as_tensor({name}), which shares the memory of a numpy array"
-        )
-    if x.dtype not in _DTYPES:
-        raise SixfoldError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
-            f"convert it, for example with {name}.float()"
-        )
+    floating(name, x)
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ShapeError(f"the last axis of {name} must be dim={dim}, got shape {tuple(x.shape)}")
 

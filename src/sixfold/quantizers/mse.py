@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.arguments import choice, settle
 from sixfold.codebooks import centroids
 from sixfold.codes import MSECodes, checked
-from sixfold.errors import SixfoldError
 from sixfold.kernels import decode as decoding
 from sixfold.kernels import encode as encoding
 from sixfold.kernels import scores as scoring
@@ -50,11 +50,13 @@ class TurboQuantMSE:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.scale not in get_args(Scale):
-            raise SixfoldError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}")
+        settle(
+            self,
+            bits=check_bits(self.bits),
+            scale=choice("scale", self.scale, get_args(Scale)),
+        )
         # Made for its checks of the other fields.
-        _ = self._rotation
+        settle(self, dim=self._rotation.dim, seed=self._rotation.seed)
 
     @property
     def _rotation(self) -> Rotation:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.arguments import sequence, settle, whole
 from sixfold.codebooks import polar_angles
 from sixfold.codes import PolarCodes, checked
 from sixfold.errors import SixfoldError
@@ -52,10 +53,17 @@ class PolarQuant:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.bits or any(b not in range(1, 9) for b in self.bits):
+        widths = sequence("bits", self.bits)
+        if not widths:
             raise SixfoldError(f"bits must be one width of 1 to 8 per level, got {self.bits!r}")
         # Made for its checks of the other fields.
-        Rotation(self.dim, seed=self.seed)
+        rotation = Rotation(self.dim, seed=self.seed)
+        settle(
+            self,
+            dim=rotation.dim,
+            seed=rotation.seed,
+            bits=tuple(whole("bits of a level", width, 1, 8) for width in widths),
+        )
 
     @property
     def _block(self) -> int:

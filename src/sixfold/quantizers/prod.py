@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.arguments import settle
 from sixfold.codes import ProdCodes, checked
 from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
@@ -43,11 +44,12 @@ class TurboQuantProd:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        settle(self, bits=check_bits(self.bits))
         if self.bits != 1 and self.bits - 1 not in BITS:
             raise SixfoldError(f"bits - 1 must be 0 or one of {BITS}, got bits={self.bits!r}")
         # Made for their checks of the other fields.
-        Rotation(self.dim, self.rotation, self.seed)
+        rotation = Rotation(self.dim, self.rotation, self.seed)
+        settle(self, dim=rotation.dim, seed=rotation.seed)
         _ = self._qjl
 
     @property

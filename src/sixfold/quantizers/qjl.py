@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.codes import QJLCodes, checked
-from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._normalize import normalize
@@ -19,7 +19,7 @@ from sixfold.kernels._tiles import tiles
 from sixfold.kernels.scores import scores
 from sixfold.packing import decode_scale, encode_scale, pack
 from sixfold.quantizers._checks import check_queries, check_vectors
-from sixfold.rotation import check_seed, gaussian, haar
+from sixfold.rotation import gaussian, haar
 
 Projection: TypeAlias = Literal["orthogonal", "gaussian"]
 
@@ -73,13 +73,13 @@ class QJL:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "projections"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise SixfoldError(f"{name} must be a positive integer, got {value!r}")
-        if self.projection not in get_args(Projection):
-            expected = get_args(Projection)
-            raise SixfoldError(f"projection must be one of {expected}, got {self.projection!r}")
-        check_seed(self.seed)
+        settle(
+            self,
+            dim=whole("dim", self.dim, 1, MOST_COORDINATES),
+            projections=whole("projections", self.projections, 1, MOST_COORDINATES),
+            projection=choice("projection", self.projection, get_args(Projection)),
+            seed=whole("seed", self.seed, most=MOST_SEED),
+        )
 
     def _matrix(self, device: torch.device) -> Tensor:
         return _projection(self.dim, self.projections, self.projection, self.seed, device)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from sixfold.arguments import MOST_COORDINATES, settle, whole
 from sixfold.codes import SplitCodes, checked
-from sixfold.errors import ShapeError, SixfoldError
+from sixfold.errors import ShapeError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels.encode import Scale
@@ -49,13 +50,12 @@ class OutlierSplit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.outlier_channels < self.dim:
-            raise SixfoldError(
-                f"outlier_channels must be 1 to dim - 1 = {self.dim - 1}, "
-                f"got {self.outlier_channels!r}"
-            )
+        dim = whole("dim", self.dim, 2, MOST_COORDINATES)
+        channels = whole("outlier_channels", self.outlier_channels, 1, dim - 1)
+        settle(self, dim=dim, outlier_channels=channels)
         # Made for their checks of the other fields.
-        _ = self._outliers, self._rest
+        outliers, rest = self._outliers, self._rest
+        settle(self, outlier_bits=outliers.bits, bits=rest.bits, seed=rest.seed)
 
     def _part(self, dim: int, bits: Bits) -> TurboQuantMSE:
         return TurboQuantMSE(dim, bits, self.scale, self.rotation, self.seed)

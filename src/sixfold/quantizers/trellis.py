@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.arguments import choice, settle
 from sixfold.codes import TrellisCodes, checked
-from sixfold.errors import SixfoldError
 from sixfold.kernels import trellis
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.encode import Scale
@@ -53,10 +53,10 @@ class TrellisQuantizer:
 
     def __post_init__(self) -> None:
         # Made for its checks of the fields.
-        _ = self._rotation
-        check_trellis(self.dim, self.bits, self.states)
-        if self.scale not in get_args(Scale):
-            raise SixfoldError(f"scale must be one of {get_args(Scale)}, got {self.scale!r}")
+        rotation = self._rotation
+        bits, states = check_trellis(rotation.dim, self.bits, self.states)
+        scale = choice("scale", self.scale, get_args(Scale))
+        settle(self, dim=rotation.dim, seed=rotation.seed, bits=bits, states=states, scale=scale)
 
     @property
     def _rotation(self) -> Rotation:

@@ -15,9 +15,14 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from sixfold.arguments import FLOATS, shown, whole
+from sixfold.arguments import device as checked_device
+from sixfold.arguments import path as checked_path
+from sixfold.arguments import rows as checked_rows
 from sixfold.cache import CachePolicy
+from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
-from sixfold.errors import FormatError, SixfoldError
+from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
@@ -27,7 +32,7 @@ from sixfold.integrations.transformers.config import (
 )
 from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.devices import execution_device, layer_devices
-from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
+from sixfold.integrations.transformers.layer import MOST_REPEATS, TurboQuantLayer, forked
 from sixfold.integrations.transformers.layers import (
     cache_layer,
     check_crop,
@@ -205,6 +210,8 @@ class TurboQuantCache(Cache):
         """
         if torch.compiler.is_compiling():
             return self._update_traced(key_states, value_states, layer_idx)
+        check_tokens(key_states, value_states)
+        layer_idx = self._number(layer_idx)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -314,10 +321,20 @@ class TurboQuantCache(Cache):
 
     def __getitem__(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of one layer, dequantized; None where there are none."""
-        held = self.layers[layer]
+        held = self.layers[self._number(layer)]
         if isinstance(held, TurboQuantLayer):
             return held.dense()
         return getattr(held, "keys", None), getattr(held, "values", None)
+
+    def _number(self, layer: Any) -> int:
+        """The number of a layer, counted from the first."""
+        count = len(self.layers)
+        if type(layer) is int and 0 <= layer < count:
+            return layer
+        number = whole("the number of a layer", layer, -(2**63))
+        if not -count <= number < count:
+            raise OutOfRangeError(f"layer {number} does not exist: the cache has {count} layers.")
+        return number % count
 
     @property
     def nbytes(self) -> int:
@@ -346,10 +363,42 @@ class TurboQuantCache(Cache):
             SixfoldError: The number is positive, a sliding window or a convolution has moved on, or
                 a layer's recurrent state cannot be taken back.
         """
+        tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -(2**63))
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
         self._pass.restart()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams; in every layer, or in none.
+
+        Raises:
+            SixfoldError: `beam_idx` are no numbers of sequences held.
+        """
+        rows: Any = self._rows("beam_idx", beam_idx)
+        super().reorder_cache(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch; in every layer, or in none.
+
+        Raises:
+            SixfoldError: `indices` are no numbers of sequences held, nor a mask over them.
+        """
+        super().batch_select_indices(self._rows("indices", indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; in every layer, or in none.
+
+        Raises:
+            SixfoldError: `repeats` is not a positive whole number.
+        """
+        super().batch_repeat_interleave(whole("repeats", repeats, 1, MOST_REPEATS))
+
+    def _rows(self, name: str, value: Any) -> Tensor:
+        stores = [layer.store for layer in self.compressed_layers]
+        batches = [len(store.padding) for store in stores if store is not None]
+        # A cache without tokens has no sequences that could be missed.
+        return checked_rows(name, value, batches[0]) if batches else value
 
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied.
@@ -379,6 +428,7 @@ class TurboQuantCache(Cache):
         """
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
+        max_tokens = whole("max_tokens", max_tokens)
         twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
         twin._pass = ForwardPass(self._pass.growing)
         return twin
@@ -398,6 +448,7 @@ class TurboQuantCache(Cache):
                 would take, such as NaN.
             OSError: The file cannot be written.
         """
+        path = checked_path(path)
         for layer in self.layers:
             if isinstance(layer, StaticTurboQuantLayer):
                 layer.refuse()
@@ -426,7 +477,7 @@ class TurboQuantCache(Cache):
                 numbers that no cache holds (docs/format.md, section 8).
             OSError: The file cannot be read.
         """
-        model = unwrapped(model)
+        path, model = checked_path(path), unwrapped(model)
         policies, layers, tensors = load_layers(path, model, check_weights)
         fields = {index: p.to_dict() for index, p in enumerate(policies) if p is not None}
         skipped = [index for index, p in enumerate(policies) if p is None]
@@ -459,7 +510,9 @@ class TurboQuantCache(Cache):
             dtype: Of keys and values in full precision; by default they stay as they are.
             non_blocking: Ignored; hosts pass it.
         """
-        target = None if device is None else torch.device(device)
+        target = None if device is None else checked_device(device)
+        if dtype is not None and dtype not in FLOATS:
+            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         for layer in self.layers:
             move_layer(layer, target, dtype)
         return self

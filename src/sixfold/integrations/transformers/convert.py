@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+from sixfold.arguments import dense
 from sixfold.cache import CompressedLayer
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
@@ -72,6 +73,7 @@ def _compressed(layer: Any, empty: TurboQuantLayer, mask: Tensor | None) -> Comp
 
 def _padding(mask: Tensor, batch: int, tokens: int) -> Tensor:
     """Left padding of every sequence."""
+    dense("attention_mask", mask)
     if mask.shape != (batch, tokens):
         raise ShapeError(
             f"attention_mask: expected [{batch}, {tokens}], a row for every sequence and a column "

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from sixfold.arguments import whole
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
+
+# A batch is never so large: a mistake that would be noticed by the memory it takes.
+MOST_REPEATS = 2**20
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -134,6 +138,7 @@ class TurboQuantLayer(CacheLayerMixin):
         Raises:
             SixfoldError: The number is positive, or a sliding window has moved on.
         """
+        tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -(2**63))
         if tokens_to_remove > 0:
             raise SixfoldError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
@@ -155,15 +160,13 @@ class TurboQuantLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch."""
         if self.store is not None:
-            if indices.dtype == torch.bool:
-                indices = indices.nonzero().flatten()
             self.store.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence; the copies share their pages."""
         if self.store is not None:
             rows = torch.arange(len(self.store.padding), device=self.store.padding.device)
-            self.store.select(rows.repeat_interleave(repeats))
+            self.store.select(rows.repeat_interleave(whole("repeats", repeats, 1, MOST_REPEATS)))
 
     def offload(self) -> None:
         """Move everything held to the CPU."""

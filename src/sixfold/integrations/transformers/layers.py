@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
+from sixfold.arguments import sequence, shown, whole
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
 from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.combined import (
@@ -51,21 +52,35 @@ def layer_policies(
     Raises:
         SixfoldError: A layer number is out of range, or an override names no policy field.
     """
-    for index in (*skip_layers, *per_layer):
-        if not -count <= index < count:
-            raise SixfoldError(f"layer {index} does not exist: the model has {count} layers.")
+    skipped = [_number(index, count) for index in sequence("skip_layers", skip_layers)]
+    if not isinstance(per_layer, Mapping):
+        raise SixfoldError(
+            f'per_layer must be a mapping such as {{0: {{"key_bits": 8}}}}, got {shown(per_layer)}'
+        )
     policies: list[CachePolicy | None] = [policy] * count
-    for index, fields in per_layer.items():
+    for key, fields in per_layer.items():
+        index = _number(key, count)
+        if not isinstance(fields, Mapping):
+            raise SixfoldError(
+                f"per_layer[{index}] must be a mapping of policy fields, got {shown(fields)}"
+            )
         unknown = set(fields) - set(policy.to_dict())
         if unknown:
             raise SixfoldError(
-                f"per_layer[{index}] has unknown fields {sorted(unknown)}; "
+                f"per_layer[{index}] has unknown fields {sorted(map(str, unknown))}; "
                 f"expected some of {sorted(policy.to_dict())}."
             )
         policies[index] = CachePolicy(**{**policy.to_dict(), **fields})
-    for index in skip_layers:
+    for index in skipped:
         policies[index] = None
     return policies
+
+
+def _number(index: Any, count: int) -> int:
+    number = whole("the number of a layer", index, -(2**63))
+    if not -count <= number < count:
+        raise SixfoldError(f"layer {number} does not exist: the model has {count} layers.")
+    return number
 
 
 def cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) -> Any:

@@ -3,9 +3,9 @@
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 from sixfold.packing import Bits
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-@outside_autocast
+@operation
 def page_attention(
     query: Float32[Tensor, "batch heads queries key_dim"],
     key_pages: UInt8[Tensor, "slots kv_heads key_bytes"],

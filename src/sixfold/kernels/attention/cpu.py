@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
-from sixfold.kernels._native import address, compiled
+from sixfold.errors import ShapeError
+from sixfold.kernels._native import address, compiled, memory
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
@@ -136,8 +137,12 @@ def mask_arguments(
     if mask is None:
         return None, _NO_MASK
     additive = mask.dtype != torch.bool
+    if additive and not mask.is_floating_point():
+        raise ShapeError(
+            f"mask: expected bool or floating point, got {mask.dtype}; pass mask != 0."
+        )
     # Hosts write "never" as the lowest finite number of a narrow dtype, see dense.apply_mask.
     never = torch.finfo(mask.dtype).min / 2 if additive else 0.0
     readable = mask.to(torch.float32 if additive else torch.bool).contiguous()
     strides = mask_strides(readable, batch, heads, queries)
-    return readable, (1 + additive, readable.data_ptr(), *strides, mask.shape[-1], never)
+    return readable, (1 + additive, memory("mask", readable), *strides, mask.shape[-1], never)

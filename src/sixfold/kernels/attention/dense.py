@@ -4,14 +4,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels._border import checked_softcap
+from sixfold.kernels._border import checked_scaling, checked_softcap
+from sixfold.kernels._signature import operation
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
 LOGITS_PER_BLOCK = 1 << 22  # 16 MiB of float32: bounds the memory of a long prefill
 
 
-@outside_autocast
+@operation
 def dense_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -42,7 +42,7 @@ def dense_attention(
     Returns:
         Output and log-sum-exp, float32; zero and -inf where no token is attended.
     """
-    softcap = checked_softcap(softcap)
+    softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
     batch, heads, n_queries, _ = query.shape
     block = max(1, LOGITS_PER_BLOCK // max(1, batch * heads * keys.shape[2]))
     keys, values = keys.float(), values.float()
@@ -62,7 +62,7 @@ def dense_attention(
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
 
-@outside_autocast
+@operation
 def exact_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -91,7 +91,7 @@ def exact_attention(
         softcap: See `dense_attention`.
         sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
     """
-    softcap = checked_softcap(softcap)
+    softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
     n_queries, n_tokens = query.shape[2], keys.shape[2]
     cut = mask is None and sliding_window is not None and n_tokens > sliding_window
     aligned = mask is not None or n_queries in (1, n_tokens)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels._border import checked_softcap, plain
+from sixfold.kernels._border import checked_scaling, checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 
 __all__ = ["Coding", "Pages", "Tokens", "cached_attention"]
 
 
-@outside_autocast
+@operation
 def cached_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
@@ -72,7 +72,7 @@ def cached_attention(
         channel_scale=channel_scale,
         position=position,
         start=start,
-        scaling=scaling,
+        scaling=checked_scaling(scaling),
         mask=plain(mask),
         sliding_window=sliding_window,
         softcap=checked_softcap(softcap),

@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.packing import Bits, Layout
 
 
-@outside_autocast
+@operation
 def decode(
     rows: UInt8[Tensor, "*b row_bytes"],
     scales: Float16[Tensor, "*b"],
@@ -32,7 +32,7 @@ def decode(
     return vectors
 
 
-@outside_autocast
+@operation
 def decode_pages(
     pages: UInt8[Tensor, "slots heads page_bytes"],
     scales: Float16[Tensor, "slots heads page_tokens"],
@@ -85,7 +85,7 @@ def decode_pages(
     return vectors
 
 
-@outside_autocast
+@operation
 def expand_pages(
     pages: UInt8[Tensor, "*b page_bytes"],
     scales: Float16[Tensor, "*b page_tokens"],

@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple, TypeAlias
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.packing import Bits, Layout
 
 Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
@@ -29,7 +29,7 @@ class Side(NamedTuple):
     scales: Float16[Tensor, "slots heads page_tokens"]
 
 
-@outside_autocast
+@operation
 def encode(
     x: Float[Tensor, "*b dim"],
     turns: Float[Tensor, "rounds 2 half"],
@@ -68,7 +68,7 @@ def encode(
     return codes
 
 
-@outside_autocast
+@operation
 def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
     mean: Float[Tensor, "batch heads dim"] | None,
@@ -118,7 +118,7 @@ def encode_pages(
     )
 
 
-@outside_autocast
+@operation
 def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
     """`encode_pages` of keys (layout `"key"`) and of values, at once where a backend can.
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._native import address, compiled, memory
 from sixfold.kernels.encode import Scale, Side, reference
 from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
 from sixfold.packing import (
@@ -88,7 +88,9 @@ def affine_maps(
 
 def affine_group(maps: tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
     """Addresses of `affine_maps`."""
-    mean, channel_scale = (0 if table is None else table.data_ptr() for table in maps)
+    mean, channel_scale = (
+        0 if table is None else memory("mean, channel_scale", table) for table in maps
+    )
     return mean, channel_scale
 
 
@@ -116,7 +118,7 @@ def encode(
         rotation,
         code,
         _SCALES[scale],
-        x.data_ptr(),
+        memory("x", x),
         DTYPES[x.dtype],
         rows.data_ptr(),
         scales.data_ptr(),
@@ -178,7 +180,7 @@ def encode_pages(
         code,
         _SCALES[scale],
         affine_group(maps),
-        (x.data_ptr(), DTYPES[x.dtype], *strides),
+        (memory("x", x), DTYPES[x.dtype], *strides),
         written,
         torch.get_num_threads(),
     )

@@ -3,12 +3,12 @@
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 
 
-@outside_autocast
+@operation
 def rotate(
     x: Float[Tensor, "*b dim"],
     turns: Float[Tensor, "rounds 2 half"],

@@ -5,7 +5,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._native import address, compiled, memory
 from sixfold.kernels.rotate import reference
 
 _cpu = compiled()
@@ -50,5 +50,5 @@ def rotate(
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.float32)
     n, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    _cpu.rotate(group, inverse, x.data_ptr(), DTYPES[x.dtype], out.data_ptr(), n, threads)
+    _cpu.rotate(group, inverse, memory("x", x), DTYPES[x.dtype], out.data_ptr(), n, threads)
     return out

@@ -3,13 +3,13 @@
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.packing import Bits
 
 
-@outside_autocast
+@operation
 def scores(
     queries: Float32[Tensor, "*b nq dim"],
     rows: UInt8[Tensor, "*b n row_bytes"],

@@ -3,13 +3,13 @@
 from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._signature import operation
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 
 
-@outside_autocast
+@operation
 def encode(
     x: Float[Tensor, "*b dim"],
     turns: Float[Tensor, "rounds 2 half"],
@@ -42,7 +42,7 @@ def encode(
     return codes
 
 
-@outside_autocast
+@operation
 def decode(
     rows: UInt8[Tensor, "*b path_bytes"],
     scales: Float16[Tensor, "*b"],
@@ -59,7 +59,7 @@ def decode(
     return vectors
 
 
-@outside_autocast
+@operation
 def scores(
     queries: Float32[Tensor, "*b nq dim"],
     rows: UInt8[Tensor, "*b n path_bytes"],

@@ -1,0 +1,235 @@
+"""What callers pass, checked where it enters: one function for each kind of argument.
+
+Each returns the argument as the rest of the library wants it (a NumPy integer becomes an `int`), or
+raises the error that says what was expected, what came and what to do.
+"""
+
+import math
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
+
+T = TypeVar("T")
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Coordinates of a vector, projections of a sketch: beyond this no table could be made.
+MOST_COORDINATES = 2**20
+# Seeds have any size, but there is no use for more bits than this.
+MOST_SEED = 2**128
+_UNREADABLE = (TypeError, ValueError, RuntimeError, OverflowError)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it, in one short line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    """A whole number, from whatever Python takes for an index: not from `True` or 4.0.
+
+    Raises:
+        SixfoldError: It is none, or out of range.
+    """
+    number = value if type(value) is int else _index(value)
+    if number is None or not least <= number <= most:
+        bounds = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        raise SixfoldError(f"{name} must be a whole number {bounds}, got {shown(value)}")
+    return number
+
+
+def _index(value: Any) -> int | None:
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except _UNREADABLE:
+        return None
+
+
+def settle(spec: object, **fields: Any) -> None:
+    """Let the fields of a frozen dataclass be what was made of them."""
+    for name, value in fields.items():
+        object.__setattr__(spec, name, value)
+
+
+def real(name: str, value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        SixfoldError: It is none.
+    """
+    number = number_of(value)
+    if number is None or not math.isfinite(number):
+        raise SixfoldError(f"{name} must be a finite number, got {shown(value)}")
+    return number
+
+
+def number_of(value: Any) -> int | float | None:
+    """The number that a scalar of Python, NumPy or PyTorch is, if it is one."""
+    if type(value) in (int, float):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, bool | str | bytes) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    if type(value).__name__ in ("bool", "bool_") or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        # Of complex numbers there is none.
+        return _index(value) if hasattr(value, "__index__") and _index(value) else float(value)
+    except _UNREADABLE:
+        return None
+
+
+def choice(name: str, value: Any, allowed: Sequence[T]) -> T:
+    """The one of `allowed`, words or numbers, that `value` is.
+
+    Raises:
+        SixfoldError: It is none of them.
+    """
+    wanted = value if isinstance(value, str) else number_of(value)
+    for each in allowed:
+        if each == wanted and isinstance(each, str) == isinstance(value, str):
+            return each
+    expected = ", ".join(map(repr, allowed))
+    raise SixfoldError(f"{name} must be one of ({expected}), got {shown(value)}")
+
+
+def sequence(name: str, value: Any) -> list[Any]:
+    """The members of something that has several; text has none.
+
+    Raises:
+        SixfoldError: It cannot be iterated over.
+    """
+    if not isinstance(value, str | bytes):
+        try:
+            return list(value)
+        except _UNREADABLE:
+            pass
+    raise SixfoldError(f"{name} must be a sequence, such as (0, 1), got {shown(value)}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        SixfoldError: It is neither.
+    """
+    if type(value) is not bool:
+        raise SixfoldError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def path(value: Any) -> str | os.PathLike[str]:
+    """A path.
+
+    Raises:
+        SixfoldError: It is no text and no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise SixfoldError(f"path must be a string or a pathlib.Path, got {shown(value)}")
+    return value
+
+
+def device(value: Any) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        SixfoldError: It is none, or this machine or this install of PyTorch lacks it.
+    """
+    if isinstance(value, torch.device | str) or type(value) is int:
+        try:
+            # Nothing is allocated, but whatever is missing is missed.
+            return torch.empty(0, device=value).device
+        except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise SixfoldError(
+                f"device {shown(value)} cannot be used ({reason}): pass one that this machine has, "
+                'such as "cpu"'
+            ) from error
+    raise SixfoldError(f"device must be a torch.device or its name, got {shown(value)}")
+
+
+def dense(name: str, x: Any) -> None:
+    """Refuse what is no plain tensor: another type, or one whose numbers lie otherwise.
+
+    Raises:
+        SixfoldError: It is no tensor, or sparse, nested, or of a vendor's layout.
+    """
+    if not isinstance(x, Tensor):
+        raise SixfoldError(
+            f"{name} must be a torch tensor, got {type(x).__module__}.{type(x).__name__}; convert "
+            f"it with torch.as_tensor({name}), which shares the memory of a numpy array"
+        )
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise SixfoldError(
+            f"{name} must be a dense tensor, got one that is {kind}; convert it, for example with "
+            f"{name}.to_dense() or torch.nested.to_padded_tensor"
+        )
+    if not torch.compiler.is_compiling() and not _has_memory(x):
+        raise SixfoldError(
+            f"{name} must be a tensor with its numbers in memory, got one whose storage was freed"
+        )
+
+
+def _has_memory(x: Tensor) -> bool:
+    if isinstance(x, FakeTensor):
+        # Tools that trace run whole layers on fake tensors; the extension refuses them itself.
+        return True
+    # Of a lazy zero there are none, and of a tensor without values none are needed.
+    return bool(x.data_ptr()) or x.is_meta or x._is_zerotensor() or not x.numel()
+
+
+def rows(name: str, value: Any, count: int) -> Tensor:
+    """Numbers of some of `count` sequences, int64 [rows]; a mask over all of them is taken too.
+
+    Raises:
+        SixfoldError: It is no tensor of one axis that holds whole numbers.
+        ShapeError: The mask is of another number of sequences.
+        OutOfRangeError: There is no such sequence. (On an accelerator the check would wait for it:
+            there the device asserts.)
+    """
+    dense(name, value)
+    if value.ndim != 1 or value.is_floating_point() or value.is_complex():
+        raise SixfoldError(
+            f"{name} must be a tensor of one axis that holds numbers of sequences, got "
+            f"{value.dtype} {list(value.shape)}; pass torch.tensor([0, 1]), say"
+        )
+    if value.dtype is torch.bool:
+        if len(value) != count:
+            raise ShapeError(
+                f"{name}: expected a mask over the {count} sequences held, got {len(value)}"
+            )
+        chosen: Tensor = value.nonzero().flatten()
+        return chosen
+    # As int64, because PyTorch takes bytes for a mask.
+    numbers: Tensor = value.to(torch.int64)
+    if numbers.is_cpu and bool(((numbers < -count) | (numbers >= count)).any()):
+        raise OutOfRangeError(
+            f"{name} must be at least {-count} and below {count}, the number of sequences held, "
+            f"got {numbers.tolist()}"
+        )
+    return numbers
+
+
+def floating(name: str, x: Any) -> None:
+    """Refuse what is no dense tensor of numbers with fractions.
+
+    Raises:
+        SixfoldError: It is not dense, or not of float16, bfloat16, float32 or float64.
+    """
+    dense(name, x)
+    if x.dtype not in FLOATS:
+        raise SixfoldError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}; "
+            f"convert it, for example with {name}.float()"
+        )
