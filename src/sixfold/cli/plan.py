@@ -53,13 +53,9 @@ def plan(
         str | None,
         typer.Argument(metavar="[MODEL]", help="A config.json, a directory or a hub name."),
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Without MODEL: layers.")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=MOST, help="Layers.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Key-value heads.")] = None,
-    head_dim: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Dimension of a head.")
-    ] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, max=MOST, help="Coordinates.")] = None,
     memory: Annotated[str, typer.Option(help="Of the device: 80GB is 80·10⁹ bytes.")] = "80GB",
     weights: Annotated[str, typer.Option(help="Taken by weights and activations.")] = "0GB",
     bits: Annotated[str, typer.Option(help="Bits a value, separated by commas.")] = "4,3,2.5,2",

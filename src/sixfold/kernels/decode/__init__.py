@@ -25,6 +25,7 @@ def decode(
 
     Source: arXiv:2504.19874 Algorithm 1.
     """
+    turns, factor, centroids = plain(turns), plain(factor), plain(centroids)
     kernel = implementation("decode", rows.device)
     vectors: Tensor = kernel.decode(
         rows, plain(scales), turns, factor, centroids, dim=dim, bits=bits

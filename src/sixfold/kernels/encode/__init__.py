@@ -1,10 +1,11 @@
 """Vectors to codes: normalise, rotate, quantize each coordinate, pack."""
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.arguments import choice
 from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
@@ -61,6 +62,8 @@ def encode(
 
     Source: arXiv:2504.19874 Algorithm 1; scales from DRIVE/EDEN (arXiv:2108.08842).
     """
+    turns, factor, centroids = plain(turns), plain(factor), plain(centroids)
+    scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("encode", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
         plain(x), turns, factor, centroids, bits=bits, scale=scale

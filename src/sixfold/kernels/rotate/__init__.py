@@ -35,5 +35,6 @@ def rotate(
 
     Source: arXiv:2504.19874 §3.1, with Hadamard rounds for the QR factor (see README.md).
     """
-    rotated: Tensor = implementation("rotate", x.device).rotate(plain(x), turns, factor, inverse)
+    x, turns, factor = plain(x), plain(turns), plain(factor)
+    rotated: Tensor = implementation("rotate", x.device).rotate(x, turns, factor, inverse)
     return rotated

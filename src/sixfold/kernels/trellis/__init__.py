@@ -1,8 +1,12 @@
 """Trellis-coded quantization: vectors to paths of windows, and back (README.md)."""
 
+from typing import get_args
+
 from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
+from sixfold.arguments import choice
+from sixfold.kernels._border import plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 from sixfold.kernels.encode import Scale
@@ -35,6 +39,8 @@ def encode(
 
     Source: Tseng et al. 2024, QTIP (arXiv:2406.11235), Algorithm 4.
     """
+    x, turns, factor, codewords = plain(x), plain(turns), plain(factor), plain(codewords)
+    scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("trellis", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
         x, turns, factor, codewords, bits=bits, scale=scale
@@ -55,6 +61,7 @@ def decode(
 ) -> Float32[Tensor, "*b {dim}"]:
     """R⁻¹ of scale·codewords: the inverse of `encode`, up to its distortion."""
     kernel = implementation("trellis", rows.device)
+    turns, factor, codewords = plain(turns), plain(factor), plain(codewords)
     vectors: Tensor = kernel.decode(rows, scales, turns, factor, codewords, dim=dim, bits=bits)
     return vectors
 
@@ -78,5 +85,6 @@ def scores(
         bits: Width in bits per coordinate.
     """
     kernel = implementation("trellis", rows.device)
+    queries, codewords = plain(queries), plain(codewords)
     products: Tensor = kernel.scores(queries, rows, scales, codewords, bits=bits)
     return products
