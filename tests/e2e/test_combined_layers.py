@@ -170,6 +170,28 @@ def test_a_fork_does_not_change_its_parent(kind: str, models: dict[str, PreTrain
 
 @every_kind
 @pytest.mark.filterwarnings("ignore:.*dequantized for it")
+def test_what_a_dynamic_cache_holds_is_taken_over(
+    kind: str, models: dict[str, PreTrainedModel]
+) -> None:
+    model, ids = models[kind], tokens(2, 150)
+    model.set_attn_implementation("eager")
+    source, perturbed = DynamicCache(config=model.config), PerturbedCache(model.config, ERROR)
+    for cache in (source, perturbed):
+        step(model, cache, ids)
+    ours = TurboQuantCache.from_cache(source, model, bits=8, recent_window=0)
+    assert all(layer.store.history.tokens >= 64 for layer in ours.compressed_layers)
+
+    def run(cache: Cache) -> torch.Tensor:
+        return torch.stack([step(model, cache, tokens(2, 1, seed)) for seed in range(4)])
+
+    found = run(ours)
+    model.set_attn_implementation("eager")
+    expected = run(source)
+    assert relative_error(found, expected) < MARGIN * relative_error(run(perturbed), expected) < 0.2
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore:.*dequantized for it")
 def test_save_and_load(kind: str, models: dict[str, PreTrainedModel], tmp_path: Any) -> None:
     model, ids = models[kind], tokens(2, 150)
     cache = TurboQuantCache.for_model(model, 4)

@@ -1,7 +1,7 @@
 """What of a compressed layer its attention kernel sees."""
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sixfold.cache.dense import DenseTokens
@@ -25,11 +25,9 @@ def fit_mask(
     return torch.nn.functional.pad(mask, (missing, 0), value=hidden)
 
 
-def dense_parts(
-    prefix: Prefix, end: Int64[Tensor, " batch"], window: DenseTokens, first: int
-) -> list[Tokens]:
-    """The sinks, which end before position `end`, and the window, whose first one is `first`."""
-    padding = prefix.padding
+def dense_parts(prefix: Prefix, window: DenseTokens, first: int) -> list[Tokens]:
+    """The sinks, and the window, whose first token has position `first`."""
+    padding, end = prefix.padding, prefix.end
     forever = torch.full_like(end, _FOREVER)
     recent = Tokens(window.keys, window.values, torch.full_like(end, first), end, forever)
     if not prefix.sinks.tokens:

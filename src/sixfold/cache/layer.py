@@ -160,17 +160,17 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            device, end = query.device, self.prefix.end
+            device = query.device
             out = cached_attention(
                 query,
-                dense_parts(self.prefix, end, self.window, self.history.tokens),
+                dense_parts(self.prefix, self.window, self.history.tokens),
                 coded_parts(self.history),
                 self.key_coder.coding(device),
                 self.value_coder.coding(device),
                 mean=self.prefix.key_map.mean,
                 channel_scale=self.prefix.key_map.scale,
                 position=self.held - query.shape[2],
-                start=end,
+                start=self.prefix.end,
                 scaling=scaling,
                 mask=mask,
                 sliding_window=self.sliding_window,

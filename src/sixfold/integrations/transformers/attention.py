@@ -133,6 +133,9 @@ def attention_forward(
     """
     options: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux, "mask": attention_mask}
     options["scaling"] = query.shape[-1] ** -0.5 if scaling is None else scaling
+    ours = not isinstance(key, Tensor) or softcap is not None or s_aux is not None
+    if ours and kwargs.get("output_attentions"):
+        warnings.warn(NO_WEIGHTS, stacklevel=2)
     if not isinstance(key, Tensor):
         if kwargs.get("position_bias") is not None:
             if isinstance(key, CodesHandle):
@@ -141,11 +144,9 @@ def attention_forward(
                 f"{type(module).__name__} adds a learned position bias to its logits, which "
                 "attention on codes does not do: use TurboQuantCache(model.config, ...) instead."
             )
-        if kwargs.get("output_attentions"):
-            warnings.warn(NO_WEIGHTS, stacklevel=2)
         # One update gives one handle for keys and values.
         out = _attend(key, as_autocast(query), options)
-    elif softcap is None and s_aux is None:
+    elif not ours:
         return sdpa_attention_forward(
             module,
             query,

@@ -15,6 +15,15 @@ STATES = ("conv_states", "recurrent_states")
 INDEXER = {"indexer_keys": 0, "indexer_position_ids": 1}  # and the batch axis of each
 
 
+def held_beside(layer: Any) -> dict[str, Tensor]:
+    """What a layer of ours or of transformers holds beside keys and values, by name."""
+    held = {name: getattr(layer, name, None) for name in INDEXER}
+    for kind in STATES:
+        for index, state in getattr(layer, kind, {}).items():
+            held[f"{kind}.{index}"] = state if layer.has_previous_state[index] else None
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
 class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ignore[misc]
     """Attention beside a state of fixed size (Falcon-H1, Zamba2): that stays as it is."""
 
@@ -114,12 +123,7 @@ class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ign
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """The states, by the names that `save` gives them."""
-        return {
-            f"{kind}.{index}": state
-            for kind in STATES
-            for index, state in getattr(self, kind).items()
-            if state is not None and self.has_previous_state[index]
-        }
+        return held_beside(self)
 
     def adopt_extra(self, tensors: dict[str, Tensor]) -> None:
         """Hold what `extra_tensors` gave."""
@@ -214,8 +218,7 @@ class IndexedTurboQuantLayer(TurboQuantLayer):
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """What is held beside keys and values, by the names that `save` gives it."""
-        held = {name: getattr(self, name) for name in INDEXER}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return held_beside(self)
 
     def adopt_extra(self, tensors: dict[str, Tensor]) -> None:
         """Hold what `extra_tensors` gave."""

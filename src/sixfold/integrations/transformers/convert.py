@@ -10,14 +10,26 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionLayer,
+    QuantizedLayer,
 )
 
 from sixfold.arguments import dense
 from sixfold.cache import CompressedLayer
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.integrations.transformers.combined import (
+    HybridTurboQuantLayer,
+    IndexedTurboQuantLayer,
+    held_beside,
+)
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
 
 _DENSE = (DynamicLayer, DynamicSlidingWindowLayer)
+# What a layer that holds more than keys and values is made from.
+_COMBINED = {
+    HybridTurboQuantLayer: LinearAttentionLayer,
+    IndexedTurboQuantLayer: DynamicLayer,
+}
 
 
 def convert_layers(
@@ -42,13 +54,17 @@ def convert_layers(
 
 def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
     if isinstance(empty, TurboQuantLayer):
-        if type(layer) not in _DENSE:
+        kind = _COMBINED.get(type(empty))
+        known = type(layer) in _DENSE if kind is None else isinstance(layer, kind)
+        if not known or isinstance(layer, QuantizedLayer):
             raise SixfoldError(
                 f"expected layers of a DynamicCache, got a {type(layer).__name__}, whose tokens "
                 "cannot be read: fill a DynamicCache(config=model.config) instead."
             )
         if layer.get_seq_length():
             empty.adopt(_compressed(layer, empty, mask))
+        if kind is not None:
+            empty.adopt_extra({n: x.detach().clone() for n, x in held_beside(layer).items()})
         return empty
     if type(layer) is type(empty):
         return forked(layer)

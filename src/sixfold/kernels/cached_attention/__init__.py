@@ -8,6 +8,7 @@ from torch import Tensor
 from sixfold.kernels._border import checked_scaling, checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
+from sixfold.kernels.attention.arguments import check_heads
 from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 
 __all__ = ["Coding", "Pages", "Tokens", "cached_attention"]
@@ -62,6 +63,7 @@ def cached_attention(
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
     """
+    check_heads(query.shape[1], mean.shape[1])
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
         plain(query),
         [Tokens(plain(x.keys), plain(x.values), *x[2:]) for x in tokens],
