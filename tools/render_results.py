@@ -160,6 +160,8 @@ def benchmark_table(results: dict[str, Any]) -> str:
         f"{machine['versions']['torch']}. It reads {reads}. Medians of {results['repeats']} calls "
         "in turn; error against float64.",
     ]
+    if busy := results.get("busy_processes"):
+        lines[-1] += f" Beside it {busy} other processes computed all the time."
     return "\n".join(lines)
 
 
@@ -228,7 +230,7 @@ def _time(seconds: dict[str, float]) -> str:
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
-    for name in ("attention", "lengths", "encode", "scores", "step", "generate", "prefill")
+    for name in ("attention", "lengths", "encode", "scores", "step", "generate", "prefill", "busy")
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)

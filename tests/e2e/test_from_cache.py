@@ -93,6 +93,14 @@ def test_few_tokens_and_none() -> None:
         assert cache.get_seq_length() == data.prompt + 1
 
 
+def test_an_interrupted_source_is_refused() -> None:
+    model, data = fresh_model("llama-64"), batch(steps=0)
+    source = prefilled(model, data)
+    source.layers[-1].crop(-5)
+    with pytest.raises(SixfoldError, match="interrupted"):
+        TurboQuantCache.from_cache(source, model)
+
+
 def test_what_cannot_be_read_says_so() -> None:
     model, data = fresh_model("llama-64"), batch((20, 20), steps=0)
     source = prefilled(model, data)

@@ -88,6 +88,21 @@ def test_generation_continues_in_a_static_cache() -> None:
 
 
 @torch.no_grad()
+def test_inference_mode_may_end_before_the_cache_does() -> None:
+    model, ids = tiny_model(), prompt()
+    cache = TurboQuantCache.for_model(model, bits=4)
+    with torch.inference_mode():
+        model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+        static = cache.static(PROMPT + STEPS)
+    with torch.no_grad():
+        for t in range(PROMPT, PROMPT + STEPS):
+            step = {"input_ids": ids[:, t : t + 1], "use_cache": True}
+            position = torch.full((2, 1), t)
+            found = model(**step, past_key_values=static, position_ids=position).logits
+            expected = model(**step, past_key_values=cache).logits
+            assert float((found - expected).abs().max() / expected.std()) < 1e-3
+
+
 def test_bytes_are_those_of_the_room() -> None:
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=4)

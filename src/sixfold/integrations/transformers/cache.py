@@ -247,7 +247,8 @@ class TurboQuantCache(Cache):
         An exception (an interrupt, a lack of memory) between two layers leaves some layers with
         tokens that others lack, and the cache refuses further tokens. This cuts all layers to the
         tokens that every one has; then the forward pass can be repeated. A cache whose first
-        forward pass was interrupted becomes empty.
+        forward pass was interrupted becomes empty. An interruption after the last layer has stored
+        its tokens cannot be told from a finished pass: `crop` what it added.
 
         Returns:
             The tokens a sequence that are left.
@@ -429,7 +430,9 @@ class TurboQuantCache(Cache):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         max_tokens = whole("max_tokens", max_tokens)
-        twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
+        # What inference mode makes cannot be changed outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
         twin._pass = ForwardPass(self._pass.growing)
         return twin
 

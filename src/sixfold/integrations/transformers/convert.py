@@ -49,6 +49,12 @@ def convert_layers(
             f"expected a cache of this model's {len(layers)} layers, got one of "
             f"{len(source.layers)}: make it with DynamicCache(config=model.config) and prefill it."
         )
+    held = [x.get_seq_length() for x in source.layers if isinstance(x, DynamicLayer)]
+    if len({n for n in held if n}) > 1:
+        raise SixfoldError(
+            f"expected layers that have seen the same tokens, got {held}: a forward pass was "
+            "interrupted, so prefill again."
+        )
     return [_converted(*pair, attention_mask) for pair in zip(source.layers, layers, strict=True)]
 
 
