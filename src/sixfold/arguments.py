@@ -42,8 +42,9 @@ def whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
     """
     number = value if type(value) is int else _index(value)
     if number is None or not least <= number <= most:
-        bounds = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
-        raise SixfoldError(f"{name} must be a whole number {bounds}, got {shown(value)}")
+        bounds = f"at least {least}" if most == 2**63 - 1 else f"{least} to {most}"
+        kind = "" if type(value) is int else ", a whole number"
+        raise SixfoldError(f"{name} must be {bounds}{kind}, got {shown(value)}")
     return number
 
 
@@ -182,6 +183,8 @@ def dense(name: str, x: Any) -> None:
 
 
 def _has_memory(x: Tensor) -> bool:
+    if type(x) is Tensor and x.data_ptr():
+        return True
     if isinstance(x, FakeTensor):
         # Tools that trace run whole layers on fake tensors; the extension refuses them itself.
         return True
@@ -227,6 +230,10 @@ def floating(name: str, x: Any) -> None:
     Raises:
         SixfoldError: It is not dense, or not of float16, bfloat16, float32 or float64.
     """
+    # A decode step asks this of three tensors a layer: of plain ones, in one breath.
+    if type(x) is Tensor and x.dtype in FLOATS and not torch.compiler.is_compiling():
+        if x.layout is torch.strided and not x.is_nested and x.data_ptr():
+            return
     dense(name, x)
     if x.dtype not in FLOATS:
         raise SixfoldError(

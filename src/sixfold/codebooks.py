@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from sixfold.arguments import MOST_COORDINATES, whole
+from sixfold.arguments import whole
 from sixfold.packing import Bits, check_bits, is_paired, symbol_bits
 from sixfold.pair_grids import pair_grid, pair_mse
 
@@ -109,7 +109,7 @@ def lloyd_max(dim: int, bits: int) -> Float64[np.ndarray, " levels"]:
 
     Source: arXiv:2504.19874, Eq. 4.
     """
-    return _lloyd_max(whole("dim", dim, 1, MOST_COORDINATES), whole("bits", bits, 1, 8))
+    return _lloyd_max(whole("dim", dim, 1), whole("bits", bits, 1, 8))
 
 
 @lru_cache
@@ -158,7 +158,7 @@ def centroids(
     Raises:
         SixfoldError: `bits` is not a supported width or `dim` is below 1.
     """
-    return _tensor(whole("dim", dim, 1, MOST_COORDINATES), check_bits(bits), device)
+    return _tensor(whole("dim", dim, 1), check_bits(bits), device)
 
 
 # What `torch.compiler.assume_constant_result` does, without half of torch to import.
@@ -180,7 +180,7 @@ def expected_mse(dim: int, bits: Bits) -> float:
     Raises:
         SixfoldError: `bits` is not a supported width or `dim` is below 1.
     """
-    return _expected_mse(whole("dim", dim, 1, MOST_COORDINATES), check_bits(bits))
+    return _expected_mse(whole("dim", dim, 1), check_bits(bits))
 
 
 @lru_cache

@@ -179,9 +179,10 @@ def test_codes_of_no_vectors_have_no_bits() -> None:
 
 @pytest.mark.parametrize("table", [lloyd_max, centroids, expected_mse, polar_angles])
 def test_codebooks_take_numbers_alone(table: Callable[[Any, Any], object]) -> None:
-    for value in [*NO_NUMBERS, 2**40, 0, -1]:
+    for value in [*NO_NUMBERS, 0, -1]:
         refused(lambda value=value: table(value, 4))
         refused(lambda value=value: table(4, value))
+    refused(lambda: table(4, 2**40))
 
 
 def kernel_calls() -> list[tuple[Callable[..., object], dict[str, Any]]]:

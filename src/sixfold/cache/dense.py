@@ -20,15 +20,15 @@ def check_tokens(keys: Any, values: Any) -> None:
     """
     floating("keys", keys)
     floating("values", values)
-    if keys.ndim == values.ndim == 4 and keys.shape[2] != values.shape[2]:
-        raise ShapeError(
-            f"expected a value for every key, got {keys.shape[2]} keys and {values.shape[2]} "
-            "values a sequence."
-        )
-    if keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or values.ndim != 4:
+    shape, other = keys.shape, values.shape
+    if len(shape) != 4 or len(other) != 4 or shape[:2] != other[:2]:
         raise ShapeError(
             "expected keys and a value for every key, both [batch, kv_heads, tokens, dim], got "
-            f"keys {list(keys.shape)} and values {list(values.shape)}."
+            f"keys {list(shape)} and values {list(other)}."
+        )
+    if shape[2] != other[2]:
+        raise ShapeError(
+            f"expected a value for every key, got {shape[2]} keys and {other[2]} values a sequence."
         )
     if keys.device != values.device:
         raise SixfoldError(

@@ -91,7 +91,6 @@ class CompressedLayer:
         """Tokens a sequence ever seen."""
         return self.evicted + self.held
 
-    @outside_autocast
     def append(
         self,
         keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -103,6 +102,19 @@ class CompressedLayer:
             ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
         """
         check_tokens(keys, values)
+        self.extend(keys, values)
+
+    @outside_autocast
+    def extend(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens key_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    ) -> None:
+        """`append` for callers who have called `check_tokens`.
+
+        Raises:
+            ShapeError: Batch, heads, dims, dtype or device differ from the tokens held.
+        """
         if (keys.requires_grad or values.requires_grad) and not torch.is_grad_enabled():
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
@@ -345,8 +357,9 @@ class CompressedLayer:
         floating("query", query)
         keys = self.window.keys
         batch, heads, _, dim = keys.shape
-        fits = query.ndim == 4 and query.shape[0] == batch and query.shape[3] == dim
-        if not fits or query.shape[1] % heads or not 0 < query.shape[2] <= self.held:
+        shape = query.shape
+        fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
+        if not fits or shape[1] % heads or not 0 < shape[2] <= self.held:
             raise ShapeError(
                 f"query: expected [{batch}, a multiple of {heads} heads, 1 to {self.held} tokens, "
                 f"{dim}], got {list(query.shape)}."

@@ -20,17 +20,24 @@ def plain(x: T) -> T:
 
     Lazy tensors have others there: of a negative view (`Tensor.imag` of a conjugate makes one) the
     opposite, of a zero tensor of autograd nothing at all.
-
-    Raises:
-        SixfoldError: It is no dense tensor, or has no memory.
     """
     # A tracer has no lazy tensors, and cannot ask.
     if x is None or torch.compiler.is_compiling():
         return x
-    dense("the argument", x)
     if x.is_neg():
         return x.resolve_neg()
     return x.new_zeros(x.shape) if x._is_zerotensor() else x
+
+
+def readable(name: str, x: Tensor) -> Tensor:
+    """`plain` of an argument that nobody has checked before.
+
+    Raises:
+        SixfoldError: It is no dense tensor, or has no memory.
+    """
+    if not torch.compiler.is_compiling():
+        dense(name, x)
+    return plain(x)
 
 
 def checked_softcap(softcap: float | None) -> float | None:
@@ -56,4 +63,6 @@ def checked_scaling(scaling: float) -> float:
         SixfoldError: It is no finite number.
     """
     # A tracer may know no more of it than that it is a number.
-    return scaling if torch.compiler.is_compiling() else real("scaling", scaling)
+    if torch.compiler.is_compiling() or (type(scaling) is float and math.isfinite(scaling)):
+        return scaling
+    return real("scaling", scaling)

@@ -29,7 +29,9 @@ def address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
             f"{name}: expected a contiguous {dtype} tensor {list(shape)} on the cpu, got "
             f"{x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."
         )
-    return memory(name, x)
+    start = x.data_ptr()
+    # Not by `memory`: a decode step passes dozens of tensors.
+    return start if start or not x.numel() else memory(name, x)
 
 
 def memory(name: str, x: Tensor) -> int:

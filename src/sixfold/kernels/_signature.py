@@ -38,6 +38,9 @@ def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if torch.compiler.is_compiling():
             return run(*args, **kwargs)
         try:
+            # What `run` asks too, asked here: one call less where autocast is off.
+            if not torch._C._is_any_autocast_enabled():
+                return function(*args, **kwargs)
             return run(*args, **kwargs)
         except SixfoldError:
             raise

@@ -67,11 +67,11 @@ class TurboQuantLayer(CacheLayerMixin):
         key_states, value_states = self._reconciled(key_states, value_states)
         if self.fused:
             # Compressed when attended: until then the queries are not known.
-            store.append(key_states, value_states)
+            store.extend(key_states, value_states)
             handle = CodesHandle(store, key_states.shape[2])
             return handle, handle
         masked, _ = self.get_mask_sizes(key_states.shape[2])
-        store.append(key_states, value_states)
+        store.extend(key_states, value_states)
         keys, values = store.dequantized()
         store.compress()
         return keys[:, :, -masked:], values[:, :, -masked:]

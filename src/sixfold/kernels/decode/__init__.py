@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._border import plain
+from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 from sixfold.packing import Bits, Layout
@@ -25,7 +25,11 @@ def decode(
 
     Source: arXiv:2504.19874 Algorithm 1.
     """
-    turns, factor, centroids = plain(turns), plain(factor), plain(centroids)
+    turns, factor, centroids = (
+        readable("turns", turns),
+        readable("factor", factor),
+        readable("centroids", centroids),
+    )
     kernel = implementation("decode", rows.device)
     vectors: Tensor = kernel.decode(
         rows, plain(scales), turns, factor, centroids, dim=dim, bits=bits

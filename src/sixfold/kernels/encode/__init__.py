@@ -6,7 +6,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.arguments import choice
-from sixfold.kernels._border import plain
+from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 from sixfold.packing import Bits, Layout
@@ -62,11 +62,15 @@ def encode(
 
     Source: arXiv:2504.19874 Algorithm 1; scales from DRIVE/EDEN (arXiv:2108.08842).
     """
-    turns, factor, centroids = plain(turns), plain(factor), plain(centroids)
+    turns, factor, centroids = (
+        readable("turns", turns),
+        readable("factor", factor),
+        readable("centroids", centroids),
+    )
     scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("encode", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
-        plain(x), turns, factor, centroids, bits=bits, scale=scale
+        readable("x", x), turns, factor, centroids, bits=bits, scale=scale
     )
     return codes
 
@@ -106,7 +110,7 @@ def encode_pages(
         slots: Distinct page numbers.
     """
     implementation("encode", x.device).encode_pages(
-        plain(x),
+        readable("x", x),
         plain(mean),
         plain(channel_scale),
         turns,

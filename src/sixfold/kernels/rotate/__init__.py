@@ -3,7 +3,7 @@
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.kernels._border import plain
+from sixfold.kernels._border import readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 
@@ -35,6 +35,6 @@ def rotate(
 
     Source: arXiv:2504.19874 §3.1, with Hadamard rounds for the QR factor (see README.md).
     """
-    x, turns, factor = plain(x), plain(turns), plain(factor)
+    x, turns, factor = readable("x", x), readable("turns", turns), readable("factor", factor)
     rotated: Tensor = implementation("rotate", x.device).rotate(x, turns, factor, inverse)
     return rotated

@@ -3,7 +3,7 @@
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from sixfold.kernels._border import plain
+from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 from sixfold.packing import Bits
@@ -31,5 +31,7 @@ def scores(
         Estimates of ⟨query, x⟩; NaN only for vectors that were not finite.
     """
     kernel = implementation("scores", rows.device)
-    products: Tensor = kernel.scores(plain(queries), rows, plain(scales), centroids, bits=bits)
+    products: Tensor = kernel.scores(
+        readable("queries", queries), rows, plain(scales), centroids, bits=bits
+    )
     return products

@@ -6,7 +6,7 @@ from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
 from sixfold.arguments import choice
-from sixfold.kernels._border import plain
+from sixfold.kernels._border import readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
 from sixfold.kernels.encode import Scale
@@ -39,7 +39,12 @@ def encode(
 
     Source: Tseng et al. 2024, QTIP (arXiv:2406.11235), Algorithm 4.
     """
-    x, turns, factor, codewords = plain(x), plain(turns), plain(factor), plain(codewords)
+    x, turns, factor, codewords = (
+        readable("x", x),
+        readable("turns", turns),
+        readable("factor", factor),
+        readable("codewords", codewords),
+    )
     scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("trellis", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
@@ -61,7 +66,11 @@ def decode(
 ) -> Float32[Tensor, "*b {dim}"]:
     """R⁻¹ of scale·codewords: the inverse of `encode`, up to its distortion."""
     kernel = implementation("trellis", rows.device)
-    turns, factor, codewords = plain(turns), plain(factor), plain(codewords)
+    turns, factor, codewords = (
+        readable("turns", turns),
+        readable("factor", factor),
+        readable("codewords", codewords),
+    )
     vectors: Tensor = kernel.decode(rows, scales, turns, factor, codewords, dim=dim, bits=bits)
     return vectors
 
@@ -85,6 +94,6 @@ def scores(
         bits: Width in bits per coordinate.
     """
     kernel = implementation("trellis", rows.device)
-    queries, codewords = plain(queries), plain(codewords)
+    queries, codewords = readable("queries", queries), readable("codewords", codewords)
     products: Tensor = kernel.scores(queries, rows, scales, codewords, bits=bits)
     return products
