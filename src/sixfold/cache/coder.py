@@ -1,7 +1,7 @@
 """How the vectors of one side of the cache, keys or values, become pages."""
 
 import dataclasses
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -43,7 +43,8 @@ class Coder:
 
     def coding(self, device: torch.device) -> Coding:
         """The tables and numbers that kernels code with."""
-        return _coding(self.rotation, self.bits, device)
+        rotation, book = self.rotation, centroids(self.dim, self.bits, device)
+        return Coding(rotation.turns(device), rotation.factor(device), book, self.bits, self.dim)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
@@ -116,9 +117,3 @@ def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Co
 def _valid(lengths: Int64[Tensor, " pages"]) -> Int64[Tensor, " tokens"]:
     offsets = torch.arange(PAGE_TOKENS, device=lengths.device)
     return (offsets < lengths[:, None]).flatten().nonzero().flatten()
-
-
-@lru_cache
-def _coding(rotation: Rotation, bits: Bits, device: torch.device) -> Coding:
-    book = centroids(rotation.dim, bits, device)
-    return Coding(rotation.turns(device), rotation.factor(device), book, bits, rotation.dim)
