@@ -85,7 +85,7 @@ def number_of(value: Any) -> int | float | None:
         return None
     try:
         # Of complex numbers there is none.
-        return _index(value) if hasattr(value, "__index__") and _index(value) else float(value)
+        return _index(value) or float(value)
     except _UNREADABLE:
         return None
 
