@@ -216,7 +216,7 @@ class Bench:
         for bits in self.bits:
             paged = cases.compressed(x, x, bits, shape)
 
-            both = partial(cases.store, x, x, bits, paged, paged.slots)
+            both = partial(cases.store, x, x, bits, paged, paged.pages.slots)
             timed = cases.Timed(f"store {bits:g} bits", both, 2 * x.nbytes + paged.nbytes)
             median = self.add(case, timed, tokens=tokens, bits=bits)
             self.rows[-1]["share_of_prefill"] = median / whole

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels.attention import page_attention
-from sixfold.kernels.encode import Scale, Side, encode, store_pages
+from sixfold.kernels.encode import Scale, encode, store_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
-from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
+from sixfold.kernels.types import Coding, Pages, Pool
+from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation
 
 Call: TypeAlias = Callable[[], Any]
@@ -47,17 +48,13 @@ class Timed:
 class Paged:
     """A layer's compressed history, every page in its own slot."""
 
-    keys: tuple[Tensor, Tensor]
-    values: tuple[Tensor, Tensor]
-    slots: Tensor
-    starts: Tensor
-    lengths: Tensor
+    pages: Pages
     first_token: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes that attention has to read."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        return sum(x.nbytes for x in self.pages.pool)
 
 
 def tables(dim: int, bits: Bits, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,36 +74,38 @@ def empty_pages(
     return pages, scales
 
 
-def side(
-    x: Tensor, bits: Bits, layout: Layout, scale: Scale, target: tuple[Tensor, Tensor]
-) -> Side:
-    """Vectors [batch, heads, tokens, dim] and where their codes go."""
-    return Side(x, None, None, *tables(x.shape[-1], bits, x.device), bits, scale, layout, *target)
+def coding(dim: int, bits: Bits, scale: Scale, device: torch.device) -> Coding:
+    """How vectors are coded."""
+    return Coding(*tables(dim, bits, device), bits, dim, scale)
+
+
+def codings(dim: int, bits: Bits, device: torch.device) -> tuple[Coding, Coding]:
+    """How a layer codes keys, and values."""
+    return coding(dim, bits, "unbiased", device), coding(dim, bits, "optimal", device)
 
 
 def store(keys: Tensor, values: Tensor, bits: Bits, paged: Paged, slots: Tensor) -> None:
     """Encode keys and values, as a layer does."""
-    store_pages(
-        side(keys, bits, "key", "unbiased", paged.keys),
-        side(values, bits, "value", "optimal", paged.values),
-        slots,
-    )
+    how = codings(keys.shape[-1], bits, keys.device)
+    store_pages(keys, values, slots, paged.pages.pool, *how)
 
 
 def compressed(keys: Tensor, values: Tensor, bits: Bits, shape: Shape) -> Paged:
     """The store's pages of a layer, a chunk of tokens at a time."""
     batch, tokens, device = keys.shape[0], keys.shape[2], keys.device
     count = tokens // PAGE_TOKENS
-    paged = Paged(
-        empty_pages(batch, tokens, shape, bits, device),
-        empty_pages(batch, tokens, shape, bits, device),
+    keys_and_values = [empty_pages(batch, tokens, shape, bits, device) for _ in range(2)]
+    pages = Pages(
+        Pool(*keys_and_values[0], *keys_and_values[1]),
         torch.arange(batch * count, device=device).view(batch, -1),
-        torch.arange(count, device=device) * PAGE_TOKENS,
-        torch.full((count,), PAGE_TOKENS, device=device),
-        torch.zeros(batch, 1, dtype=torch.long, device=device),
+        torch.arange(count, device=device)[None] * PAGE_TOKENS,
+        torch.full((1, count), PAGE_TOKENS, device=device),
+        0,
+        {},
     )
+    paged = Paged(pages, torch.zeros(batch, 1, dtype=torch.long, device=device))
     for start in range(0, tokens, CHUNK):
-        part = paged.slots[:, start // PAGE_TOKENS : (start + CHUNK) // PAGE_TOKENS]
+        part = pages.slots[:, start // PAGE_TOKENS : (start + CHUNK) // PAGE_TOKENS]
         chunk = slice(start, start + CHUNK)
         store(keys[:, :, chunk], values[:, :, chunk], bits, paged, part)
     return paged
@@ -115,22 +114,10 @@ def compressed(keys: Tensor, values: Tensor, bits: Bits, shape: Shape) -> Paged:
 def attend(query: Tensor, paged: Paged, bits: Bits) -> Tensor:
     """A decode step on codes, queries rotated and the output rotated back."""
     dim, device = query.shape[-1], query.device
-    turns, factor, book = tables(dim, bits, device)
-    part = page_attention(
-        rotate(query * dim**-0.5, turns, factor),
-        *paged.keys,
-        *paged.values,
-        paged.slots,
-        paged.starts,
-        paged.lengths,
-        paged.first_token,
-        book,
-        book,
-        key_bits=bits,
-        value_bits=bits,
-        value_dim=dim,
-    )
-    return rotate(part.out, turns, factor, inverse=True)
+    keys, values = codings(dim, bits, device)
+    mapped = rotate(query * dim**-0.5, keys.turns, keys.factor)
+    part = page_attention(mapped, paged.pages, keys, values, paged.first_token)
+    return rotate(part.out, values.turns, values.factor, inverse=True)
 
 
 def exact_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

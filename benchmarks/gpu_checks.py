@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.gpu_cases import (
     Shape,
     attend,
+    codings,
     compressed,
     exact_attention,
     random,
@@ -21,7 +22,7 @@ from sixfold.kernels.decode import decode
 from sixfold.kernels.decode import reference as decode_reference
 from sixfold.kernels.encode import encode
 from sixfold.kernels.encode import reference as encode_reference
-from sixfold.packing import Bits, Layout
+from sixfold.packing import Bits
 
 CPU = torch.device("cpu")
 
@@ -85,22 +86,10 @@ def _attention(bits: Bits, shape: Shape, tokens: int, device: torch.device) -> d
     keys, values = (random(*size, device=device, seed=seed) for seed in (7, 8))
     query = random(2, shape.heads, 1, shape.dim, device=device, seed=9).float()
     paged = compressed(keys, values, bits, shape)
-    arrays = tables(shape.dim, bits, device)
-    sides: list[tuple[tuple[Tensor, Tensor], Layout]]
-    sides = [(paged.keys, "key"), (paged.values, "value")]
+    (pool, slots, *_), how = paged.pages, codings(shape.dim, bits, device)
     dense = [
-        decode_pages(
-            *side,
-            paged.slots,
-            None,
-            None,
-            *arrays,
-            dim=shape.dim,
-            bits=bits,
-            layout=layout,
-            dtype=torch.float32,
-        )
-        for side, layout in sides
+        decode_pages(*pool[:2], slots, how[0], "key", torch.float32),
+        decode_pages(*pool[2:], slots, how[1], "value", torch.float32),
     ]
     on_codes = exact_attention(query, *dense)
     got = attend(query, paged, bits)

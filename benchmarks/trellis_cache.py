@@ -23,7 +23,7 @@ from sixfold.codes import TrellisCodes
 from sixfold.eval.caches import MakeCache
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.encode import Scale
+from sixfold.kernels.types import KeyMap, Scale
 from sixfold.packing import PAGE_TOKENS
 from sixfold.trellis import codewords, path_bytes
 
@@ -47,32 +47,28 @@ class TrellisCoder(Coder):
         turns, factor, _ = super().tables(device)
         return [turns, factor, codewords(self.quantizer.states, self.bits, device)]
 
-    def write(
-        self, run: Run, x: Tensor, mean: Tensor | None = None, channel_scale: Tensor | None = None
-    ) -> None:
-        """Encode whole pages, mapped by ``(x - mean)·channel_scale``."""
+    def _storage(self, run: Run) -> tuple[Tensor, Tensor]:
+        keys, key_scales, values, value_scales = run.slab.pool
+        return (keys, key_scales) if self.layout == "key" else (values, value_scales)
+
+    def write(self, run: Run, x: Tensor, key_map: KeyMap | None = None) -> None:
+        """Encode whole pages, mapped if there is a map."""
         x = x.float()
-        if mean is not None and channel_scale is not None:
-            x = (x - mean[:, :, None]) * channel_scale[:, :, None]
+        if key_map is not None:
+            x = (x - key_map.mean[:, :, None]) * key_map.scale[:, :, None]
         codes = self.quantizer.encode(x.unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2))
-        pages, scales = self._storage(run.slab)
+        pages, scales = self._storage(run)
         pages[run.slots] = codes.packed.flatten(-2)
         scales[run.slots] = codes.scales
 
-    def read(
-        self,
-        run: Run,
-        dtype: torch.dtype,
-        mean: Tensor | None = None,
-        channel_scale: Tensor | None = None,
-    ) -> Tensor:
+    def read(self, run: Run, dtype: torch.dtype, key_map: KeyMap | None = None) -> Tensor:
         """Decode a run of whole pages and undo the map."""
-        pages, scales = self._storage(run.slab)
+        pages, scales = self._storage(run)
         rows = pages[run.slots].unflatten(-1, (PAGE_TOKENS, -1))
         codes = TrellisCodes(self.quantizer, rows, scales[run.slots])
         x = self.quantizer.decode(codes).transpose(1, 2).flatten(2, 3)
-        if mean is not None and channel_scale is not None:
-            x = x / channel_scale[:, :, None] + mean[:, :, None]
+        if key_map is not None:
+            x = x / key_map.scale[:, :, None] + key_map.mean[:, :, None]
         return x.to(dtype)
 
 
@@ -111,7 +107,7 @@ class TrellisLayer(DecodedLayer):
     def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
         assert isinstance(self.key_coder, TrellisCoder)
         assert isinstance(self.value_coder, TrellisCoder)
-        self.key_coder.write(run, chunk.keys, prefix.key_map.mean, prefix.key_map.scale)
+        self.key_coder.write(run, chunk.keys, prefix.key_map)
         self.value_coder.write(run, chunk.values)
 
 

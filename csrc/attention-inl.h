@@ -233,39 +233,33 @@ void attend_rows(const AttentionWork& work, const Scratch& scratch, const PageVi
 // One head of one page.
 struct Block {
     const PagePool* pool;
-    std::int64_t index;  // slot * kv_heads + head
+    std::int64_t slot, first_head;
 
-    Block head(int further) const { return {pool, index + further}; }
-    const std::uint8_t* keys(const Codec& codec) const {
-        return pool->keys + index * codec.page_bytes;
-    }
-    const std::uint8_t* values(const Codec& codec) const {
-        return pool->values + index * codec.page_bytes;
-    }
-    const std::uint16_t* key_scales() const { return pool->key_scales + index * kPageTokens; }
-    const std::uint16_t* value_scales() const { return pool->value_scales + index * kPageTokens; }
+    Block head(int further) const { return {pool, slot, first_head + further}; }
+    const std::uint8_t* keys() const { return page_of(pool->keys, slot, first_head); }
+    const std::uint8_t* values() const { return page_of(pool->values, slot, first_head); }
+    const std::uint16_t* key_scales() const { return page_of(pool->key_scales, slot, first_head); }
+    const std::uint16_t* value_scales() const { return page_of(pool->value_scales, slot, first_head); }
 };
 
 // The first head of the work in its page `i`.
 Block block_of(const AttentionWork& work, std::int64_t i) {
     const AttentionTask& task = *work.task;
-    const std::int64_t slot = task.block_table[work.batch * task.pages + i];
-    return {task.pools + task.page_pool[i], slot * task.kv_heads + work.first_head};
+    return {task.pools + task.page_pool[i], task.slots[work.batch * task.pages + i],
+            work.first_head};
 }
 
 // `next` is the block that follows.
 void attend_block(const AttentionWork& work, const Scratch& scratch, const Method& key_method,
                   const Method& value_method, int head, Block block, Block next, PageView& page) {
-    const AttentionTask& task = *work.task;
-    const Codec &keys = *task.keys.codec, &values = *task.values.codec;
     for (int half = 0; half < 2; ++half) {
         __builtin_prefetch(next.key_scales() + half * kPageTokens / 2);
         __builtin_prefetch(next.value_scales() + half * kPageTokens / 2);
     }
-    page.next_keys = next.keys(keys);
-    page.next_values = next.values(values);
-    page.keys = key_method.levels(block.keys(keys), scratch.key_tile);
-    page.values = value_method.levels(block.values(values), scratch.value_tile);
+    page.next_keys = next.keys();
+    page.next_values = next.values();
+    page.keys = key_method.levels(block.keys(), scratch.key_tile);
+    page.values = value_method.levels(block.values(), scratch.value_tile);
     decode_scales(block.key_scales(), page.key_scales);
     decode_scales(block.value_scales(), page.value_scales);
     const int end = (head + 1) * work.rows;
@@ -288,8 +282,8 @@ void attend_pages(const AttentionWork& work) {
     }
     alignas(64) PageView page;
     for (std::int64_t i = work.first_page; i < work.last_page; ++i) {
-        page.start = task.starts[i];
-        page.length = task.lengths[i];
+        page.start = task.starts[work.batch * task.page_stride + i];
+        page.length = task.lengths[work.batch * task.page_stride + i];
         if (page.length == 0 || page.start + page.length <= first_token) continue;
         const Block block = block_of(work, i);
         const Block next = block_of(work, i + 1 < work.last_page ? i + 1 : i);

@@ -180,17 +180,16 @@ void check_bounds(const AttentionTask& task) {
     auto refuse = [](const std::string& message) { throw std::invalid_argument(message); };
     for (std::int64_t i = 0; i < task.batch * task.pages; ++i) {
         const std::int64_t slots = task.pools[task.page_pool[i % task.pages]].slots;
-        if (task.block_table[i] < 0 || task.block_table[i] >= slots)
-            refuse("block_table: expected slots 0 to " + std::to_string(slots - 1) + ", got " +
-                   std::to_string(task.block_table[i]) +
-                   "; pass the pools that the table was made for");
+        if (task.slots[i] < 0 || task.slots[i] >= slots)
+            refuse("pages.slots: expected slots 0 to " + std::to_string(slots - 1) + ", got " +
+                   std::to_string(task.slots[i]) + "; pass the memory that the table was made for");
     }
-    for (std::int64_t i = 0; i < task.pages; ++i) {
+    for (std::int64_t i = 0; i < (task.page_stride ? task.batch * task.pages : task.pages); ++i) {
         const std::int64_t start = task.starts[i], length = task.lengths[i];
         if (length < 0 || length > kPageTokens)
-            refuse("page_lengths: expected 0 to 64 tokens a page, got " + std::to_string(length));
+            refuse("pages.lengths: expected 0 to 64 tokens a page, got " + std::to_string(length));
         if (start < 0 || start > INT64_MAX - kPageTokens)
-            refuse("page_starts: expected positions from 0, got " + std::to_string(start));
+            refuse("pages.starts: expected positions from 0, got " + std::to_string(start));
         if (task.mask_kind != Mask::none && start + length > task.mask_columns)
             refuse("mask: expected a column for every position up to " +
                    std::to_string(start + length - 1) + ", got " +

@@ -6,8 +6,8 @@
 // | pool.keys          | uint8          | [slots, kv_heads, page_bytes] (docs/format.md, 3)     |
 // | pool.key_scales    | float16        | [slots, kv_heads, 64] (docs/format.md, 4)             |
 // | page_pool          | int32          | [pages]: which of the pools a page is in              |
-// | block_table        | int64          | [batch, pages]: its slot there                        |
-// | starts, lengths    | int64          | [pages]                                               |
+// | slots              | int64          | [batch, pages]: its slot there                        |
+// | starts, lengths    | int64          | [batch or 1, pages], see `page_stride`                |
 // | first_token        | int64          | [batch, queries]                                      |
 // | logit_offset       | float          | [batch, kv_heads, rows], or null                      |
 // | mask               | bool or float  | [batch, heads, queries, columns] by strides, or null  |
@@ -18,6 +18,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "paged.h"
 
 namespace sixfold {
 
@@ -79,10 +81,10 @@ struct CodecKey {
 
 // Memory of pages. A cache that grew has several.
 struct PagePool {
-    const std::uint8_t* keys;
-    const std::uint16_t* key_scales;
-    const std::uint8_t* values;
-    const std::uint16_t* value_scales;
+    PoolTensor<const std::uint8_t> keys;
+    PoolTensor<const std::uint16_t> key_scales;
+    PoolTensor<const std::uint8_t> values;
+    PoolTensor<const std::uint16_t> value_scales;
     std::int64_t slots;
 };
 
@@ -99,7 +101,8 @@ struct AttentionTask {
     PageSide keys, values;
     const PagePool* pools;
     const std::int32_t* page_pool;
-    const std::int64_t *block_table, *starts, *lengths, *first_token;
+    const std::int64_t *slots, *starts, *lengths, *first_token;
+    std::int64_t page_stride;  // of starts and lengths, a sequence: `pages`, or 0 if all share them
     const float* logit_offset;
     Mask mask_kind;
     const void* mask;

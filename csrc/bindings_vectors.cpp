@@ -16,35 +16,18 @@ namespace sixfold {
 namespace vectors {
 namespace {
 
-using Address = std::uintptr_t;  // 0: no such tensor
-using Count = std::int64_t;
-
-// (dim, order, rounds, turns, factor)
-using RotationGroup = std::tuple<int, int, int, Address, Address>;
-// (dim, symbol bits, paired, layout, codebook)
-using CodeGroup = std::tuple<int, int, bool, int, Address>;
 // (address, dtype, strides of batch, heads and tokens)
 using PagedGroup = std::tuple<Address, int, Count, Count, Count>;
-// (codes, scales, slots, batch, pages, heads)
-using PagesGroup = std::tuple<Address, Address, Address, Count, Count, Count>;
+// (codes, scales, how many slots, slots, batch, pages, heads)
+using PageGroup = std::tuple<PoolGroup, PoolGroup, Count, Address, Count, Count, Count>;
 // (mean, channel scale)
 using AffineGroup = std::tuple<Address, Address>;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // kernels() reads the environment, which only the GIL keeps others from writing.
 template <class Driver>
 void without_gil(const Driver& driver) {
     const VectorKernels& table = kernels().vectors;
     released([&] { driver(table); });
-}
-
-Rotation rotation_of(const RotationGroup& group) {
-    const auto [dim, order, rounds, turns, factor] = group;
-    return {dim, order, rounds, at<const float>(turns), at<const float>(factor)};
 }
 
 CodeShape shape_of(const CodeGroup& group) {
@@ -85,10 +68,12 @@ PagedVectors paged_of(const PagedGroup& group) {
     return {at<char>(address), batch, head, token, static_cast<Dtype>(dtype)};
 }
 
-Pages pages_of(const PagesGroup& group) {
-    const auto [codes, scales, slots, batch, pages, heads] = group;
-    return {at<std::uint8_t>(codes), at<std::uint16_t>(scales), at<const Count>(slots),
-            batch, pages, heads};
+Pages pages_of(const PageGroup& group) {
+    const auto [codes, scales, count, slots, batch, pages, heads] = group;
+    const Pages found{tensor_of<std::uint8_t>(codes), tensor_of<std::uint16_t>(scales),
+                      at<const Count>(slots), batch, pages, heads};
+    check_slots(found, count);
+    return found;
 }
 
 Affine affine_of(const AffineGroup& group) {
@@ -133,7 +118,7 @@ void score_rows(const CodeGroup& code, Address rows, Address scales, Count batch
 }
 
 void encode_into_pages(const RotationGroup& rotation, const CodeGroup& code, int scale,
-                       const AffineGroup& maps, const PagedGroup& x, const PagesGroup& pages,
+                       const AffineGroup& maps, const PagedGroup& x, const PageGroup& pages,
                        int threads) {
     without_gil([&](const VectorKernels& table) {
         encode_pages(table, encode_task(rotation, code, scale), affine_of(maps), paged_of(x),
@@ -142,16 +127,12 @@ void encode_into_pages(const RotationGroup& rotation, const CodeGroup& code, int
 }
 
 void decode_from_pages(const RotationGroup& rotation, const CodeGroup& code,
-                       const AffineGroup& maps, const PagesGroup& pages, const PagedGroup& out,
+                       const AffineGroup& maps, const PageGroup& pages, const PagedGroup& out,
                        int threads) {
     without_gil([&](const VectorKernels& table) {
         decode_pages(table, decode_task(rotation, code), affine_of(maps), pages_of(pages),
                      paged_of(out), threads);
     });
-}
-
-Count bad_slot(Address slots, Count count, Count n_slots) {
-    return first_bad_slot(at<const Count>(slots), count, n_slots);
 }
 
 }  // namespace
@@ -165,7 +146,6 @@ void bind_vectors(nb::module_& m) {
     m.def("scores", &score_rows);
     m.def("encode_pages", &encode_into_pages);
     m.def("decode_pages", &decode_from_pages);
-    m.def("first_bad_slot", &bad_slot);
 }
 
 }  // namespace sixfold

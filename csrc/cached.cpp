@@ -55,23 +55,34 @@ class Floats {
 struct PageList {
     std::vector<PagePool> pools;
     std::vector<std::int32_t> pool;
-    std::vector<std::int64_t> table, starts, lengths;
+    std::vector<std::int64_t> slots, starts, lengths;
+    bool ragged = false;
 
     explicit PageList(const CachedTask& task) {
         for (const PageSegment& segment : task.pages) {
             pool.insert(pool.end(), segment.pages, static_cast<std::int32_t>(pools.size()));
             pools.push_back(segment.pool);
-            for (std::int64_t i = 0; i < segment.pages; ++i)
-                starts.push_back(segment.starts[i] + segment.first);
-            lengths.insert(lengths.end(), segment.lengths, segment.lengths + segment.pages);
+            ragged |= segment.page_stride != 0;
         }
         for (std::int64_t b = 0; b < task.batch; ++b)
-            for (const PageSegment& segment : task.pages) {
-                const std::int64_t* row = segment.block_table + b * segment.pages;
-                table.insert(table.end(), row, row + segment.pages);
-            }
+            for (const PageSegment& segment : task.pages) append(segment, b);
     }
     std::int64_t size() const { return static_cast<std::int64_t>(pool.size()); }
+
+  private:
+    void append(const PageSegment& segment, std::int64_t b) {
+        const std::int64_t* row = segment.slots + b * segment.pages;
+        slots.insert(slots.end(), row, row + segment.pages);
+        if (b > 0 && !ragged) return;
+        row = segment.lengths + b * segment.page_stride;
+        lengths.insert(lengths.end(), row, row + segment.pages);
+        row = segment.starts + b * segment.page_stride;
+        for (std::int64_t i = 0; i < segment.pages; ++i) {
+            // A sum that overflows is as far out of range as a negative one.
+            const bool far = row[i] > INT64_MAX - segment.first;
+            starts.push_back(far ? -1 : row[i] + segment.first);
+        }
+    }
 };
 
 // What a worker needs for one unit: all rows of one sequence and KV head.
@@ -145,8 +156,10 @@ class Call {
     }
 
     void map_queries(std::int64_t unit, const Scratch& scratch) const {
-        const std::int64_t dim = task_.keys.dim;
-        const float *mean = task_.mean + unit * dim, *scale = task_.channel_scale + unit * dim;
+        const std::int64_t dim = task_.keys.dim, b = unit / task_.kv_heads;
+        const std::int64_t map = task_.map_index ? task_.map_index[b] : b;
+        const std::int64_t channel = (map * task_.kv_heads + unit % task_.kv_heads) * dim;
+        const float *mean = task_.mean + channel, *scale = task_.channel_scale + channel;
         float *query = rotated_ + unit * rows_ * dim, *offset = offsets_ + unit * rows_;
         load_queries(unit, query);
         for (std::int64_t r = 0; r < rows_; ++r) {
@@ -178,8 +191,8 @@ class Call {
         const AttentionTask attention{
             task_.batch, task_.kv_heads, rows_, task_.queries, pages_.size(), rotated_,
             {task_.keys, nullptr}, {task_.values, nullptr}, pages_.pools.data(), pages_.pool.data(),
-            pages_.table.data(), pages_.starts.data(), pages_.lengths.data(), first.data(), offsets_,
-            task_.mask_kind, task_.mask,
+            pages_.slots.data(), pages_.starts.data(), pages_.lengths.data(), first.data(),
+            pages_.ragged ? pages_.size() : 0, offsets_, task_.mask_kind, task_.mask,
             {task_.mask_strides[0], task_.mask_strides[1], task_.mask_strides[2]},
             task_.mask_columns, task_.never, task_.softcap, out_, lse_};
         check_bounds(attention);
@@ -191,14 +204,14 @@ class Call {
         std::vector<std::int64_t> first;
         for (std::int64_t b = 0; b < task_.batch; ++b)
             for (std::int64_t q = 0; q < task_.queries; ++q)
-                first.push_back(std::max(task_.start[b], window_start(q)));
+                first.push_back(std::max(task_.start[b], window_start(b, q)));
         return first;
     }
 
-    // First position that query `q` sees because of the sliding window.
-    std::int64_t window_start(std::int64_t q) const {
+    // First position that query `q` of a sequence sees because of the sliding window.
+    std::int64_t window_start(std::int64_t b, std::int64_t q) const {
         if (task_.sliding_window == 0 || task_.mask_kind != Mask::none) return 0;
-        return task_.position + q - task_.sliding_window + 1;
+        return task_.position[b] + q - task_.sliding_window + 1;
     }
 
     // Turns the pages' output back and goes on with the tokens in full precision.
@@ -228,18 +241,21 @@ class Call {
         std::vector<const void*> mask;
         for (std::int64_t r = 0; r < rows_; ++r) {
             const std::int64_t q = r % task_.queries;
-            scratch.first[r] = std::max({low, window_start(q) - origin, std::int64_t{0}});
+            scratch.first[r] = std::max({low, window_start(b, q) - origin, std::int64_t{0}});
             // Without a mask a query sees nothing that comes after it.
-            const std::int64_t own = task_.position + q - origin + 1;
+            const std::int64_t own = task_.position[b] + q - origin + 1;
             scratch.last[r] = task_.mask_kind == Mask::none ? std::min(high, own) : high;
             if (task_.mask_kind != Mask::none)
                 mask.push_back(mask_row(b, head_of(unit, r), q, origin));
         }
-        const std::int64_t bytes = unit * segment.tokens * size_of(task_.dtype);
-        kernels_.tokens.attend({scratch.query, segment.keys + bytes * task_.keys.dim,
-                                segment.values + bytes * task_.values.dim, task_.dtype,
-                                static_cast<int>(rows_), task_.keys.dim, task_.values.dim,
-                                segment.tokens, scratch.first, scratch.last, task_.mask_kind,
+        const std::int64_t from = segment.row_of(b), head = unit % task_.kv_heads;
+        const auto vectors = [&](const TokenSegment::Vectors& x) {
+            return x.base + from * x.row_stride + head * x.head_stride;
+        };
+        kernels_.tokens.attend({scratch.query, vectors(segment.keys), vectors(segment.values),
+                                segment.keys.token_stride, segment.values.token_stride,
+                                task_.dtype, static_cast<int>(rows_), task_.keys.dim,
+                                task_.values.dim, segment.tokens, scratch.first, scratch.last, task_.mask_kind,
                                 mask.data(), task_.never, task_.softcap, scratch.maximum,
                                 scratch.total, scratch.out, scratch.rest});
     }
@@ -279,12 +295,27 @@ class Call {
     std::vector<Scratch> scratch_;
 };
 
+void check_slot(const char* name, std::int64_t slot, std::int64_t count) {
+    if (slot >= 0 && slot < count) return;
+    throw std::invalid_argument(std::string(name) + ": expected 0 to " + std::to_string(count - 1) +
+                                ", got " + std::to_string(slot) +
+                                "; pass the memory that it was made for");
+}
+
 }  // namespace
 
 void check_bounds(const CachedTask& task) {
+    for (std::int64_t b = 0; b < task.batch; ++b) {
+        check_slot("key_map.map_index", task.map_index ? task.map_index[b] : b, task.maps);
+        // Sums with a number of queries must not overflow.
+        if (task.position[b] < 0 || task.position[b] > INT64_MAX / 2)
+            throw std::invalid_argument("position: expected positions from 0, got " +
+                                        std::to_string(task.position[b]));
+    }
     for (const TokenSegment& segment : task.tokens)
         for (std::int64_t b = 0; b < task.batch; ++b) {
             const std::int64_t first = segment.first[b], stop = segment.stop[b];
+            check_slot("tokens.slots", segment.row_of(b), segment.rows);
             // Of numbers from 0 differences do not overflow; sums might.
             if (first < 0 || segment.start[b] < 0 || stop < 0)
                 throw std::invalid_argument("tokens: expected positions from 0, got first " +

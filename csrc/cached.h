@@ -3,9 +3,11 @@
 // | tensor              | type             | shape                                  |
 // | ------------------- | ---------------- | -------------------------------------- |
 // | query, out          | f32, bf16 or f16 | [batch, heads, queries, dim]           |
-// | mean, channel_scale | float            | [batch, kv_heads, key_dim]             |
-// | start               | int64            | [batch]                                |
-// | segment.keys        | as query         | [batch, kv_heads, tokens, key_dim]     |
+// | mean, channel_scale | float            | [maps, kv_heads, key_dim]              |
+// | map_index           | int64            | [batch], or null: sequence b has map b |
+// | position, start     | int64            | [batch]                                |
+// | segment.keys        | as query         | [rows, kv_heads, tokens, key_dim]      |
+// | segment.slots       | int64            | [batch]: rows; null: b is in row b     |
 // | segment.first, ...  | int64            | [batch]                                |
 // | sink_logits         | float            | [heads], or null                       |
 #pragma once
@@ -22,16 +24,23 @@ struct Kernels;
 
 // Tokens in full precision; those at positions outside start <= p < stop are hidden.
 struct TokenSegment {
-    const char *keys, *values;
-    std::int64_t tokens;
-    const std::int64_t *first, *start, *stop;
+    // Vectors are contiguous; strides of rows, heads and tokens in bytes.
+    struct Vectors {
+        const char* base;
+        std::int64_t row_stride, head_stride, token_stride;
+    };
+    Vectors keys, values;
+    std::int64_t rows, tokens;
+    const std::int64_t *first, *start, *stop, *slots;
+
+    std::int64_t row_of(std::int64_t b) const { return slots ? slots[b] : b; }
 };
 
-// Pages in one pool. `starts` count from `first`, the position of the first page's first token.
+// Pages in one pool. `starts` count from `first`; for `page_stride` see AttentionTask.
 struct PageSegment {
     PagePool pool;
-    const std::int64_t *block_table, *starts, *lengths;
-    std::int64_t pages, first;
+    const std::int64_t *slots, *starts, *lengths;
+    std::int64_t pages, page_stride, first;
 };
 
 struct CachedTask {
@@ -44,7 +53,9 @@ struct CachedTask {
     CodecKey keys, values;
     vectors::Rotation key_rotation, value_rotation;
     const float *mean, *channel_scale;
-    std::int64_t position;  // of the first query
+    std::int64_t maps;
+    const std::int64_t* map_index;
+    const std::int64_t* position;  // of each sequence's first query
     const std::int64_t* start;
     std::int64_t sliding_window;  // 0: none
     float scaling;

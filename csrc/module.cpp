@@ -78,5 +78,4 @@ NB_MODULE(_cpu, m) {
           nb::arg("threads"));
     sixfold::bind_vectors(m);
     sixfold::bind_attention(m);
-    sixfold::bind_cached(m);
 }

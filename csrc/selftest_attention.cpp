@@ -71,12 +71,15 @@ double error(const sixfold::Kernels& kernels, int symbol_bits, int axes, int dim
     std::vector<std::int64_t> starts(lengths.size()), slots(lengths.size()), table(lengths.size());
     std::vector<std::int64_t> first(static_cast<std::size_t>(rows));
     // The same memory as two pools.
-    const std::int64_t half = pages / 2, block = half * heads;
-    const sixfold::PagePool pools[] = {
-        {keys.pages.data(), keys.scales.data(), values.pages.data(), values.scales.data(), half},
-        {keys.pages.data() + block * keys.page_bytes, keys.scales.data() + block * kPageTokens,
-         values.pages.data() + block * values.page_bytes,
-         values.scales.data() + block * kPageTokens, pages - half}};
+    const std::int64_t half = pages / 2;
+    const auto pool = [&](std::int64_t from, std::int64_t count) -> sixfold::PagePool {
+        const auto part = [&](const auto& memory, std::int64_t page) {
+            return sixfold::PoolTensor{memory.data() + from * heads * page, heads * page, page};
+        };
+        return {part(keys.pages, keys.page_bytes), part(keys.scales, kPageTokens),
+                part(values.pages, values.page_bytes), part(values.scales, kPageTokens), count};
+    };
+    const sixfold::PagePool pools[] = {pool(0, half), pool(half, pages - half)};
     std::vector<std::int32_t> page_pool(lengths.size());
     for (std::size_t i = 0; i < lengths.size(); ++i) {
         starts[i] = i ? starts[i - 1] + lengths[i - 1] : 0;
@@ -100,7 +103,7 @@ double error(const sixfold::Kernels& kernels, int symbol_bits, int axes, int dim
     task.query = query.data();
     task.keys = keys.view(exact);
     task.values = values.view(exact);
-    task.block_table = table.data();
+    task.slots = table.data();
     task.starts = starts.data();
     task.lengths = lengths.data();
     task.first_token = first.data();

@@ -132,7 +132,11 @@ std::vector<Bytes> Case::run(const VectorKernels& kernels) const {
         return PagedVectors{in<char>(of), 0, vector, kHeads * vector, dtype};
     };
     const Affine maps{below(2) ? mean.data() : nullptr, below(2) ? channel_scale.data() : nullptr};
-    const Pages table{pages.data(), in<std::uint16_t>(page_scales), kSlotOfPage, 1, 2, kHeads};
+    const std::int64_t page = vectors::kPageTokens * shape.row_bytes;
+    const Pages table{{pages.data(), kHeads * page, page},
+                      {in<std::uint16_t>(page_scales), kHeads * vectors::kPageTokens,
+                       vectors::kPageTokens},
+                      kSlotOfPage, 1, 2, kHeads};
     encode_pages(kernels, {rotation, page_shape, book, scale, stretch, unit}, maps,
                  page_view(x_paged), table, threads);
     decode_pages(kernels, {rotation, page_shape, book, shrink}, maps, table,

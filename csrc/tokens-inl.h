@@ -144,20 +144,25 @@ void widen_rows(const VectorTile& in, float* rows, int dim) {
 
 template <class V>
 void attend_tokens(const TokensWork& work) {
-    const int size = work.dtype == Dtype::f32 ? 4 : 2;
     const std::int64_t width = padded_dim(work.value_dim);
     float *tile = work.scratch, *weights = tile + token_scratch(0, work.key_dim, work.value_dim);
-    auto tokens = [&](const char* base, int dim, std::int64_t first) {
-        const std::int64_t left = work.tokens - first, stride = std::int64_t{dim} * size;
+    // What no row sees is not even read: memory that nobody has written may hold anything.
+    std::int64_t low = work.tokens, end = 0;
+    for (int r = 0; r < work.rows; ++r) {
+        low = work.first[r] < low ? work.first[r] : low;
+        end = work.last[r] > end ? work.last[r] : end;
+    }
+    auto tokens = [&](const char* base, std::int64_t stride, std::int64_t first) {
+        const std::int64_t left = end - first;
         // Tiles are read only.
         return VectorTile{const_cast<char*>(base) + first * stride, stride,
                           static_cast<int>(left < kLanes ? left : kLanes), work.dtype};
     };
-    for (std::int64_t start = 0; start < work.tokens; start += kBlockTokens) {
-        const std::int64_t left = work.tokens - start;
+    for (std::int64_t start = low; start < end; start += kBlockTokens) {
+        const std::int64_t left = end - start;
         const int count = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
         for (int t = 0; t < count; t += kLanes) {
-            V::load_tile(tokens(work.keys, work.key_dim, start + t), tile, work.key_dim);
+            V::load_tile(tokens(work.keys, work.key_stride, start + t), tile, work.key_dim);
             for (int r = 0; r < work.rows; ++r)
                 score_tokens<V>(tile, work.query + r * work.key_dim, work.key_dim,
                                 weights + r * kBlockTokens + t);
@@ -169,7 +174,7 @@ void attend_tokens(const TokensWork& work) {
             weigh<V>(work, r, logits);
         }
         for (int t = 0; t < count; t += kLanes) {
-            widen_rows(tokens(work.values, work.value_dim, start + t), tile, work.value_dim);
+            widen_rows(tokens(work.values, work.value_stride, start + t), tile, work.value_dim);
             for (int r = 0; r < work.rows; ++r)
                 add_values<V>(tile, weights + r * kBlockTokens + t, width, work.out + r * width);
         }

@@ -3,7 +3,7 @@
 // | tensor        | type                | shape                                           |
 // | ------------- | ------------------- | ----------------------------------------------- |
 // | query         | float               | [rows, key_dim], scaled                         |
-// | keys, values  | f32, bf16 or f16    | [tokens, key_dim], [tokens, value_dim]          |
+// | keys, values  | f32, bf16 or f16    | [tokens, key_dim], [tokens, value_dim], strided |
 // | first, last   | int64               | [rows]: a row sees the tokens first <= t < last |
 // | maximum, total| float               | [rows]                                          |
 // | out           | float               | [rows, padded(value_dim)]                       |
@@ -20,6 +20,7 @@ namespace sixfold {
 struct TokensWork {
     const float* query;
     const char *keys, *values;
+    std::int64_t key_stride, value_stride;  // bytes from token to token
     vectors::Dtype dtype;
     int rows, key_dim, value_dim;
     std::int64_t tokens;

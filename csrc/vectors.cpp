@@ -7,6 +7,8 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "pool.h"
 
@@ -80,17 +82,17 @@ void run_pages(const CodeShape& shape, const Affine& maps, const Pages& pages,
         scratch_floats, threads, [&](std::int64_t item, float* scratch) {
             const std::int64_t head = item % pages.heads, position = item / pages.heads;
             const std::int64_t row = position / pages.pages, page = position % pages.pages;
-            const std::int64_t where = pages.slots[position] * pages.heads + head;
+            const std::int64_t slot = pages.slots[position];
             const std::int64_t channel = (row * pages.heads + head) * shape.dim;
             const Affine map{maps.mean ? maps.mean + channel : nullptr,
                              maps.scale ? maps.scale + channel : nullptr};
-            std::uint8_t* codes = pages.codes + where * kPageTokens * shape.row_bytes;
             char* first = vectors.base + row * vectors.batch_stride + head * vectors.head_stride +
                           page * kPageTokens * vectors.token_stride;
             for (int group = 0; group < kGroupTiles; ++group) {
                 const int token = group * kLanes;
                 body(map,
-                     CodeTile{codes, 0, kLanes, group, pages.scales + where * kPageTokens + token},
+                     CodeTile{page_of(pages.codes, slot, head), 0, kLanes, group,
+                              page_of(pages.scales, slot, head) + token},
                      VectorTile{first + token * vectors.token_stride, vectors.token_stride, kLanes,
                                 vectors.dtype},
                      scratch);
@@ -241,10 +243,14 @@ void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in
         });
 }
 
-std::int64_t first_bad_slot(const std::int64_t* slots, std::int64_t count, std::int64_t n_slots) {
-    const auto bad = [&](std::int64_t slot) { return slot < 0 || slot >= n_slots; };
-    const std::int64_t* found = std::find_if(slots, slots + count, bad);
-    return found == slots + count ? -1 : found - slots;
+void check_slots(const Pages& pages, std::int64_t count) {
+    for (std::int64_t i = 0; i < pages.batch * pages.pages; ++i)
+        if (pages.slots[i] < 0 || pages.slots[i] >= count)
+            throw std::invalid_argument(
+                "slots: expected 0 to " + std::to_string(count - 1) + ", got " +
+                std::to_string(pages.slots[i]) + " for page " + std::to_string(i % pages.pages) +
+                " of sequence " + std::to_string(i / pages.pages) +
+                "; pass the table of the memory that the pages are in");
 }
 
 }  // namespace sixfold::vectors

@@ -17,6 +17,8 @@
 
 #include <cstdint>
 
+#include "paged.h"
+
 namespace sixfold::vectors {
 
 // Internal linkage and no member functions below, here and in what the kernels include: the linker
@@ -154,9 +156,9 @@ struct PagedVectors {
 };
 
 struct Pages {
-    std::uint8_t* codes;
-    std::uint16_t* scales;
-    const std::int64_t* slots;  // [batch, pages], each below n_slots: see first_bad_slot
+    PoolTensor<std::uint8_t> codes;
+    PoolTensor<std::uint16_t> scales;
+    const std::int64_t* slots;  // [batch, pages], see check_slots
     std::int64_t batch, pages, heads;
 };
 
@@ -181,8 +183,8 @@ void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in
             std::int64_t batch, std::int64_t n, const float* queries, std::int64_t n_queries,
             float* out, int threads);
 
-// Position of the first slot that is not in [0, n_slots), or -1.
-std::int64_t first_bad_slot(const std::int64_t* slots, std::int64_t count, std::int64_t n_slots);
+// Throws std::invalid_argument if one of the pages' slots is not in [0, count).
+void check_slots(const Pages& pages, std::int64_t count);
 
 // Floats that VectorKernels::rotate needs, aligned to 64 bytes.
 std::int64_t rotate_scratch(const Rotation& rotation);

@@ -214,7 +214,7 @@ def nbytes(layer: CompressedLayer) -> int:
 def pages(layer: CompressedLayer) -> list[Tensor]:
     """Codes and scales in token order, [batch, pages, ...] each."""
     runs = layer.history.runs
-    return [torch.cat([run.slab.tensors[i][run.slots] for run in runs], 1) for i in range(4)]
+    return [torch.cat([run.slab.pool[i][run.slots] for run in runs], 1) for i in range(4)]
 
 
 def attends_like(

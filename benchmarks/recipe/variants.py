@@ -12,7 +12,7 @@ from sixfold.cache import affine, coder, prefix
 from sixfold.cache.layer import CompressedLayer
 from sixfold.integrations.transformers import layer as cache_layer
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.encode import Scale, Side
+from sixfold.kernels.types import KeyMap, Scale
 from sixfold.quantizers import OutlierSplit, TurboQuantMSE
 
 Patch: TypeAlias = Callable[[], AbstractContextManager[Any]]
@@ -24,11 +24,7 @@ MASSIVE = 2.0
 def scales(keys: Scale, values: Scale) -> Patch:
     """Store these scales in place of the norms."""
 
-    def side(*args: Any) -> Side:
-        given = Side(*args)
-        return given._replace(scale=keys if given.layout == "key" else values)
-
-    return lambda: mock.patch.object(coder, "Side", side)
+    return lambda: mock.patch.dict(coder.SCALES, key=keys, value=values)
 
 
 def moment(power: int) -> Patch:
@@ -61,7 +57,7 @@ def first_tokens(count: int) -> Patch:
     """Estimate the key map from the first `count` tokens alone, keys and queries."""
     estimate, observe = affine.estimate_key_map, affine.QueryEnergy.observe
 
-    def few(keys: Tensor, valid: Tensor, queries: Any, **options: Any) -> affine.KeyMap:
+    def few(keys: Tensor, valid: Tensor, queries: Any, **options: Any) -> KeyMap:
         return estimate(keys, valid & (valid.cumsum(1) <= count), queries, **options)
 
     def seen(query: Tensor, valid: Tensor | None, kv_heads: int) -> affine.QueryEnergy:
@@ -83,7 +79,7 @@ def without_massive() -> AbstractContextManager[Any]:
     """Leave tokens with a massive key in any head out of the estimate of the key map."""
     estimate = affine.estimate_key_map
 
-    def ordinary(keys: Tensor, valid: Tensor, queries: Any, **options: Any) -> affine.KeyMap:
+    def ordinary(keys: Tensor, valid: Tensor, queries: Any, **options: Any) -> KeyMap:
         centred = keys - keys.median(2, keepdim=True).values
         return estimate(keys, valid & ~massive(centred).any(1), queries, **options)
 

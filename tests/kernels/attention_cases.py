@@ -8,8 +8,10 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels.attention import Partial, page_attention
+from sixfold.kernels.types import Coding, Pages, Pool
 from sixfold.packing import (
     PAGE_TOKENS,
+    Bits,
     Layout,
     encode_scale,
     is_paired,
@@ -21,18 +23,26 @@ from sixfold.packing import (
 
 
 @dataclasses.dataclass
-class Pages:
+class Side:
     """One side of a cache: packed pages, and the vectors they stand for."""
 
     codes: Tensor  # uint8 [slots, kv_heads, page_bytes]
     scales: Tensor  # float16 [slots, kv_heads, 64]
     centroids: Tensor
-    dense: Tensor  # float64 [slots, kv_heads, 64, dim]
+    dense: Tensor  # float64 [slots, kv_heads, 64, dim], or [tokens, dim]
+    bits: Bits
+
+    @property
+    def coding(self) -> Coding:
+        """What attention in the rotated domain knows of it: no rotation."""
+        dim = self.dense.shape[-1]
+        none = torch.empty(0, 2, dim // 2), torch.empty(dim, dim)
+        return Coding(*none, self.centroids, self.bits, dim, "norm")
 
 
 def random_pages(
-    slots: int, kv_heads: int, dim: int, bits: float, layout: Layout, generator: torch.Generator
-) -> Pages:
+    slots: int, kv_heads: int, dim: int, bits: Bits, layout: Layout, generator: torch.Generator
+) -> Side:
     """Uniformly random symbols under random scales; decoded from the symbols, not the bytes."""
     book = centroids(dim, bits)
     shape = slots, kv_heads, PAGE_TOKENS
@@ -44,7 +54,7 @@ def random_pages(
         # Symbol i is the pair (i, i + ceil(dim / 2)).
         words = torch.cat([words[..., 0], words[..., 1]], -1)[..., :dim]
     codes = to_pages(pack(symbols, width), count, width, layout)
-    return Pages(codes, scales, book, words * scales.double()[..., None])
+    return Side(codes, scales, book, words * scales.double()[..., None], bits)
 
 
 @dataclasses.dataclass
@@ -52,8 +62,8 @@ class Case:
     """Arguments of `page_attention`, and what they stand for in float64."""
 
     query: Tensor
-    keys: Pages
-    values: Pages
+    keys: Side
+    values: Side
     table: Tensor
     lengths: Tensor
     first_token: Tensor
@@ -67,23 +77,20 @@ class Case:
     def starts(self) -> Tensor:
         return self.lengths.cumsum(0) - self.lengths
 
-    def run(self) -> Partial:
-        return page_attention(
-            self.query,
-            self.keys.codes,
-            self.keys.scales,
-            self.values.codes,
-            self.values.scales,
-            self.table,
-            self.starts,
-            self.lengths,
-            self.first_token,
-            self.keys.centroids,
-            self.values.centroids,
-            **self.options,
-        )
+    @property
+    def pages(self) -> Pages:
+        pool = Pool(self.keys.codes, self.keys.scales, self.values.codes, self.values.scales)
+        return Pages(pool, self.table, self.starts[None], self.lengths[None], 0, {})
 
-    def dense(self, pages: Pages) -> Tensor:
+    @property
+    def arguments(self) -> tuple[Tensor, Pages, Coding, Coding, Tensor]:
+        """Those of `page_attention` but for the options."""
+        return self.query, self.pages, self.keys.coding, self.values.coding, self.first_token
+
+    def run(self) -> Partial:
+        return page_attention(*self.arguments, **self.options)
+
+    def dense(self, pages: Side) -> Tensor:
         """The valid tokens of every sequence, float64 [batch, kv_heads, tokens, dim]."""
         valid = (torch.arange(PAGE_TOKENS) < self.lengths[:, None]).flatten()
         return pages.dense[self.table].transpose(1, 2).flatten(2, 3)[:, :, valid]
@@ -129,8 +136,8 @@ class Case:
 
 def make_case(
     *,
-    key_bits: float = 4,
-    value_bits: float | None = None,
+    key_bits: Bits = 4,
+    value_bits: Bits | None = None,
     key_dim: int = 64,
     value_dim: int | None = None,
     batch: int = 2,
@@ -156,7 +163,7 @@ def make_case(
         order.view(batch, pages),
         torch.tensor(lengths),
         torch.zeros(batch, queries, dtype=torch.int64),
-        {"key_bits": key_bits, "value_bits": value_bits, "value_dim": value_dim},
+        {},
     )
 
 

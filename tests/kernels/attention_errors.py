@@ -20,7 +20,7 @@ from sixfold.packing import (
 )
 from sixfold.rotation import Rotation
 from tests.kernels import oracle
-from tests.kernels.attention_cases import Case, Pages
+from tests.kernels.attention_cases import Case, Side
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @functools.cache
 def encoded(
     tokens: int, dim: int, bits: Bits, layout: Layout, mean: float
-) -> tuple[Tensor, Tensor, Pages]:
+) -> tuple[Tensor, Tensor, Side]:
     """Gaussian vectors, rotated [tokens, dim]; the codewords they became; their pages."""
     generator = torch.Generator().manual_seed(tokens + (layout == "key"))
     x = torch.randn(tokens, dim, generator=generator) + mean
@@ -42,7 +42,7 @@ def encoded(
     scales = torch.nn.functional.pad(scales, (0, padding), value=math.nan)
     paged = rows.unflatten(0, (-1, 1, PAGE_TOKENS))
     codes = to_pages(paged, n_symbols(dim, bits), symbol_bits(bits), layout)
-    pages = Pages(codes, scales.view(-1, 1, PAGE_TOKENS), book, coded)
+    pages = Side(codes, scales.view(-1, 1, PAGE_TOKENS), book, coded, bits)
     return rotate(x, signs, factor).double(), coded, pages
 
 
@@ -61,10 +61,9 @@ def error_beside_quantization(
     pages = len(key_pages.codes)
     lengths = torch.full((pages,), PAGE_TOKENS)
     lengths[-1] -= -tokens % PAGE_TOKENS
-    options = {"key_bits": bits, "value_bits": bits, "value_dim": dim}
     first = torch.zeros(1, 8, dtype=torch.int64)
     table = torch.arange(pages)[None]
-    got = Case(query, key_pages, value_pages, table, lengths, first, options).run().out.double()
+    got = Case(query, key_pages, value_pages, table, lengths, first, {}).run().out.double()
 
     def attend(keys: Tensor, values: Tensor) -> Tensor:
         return (query[0].double() @ keys.mT).softmax(-1) @ values

@@ -218,7 +218,7 @@ def dense_inputs(
 
 def check_dense(hidden: Tensor, positions: Tensor, own: Tensor, **options: Any) -> None:
     query, keys, values = dense_inputs(queries=len(own), tokens=positions.shape[1])
-    got = dense_attention(query, keys, values, positions, own, scaling=0.3, **options)
+    got = dense_attention(query, keys, values, positions, own[None], scaling=0.3, **options)
     mask, softcap = options.get("mask"), options.get("softcap")
     if mask is not None:
         columns = positions.clamp(min=0)[:, None, None].expand(2, *mask.shape[1:3], -1)
@@ -272,7 +272,12 @@ def test_dense_attention_with_a_mask(additive: bool) -> None:
 def test_dense_attention_over_no_tokens_is_nothing() -> None:
     query, keys, values = dense_inputs(tokens=0)
     part = dense_attention(
-        query, keys, values, torch.empty(1, 0, dtype=torch.int64), torch.arange(5), scaling=1.0
+        query,
+        keys,
+        values,
+        torch.empty(1, 0, dtype=torch.int64),
+        torch.arange(5)[None],
+        scaling=1.0,
     )
     assert not part.out.any()
     assert part.lse.eq(-torch.inf).all()
@@ -352,13 +357,13 @@ def test_any_split_of_the_tokens_merges_to_one_pass(
 ) -> None:
     query, keys, values = dense_inputs(tokens=tokens)
     positions, own = torch.arange(tokens)[None], torch.arange(tokens - 5, tokens)
-    whole = dense_attention(query, keys, values, positions, own, scaling=scaling)
+    whole = dense_attention(query, keys, values, positions, own[None], scaling=scaling)
     part_of = torch.tensor(owner[:tokens], dtype=torch.int64)
     parts = []
     for number in range(6):
         mine = (part_of == number).nonzero().flatten()
         chosen = keys[:, :, mine], values[:, :, mine], positions[:, mine]
-        parts.append(dense_attention(query, *chosen, own, scaling=scaling))
+        parts.append(dense_attention(query, *chosen, own[None], scaling=scaling))
     merged = merge_partials(parts)
     # What rounding the logits does to the softmax, in units of the largest of them.
     noise = 8 * torch.finfo(torch.float32).eps * (1 + scaling * 24)

@@ -288,14 +288,14 @@ class TestRefusals:
             table = case.table.clone()
             table[1, 1] = slot
             with pytest.raises(
-                SixfoldError, match=rf"block_table: expected slots 0 to 4, got {slot}"
+                SixfoldError, match=rf"pages.slots: expected slots 0 to 4, got {slot}"
             ):
                 changed(case, table=table)
 
     @pytest.mark.parametrize("length", [65, -1])
     def test_impossible_lengths(self, length: int) -> None:
         case = make_case()
-        with pytest.raises(SixfoldError, match=f"page_lengths: expected 0 to 64.*got {length}"):
+        with pytest.raises(SixfoldError, match=f"pages.lengths: expected 0 to 64.*got {length}"):
             changed(case, lengths=torch.tensor([length, 64]))
 
     def test_a_mask_that_is_too_narrow(self) -> None:
@@ -312,14 +312,14 @@ class TestRefusals:
 
     def test_pages_of_other_bits(self) -> None:
         case = make_case(key_bits=4)
-        case.options["key_bits"] = 3
-        with pytest.raises(ShapeError, match="key_pages: expected a contiguous"):
+        case.keys.bits = 3
+        with pytest.raises(ShapeError, match="key_codes: expected a"):
             case.run()
 
     def test_a_codebook_of_other_bits(self) -> None:
         case = make_case()
         case.values.centroids = centroids(64, 3)
-        with pytest.raises(ShapeError, match="value_centroids"):
+        with pytest.raises(ShapeError, match="centroids: expected"):
             case.run()
 
     def test_heads_that_are_no_multiple(self) -> None:

@@ -99,7 +99,7 @@ def test_gradients_come_from_the_reference() -> None:
 
 def test_wrong_pages_are_refused() -> None:
     case = make_case()
-    case.options["value_bits"] = 3
+    case.values.bits = 3
     with pytest.raises(ShapeError, match="value_pages: expected pages of"):
         case.run()
     case = make_case()
@@ -117,22 +117,17 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_operator_is_well_formed() -> None:
     case = make_case(queries=2)
-    options = case.options
     arguments = (
         case.query,
-        case.keys.codes,
-        case.keys.scales,
-        case.values.codes,
-        case.values.scales,
-        case.table,
-        case.starts,
-        case.lengths,
+        *case.pages.pool,
+        *case.pages[1:4],
         case.first_token,
         case.keys.centroids,
         case.values.centroids,
-        float(options["key_bits"]),
-        float(options["value_bits"]),
-        options["value_dim"],
+        0,
+        float(case.keys.bits),
+        float(case.values.bits),
+        case.values.dense.shape[-1],
         None,
         None,
         None,

@@ -99,16 +99,16 @@ def test_tensors_may_move_between_calls() -> None:
     for one in (layer, twin):
         feed(one, SHAPE.tokens(200), 199, 1)
     run = layer.history.runs[0]
-    before = run.slab.key_codes.data_ptr()
-    for x in (*run.slab.tensors, run.slots, run.starts, run.lengths):
+    before = run.slab.pool.key_codes.data_ptr()
+    for x in (*run.slab.pool, run.slots, run.starts, run.lengths):
         old = x.clone()
         x.share_memory_()
         assert torch.equal(x, old)
-    assert run.slab.key_codes.data_ptr() != before
+    assert run.slab.pool.key_codes.data_ptr() != before
     # What the old memory may become, once something else has it.
-    held = [torch.full_like(run.slab.key_codes, 255) for _ in range(8)]
-    run.slab.key_codes.bitwise_not_()
-    twin.history.runs[0].slab.key_codes.bitwise_not_()
+    held = [torch.full_like(run.slab.pool.key_codes, 255) for _ in range(8)]
+    run.slab.pool.key_codes.bitwise_not_()
+    twin.history.runs[0].slab.pool.key_codes.bitwise_not_()
     tokens = SHAPE.tokens(1, seed=3)
     assert torch.equal(feed(layer, tokens), feed(twin, tokens))
     assert held
@@ -124,9 +124,10 @@ def test_tables_that_lead_outside_are_shape_errors(backend: str) -> None:
     query, keys, values = SHAPE.tokens(1)
     layer.append(keys, values)
     run.slots[0, 0] = 10_000
-    with pytest.raises(ShapeError, match="block_table"):
+    with pytest.raises(ShapeError, match=r"pages\.slots"):
         layer.attend(query, **options)
     run.slots[0, 0] = 0
-    run.slab.key_codes = run.slab.key_codes[..., :-4].contiguous()
-    with pytest.raises(ShapeError, match="key_pages"):
+    cut = run.slab.pool.key_codes[..., :-4].contiguous()
+    run.slab.pool = run.slab.pool._replace(key_codes=cut)
+    with pytest.raises(ShapeError, match="key_codes"):
         layer.attend(query, **options)

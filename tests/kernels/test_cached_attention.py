@@ -76,9 +76,8 @@ class Held:
         arguments: dict[str, Any] = {
             "tokens": dense_parts(prefix, layer.window, layer.history.tokens),
             "pages": coded_parts(layer.history),
-            "mean": prefix.key_map.mean,
-            "channel_scale": prefix.key_map.scale,
-            "position": layer.held - query.shape[2],
+            "key_map": prefix.key_map,
+            "position": torch.full_like(layer.padding, layer.held - query.shape[2]),
             "start": prefix.end,
             "scaling": self.dims[0] ** -0.5,
             **options,
@@ -171,7 +170,7 @@ def test_integer_arithmetic_stays_close(bits: float, monkeypatch: pytest.MonkeyP
 
 def test_a_token_that_is_no_number_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held.of(300)
-    held.layer.history.runs[0].slab.value_scales[0, 0, 10] = torch.nan
+    held.layer.history.runs[0].slab.pool.value_scales[0, 0, 10] = torch.nan
     found, expected = both(held, held.queries(1), monkeypatch)
     assert torch.equal(found.isnan(), expected.isnan())
     assert found.isnan().any()
@@ -223,15 +222,16 @@ def test_tables_that_lead_outside_are_refused(monkeypatch: pytest.MonkeyPatch) -
     held = Held.of(300)
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
     query, pages = held.queries(1), coded_parts(held.layer.history)
-    beyond = pages[0].block_table.clone()
-    beyond[0, 0] = len(pages[0].key_pages)
-    with pytest.raises(SixfoldError, match="block_table"):
-        held.attend(query, pages=[pages[0]._replace(block_table=beyond)])
+    pool = pages[0].pool
+    beyond = pages[0].slots.clone()
+    beyond[0, 0] = len(pool.key_codes)
+    with pytest.raises(SixfoldError, match=r"pages\.slots"):
+        held.attend(query, pages=[pages[0]._replace(slots=beyond)])
     with pytest.raises(SixfoldError, match="lengths"):
         held.attend(query, pages=[pages[0]._replace(lengths=pages[0].lengths + 1)])
     narrow = torch.ones(1, 1, 1, held.layer.held - 1, dtype=torch.bool)
     with pytest.raises(SixfoldError, match="mask"):
         held.attend(query, mask=narrow)
-    wrong = pages[0].key_scales.float()
+    wrong = pool._replace(key_scales=pool.key_scales.float())
     with pytest.raises(SixfoldError, match="key_scales"):
-        held.attend(query, pages=[pages[0]._replace(key_scales=wrong)])
+        held.attend(query, pages=[pages[0]._replace(pool=wrong)])

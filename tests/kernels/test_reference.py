@@ -12,6 +12,7 @@ from sixfold.kernels.decode import decode, decode_pages, expand_pages
 from sixfold.kernels.encode import Scale, encode, encode_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
+from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import (
     BITS,
     PAGE_TOKENS,
@@ -113,29 +114,21 @@ UNTOUCHED = [1, 3, 4, 6, 7]
 
 
 def encoded_pages(
-    x: Tensor, affine: tuple[Tensor | None, Tensor | None], bits: Bits, layout: Layout
+    x: Tensor, key_map: KeyMap | None, bits: Bits, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Pages and scales [9, heads, ...] with the two sequences of `x` at `SLOTS`."""
     heads, dim = x.shape[1], x.shape[-1]
     size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbol_bits(bits))
     pages = torch.full((9, heads, size), 7, dtype=torch.uint8)
     stored = torch.full((9, heads, PAGE_TOKENS), 7, dtype=torch.float16)
-    encode_pages(
-        x,
-        *affine,
-        *tables(dim, bits),
-        bits=bits,
-        scale="optimal",
-        layout=layout,
-        pages=pages,
-        scales=stored,
-        slots=SLOTS,
-    )
+    coding = Coding(*tables(dim, bits), bits, dim, "optimal")
+    encode_pages(x, SLOTS, coding, layout, pages, stored, key_map)
     return pages, stored
 
 
-def affine_map(dim: int) -> tuple[Tensor, Tensor]:
-    return gaussian(6, dim, seed=7).view(2, 3, dim), gaussian(6, dim, seed=8).view(2, 3, dim).exp()
+def affine_map(dim: int) -> KeyMap:
+    scale = gaussian(6, dim, seed=8).view(2, 3, dim).exp()
+    return KeyMap(gaussian(6, dim, seed=7).view(2, 3, dim), scale)
 
 
 @pytest.mark.parametrize("layout", ["key", "value"])
@@ -144,7 +137,7 @@ def affine_map(dim: int) -> tuple[Tensor, Tensor]:
 def test_pages_hold_the_codes_of_their_vectors(dim: int, bits: Bits, layout: Layout) -> None:
     turns, factor, book = tables(dim, bits)
     x = gaussian(2 * 3 * 128, dim, seed=6).view(2, 3, 128, dim)
-    pages, stored = encoded_pages(x, (None, None), bits, layout)
+    pages, stored = encoded_pages(x, None, bits, layout)
     rows, expected = encode(x, turns, factor, book, bits=bits, scale="optimal")
     assert torch.equal(stored[SLOTS].transpose(1, 2).flatten(2), expected)
     symbols = n_symbols(dim, bits), symbol_bits(bits)
@@ -154,7 +147,8 @@ def test_pages_hold_the_codes_of_their_vectors(dim: int, bits: Bits, layout: Lay
     assert (stored[UNTOUCHED] == 7).all()
 
     plain = decode(rows, expected, turns, factor, book, dim=dim, bits=bits)
-    expanded = expand_pages(pages[SLOTS], stored[SLOTS], book, dim=dim, bits=bits, layout=layout)
+    coding = Coding(turns, factor, book, bits, dim, "optimal")
+    expanded = expand_pages(pages[SLOTS], stored[SLOTS], coding, layout)
     rotated_back = rotate(expanded, turns, factor, inverse=True)
     assert torch.equal(rotated_back.transpose(1, 2).flatten(2, 3), plain)
 
@@ -162,23 +156,20 @@ def test_pages_hold_the_codes_of_their_vectors(dim: int, bits: Bits, layout: Lay
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2.5, 4])
 def test_decoded_pages_undo_the_affine_map(bits: Bits, dtype: torch.dtype) -> None:
-    mean, channel_scale = affine_map(60)
+    key_map = affine_map(60)
     x = gaussian(2 * 3 * 128, 60, seed=6).view(2, 3, 128, 60).to(dtype)
-    mapped = (x.float() - mean[:, :, None]) * channel_scale[:, :, None]
+    mapped = (x.float() - key_map.mean[:, :, None]) * key_map.scale[:, :, None]
     rows, stored = encode(mapped, *tables(60, bits), bits=bits, scale="optimal")
     plain = decode(rows, stored, *tables(60, bits), dim=60, bits=bits)
     decoded = decode_pages(
-        *encoded_pages(x, (mean, channel_scale), bits, "key"),
+        *encoded_pages(x, key_map, bits, "key"),
         SLOTS,
-        mean,
-        channel_scale,
-        *tables(60, bits),
-        dim=60,
-        bits=bits,
-        layout="key",
-        dtype=dtype,
+        Coding(*tables(60, bits), bits, 60, "optimal"),
+        "key",
+        dtype,
+        key_map,
     )
-    expected = plain / channel_scale[:, :, None] + mean[:, :, None]
+    expected = plain / key_map.scale[:, :, None] + key_map.mean[:, :, None]
     assert torch.equal(decoded, expected.to(dtype))
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from sixfold.codebooks import centroids
 from sixfold.kernels import _native
 from sixfold.kernels.attention import page_attention
-from sixfold.kernels.cached_attention import Coding, Pages, Tokens, cached_attention
+from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode, decode_pages
 from sixfold.kernels.encode import encode, encode_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
+from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS, row_bytes
 from sixfold.rotation import Rotation
 
@@ -35,6 +36,7 @@ CPU = torch.device("cpu")
 ROTATION = Rotation(DIM, "orthogonal")
 TURNS, FACTOR = ROTATION.turns(CPU), ROTATION.factor(CPU)
 BOOK = centroids(DIM, BITS, CPU)
+CODING = Coding(TURNS, FACTOR, BOOK, BITS, DIM, "optimal")
 TABLES: dict[str, Any] = {"turns": TURNS, "factor": FACTOR, "centroids": BOOK}
 
 
@@ -85,39 +87,29 @@ def query(seed: int, rows: int = 8) -> Tensor:
 
 
 def attend_pages(seed: int = 0, pages: int = PAGES) -> Tensor:
-    starts = torch.arange(pages) * PAGE_TOKENS
-    return page_attention(
-        query(seed),
-        *pool(),
-        *pool(),
-        torch.zeros(1, pages, dtype=torch.int64),
-        starts,
-        torch.full((pages,), PAGE_TOKENS),
-        torch.zeros(1, 8, dtype=torch.int64),
-        BOOK,
-        BOOK,
-        key_bits=BITS,
-        value_bits=BITS,
-        value_dim=DIM,
-    ).out
+    first_token = torch.zeros(1, 8, dtype=torch.int64)
+    return page_attention(query(seed), held(pages), CODING, CODING, first_token).out
+
+
+def held(pages: int) -> Pages:
+    starts = torch.arange(pages)[None] * PAGE_TOKENS
+    lengths = torch.full((1, pages), PAGE_TOKENS)
+    slots = torch.zeros(1, pages, dtype=torch.int64)
+    return Pages(Pool(*pool(), *pool()), slots, starts, lengths, 0, {})
 
 
 def attend_layer(seed: int = 0, pages: int = PAGES) -> Tensor:
-    starts = torch.arange(pages) * PAGE_TOKENS
-    table, lengths = torch.zeros(1, pages, dtype=torch.int64), torch.full((pages,), PAGE_TOKENS)
     none = torch.zeros(1, dtype=torch.int64)
     first = torch.tensor([pages * PAGE_TOKENS])
     recent = query(seed + 1)
-    coding = Coding(TURNS, FACTOR, BOOK, BITS, DIM)
     return cached_attention(
         query(seed),
         [Tokens(recent, recent, first, none, first + 8)],
-        [Pages(*pool(), *pool(), table, starts, lengths, 0, {})],
-        coding,
-        coding,
-        mean=torch.zeros(1, 1, DIM),
-        channel_scale=torch.ones(1, 1, DIM),
-        position=pages * PAGE_TOKENS,
+        [held(pages)],
+        CODING,
+        CODING,
+        KeyMap(torch.zeros(1, 1, DIM), torch.ones(1, 1, DIM)),
+        position=first,
         start=none,
         scaling=0.1,
     )
@@ -127,14 +119,12 @@ def encode_whole_pages() -> None:
     x = torch.ones(1, 1, 1024 * PAGE_TOKENS, DIM)
     pages, scales = pool(1024)
     slots = torch.arange(1024)[None]
-    options: dict[str, Any] = {"bits": BITS, "scale": "optimal", "layout": "key"}
-    encode_pages(x, None, None, **TABLES, **options, pages=pages, scales=scales, slots=slots)
+    encode_pages(x, slots, CODING, "key", pages, scales)
 
 
 def decode_whole_pages() -> None:
     slots = torch.zeros(1, 1024, dtype=torch.int64)
-    options: dict[str, Any] = {"dim": DIM, "bits": BITS, "layout": "key", "dtype": torch.float32}
-    decode_pages(*pool(), slots, None, None, **TABLES, **options)
+    decode_pages(*pool(), slots, CODING, "key", torch.float32)
 
 
 ROWS = 1 << 16

@@ -17,16 +17,18 @@ from sixfold import TurboQuantMSE
 from sixfold.cache import CachePolicy
 from sixfold.cache.static import StaticLayer
 from sixfold.kernels.decode import triton as decode_triton
-from sixfold.kernels.encode import Side, together
 from sixfold.kernels.encode import reference as encode_reference
+from sixfold.kernels.encode import together
 from sixfold.kernels.encode import triton as encode_triton
 from sixfold.kernels.rotate import triton as rotate_triton
 from sixfold.kernels.scores import triton as scores_triton
+from sixfold.kernels.types import Coding, KeyMap, Pool
 from sixfold.packing import Bits
 from tests.kernels.test_cached_attention_triton import NoKernel
 from tests.kernels.vector_cases import (
     SLOTS,
     assert_same_codes,
+    coding_of,
     maps_of,
     paged_vectors,
     pages_of,
@@ -38,18 +40,28 @@ from tests.vectors import gaussian
 OPERATORS = torch.ops.sixfold
 DIM, BITS = 32, 3
 
+Stored = tuple[Tensor, Tensor, Tensor, Pool, Coding, Coding, KeyMap]
 
-def sides(
+
+def stored_pages(
     key_bits: Bits = 4, value_bits: Bits = 2.5, dim: int = DIM, value_dim: int | None = None
-) -> tuple[Side, Side]:
+) -> Stored:
+    """Arguments of `store_pages`."""
     value_dim = value_dim or dim
-    keys, values = paged_vectors(dim, torch.bfloat16), paged_vectors(value_dim, torch.bfloat16)
-    key_tables, value_tables = tables(dim, key_bits), tables(value_dim, value_bits)
-    key_pages, value_pages = pages_of(dim, key_bits), pages_of(value_dim, value_bits)
     return (
-        Side(keys, *maps_of(dim), *key_tables, key_bits, "unbiased", "key", *key_pages),
-        Side(values, None, None, *value_tables, value_bits, "optimal", "value", *value_pages),
+        paged_vectors(dim, torch.bfloat16),
+        paged_vectors(value_dim, torch.bfloat16),
+        SLOTS,
+        Pool(*pages_of(dim, key_bits), *pages_of(value_dim, value_bits)),
+        coding_of(dim, key_bits, "unbiased"),
+        coding_of(value_dim, value_bits),
+        KeyMap(*maps_of(dim)),
     )
+
+
+def assert_same_pool(ours: Pool, theirs: Pool) -> None:
+    assert_same_codes(ours[:2], theirs[:2])
+    assert_same_codes(ours[2:], theirs[2:])
 
 
 def calls() -> dict[str, tuple[Any, ...]]:
@@ -57,15 +69,15 @@ def calls() -> dict[str, tuple[Any, ...]]:
     arrays = tables(DIM, BITS)
     x, (pages, scales) = gaussian(512, DIM, seed=3).view(2, 2, 128, DIM), pages_of(DIM, BITS)
     rows, stored = encode_reference.encode(x, *arrays, bits=BITS, scale="optimal")
-    keys, values = sides()
+    keys, values, _, pool, key_coding, value_coding, key_map = stored_pages()
     return {
         "rotate": (x, *arrays[:2], True),
         "encode": (x, *arrays, 3.0, "optimal"),
         "encode_pages": (x, None, None, *arrays, pages, scales, SLOTS, 3.0, "norm", "value"),
         "store_pages": (
-            *(keys.x, values.x, keys.mean, keys.channel_scale, *keys[3:6], *values[3:6]),
-            *(keys.pages, keys.scales, values.pages, values.scales, SLOTS),
-            *(float(keys.bits), keys.scale, float(values.bits), values.scale),
+            *(keys, values, *key_map[:2], *key_coding[:3], *value_coding[:3], *pool, SLOTS),
+            *(float(key_coding.bits), key_coding.scale),
+            *(float(value_coding.bits), value_coding.scale),
         ),
         "decode": (rows, stored, *arrays, DIM, 3.0),
         "decode_pages": (
@@ -121,26 +133,25 @@ def test_keys_and_values_are_stored_at_once(
     options: dict[str, Any], launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
-    expected, got = sides(**options), sides(**options)
-    encode_reference.store_pages(*expected, SLOTS)
-    encode_triton.store_pages(*got, SLOTS)
-    for ours, theirs in zip(got, expected, strict=True):
-        assert_same_codes((ours.pages, ours.scales), (theirs.pages, theirs.scales))
+    expected, got = stored_pages(**options), stored_pages(**options)
+    encode_reference.store_pages(*expected)
+    encode_triton.store_pages(*got)
+    assert_same_pool(got[3], expected[3])
     kernel = NoKernel()
     monkeypatch.setattr(together, "store_pages_kernel", kernel)
     monkeypatch.setattr(encode_triton, "encode_pages_kernel", kernel)
-    encode_triton.store_pages(*got, SLOTS)
+    encode_triton.store_pages(*got)
     assert kernel.launches == launches
 
 
 def test_wide_values_are_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
-    doubled = tuple(side._replace(x=side.x.double()) for side in sides())
-    expected = tuple(side._replace(x=side.x.double()) for side in sides())
-    encode_triton.store_pages(*doubled, SLOTS)
-    encode_reference.store_pages(*expected, SLOTS)
-    for ours, theirs in zip(doubled, expected, strict=True):
-        assert_same_codes((ours.pages, ours.scales), (theirs.pages, theirs.scales))
+    keys, values, *doubled = stored_pages()
+    *_, expected, _, _, _ = stored_pages()
+    wide, rest = (keys.double(), values.double(), SLOTS), doubled[2:]
+    encode_triton.store_pages(*wide, doubled[1], *rest)
+    encode_reference.store_pages(*wide, expected, *rest)
+    assert_same_pool(doubled[1], expected)
 
 
 def quantized(bits: Bits) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -1,7 +1,6 @@
 """The compiled rotate, encode, decode and scores against the references, bit for bit."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from sixfold.kernels.encode import Scale
 from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.rotate import reference as rotate_reference
 from sixfold.kernels.scores import reference as scores_reference
+from sixfold.kernels.types import KeyMap
 from sixfold.packing import (
     BITS,
     Bits,
@@ -28,6 +28,7 @@ from tests.kernels.vector_cases import (
     SLOTS,
     assert_same_bits,
     assert_same_codes,
+    coding_of,
     expanded,
     maps_of,
     mixed,
@@ -177,24 +178,24 @@ def test_decode(dim: int, bits: Bits, kind: RotationKind) -> None:
         assert torch.equal(got.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("mapped", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("mapped", [False, True, "indexed"])
 @pytest.mark.parametrize("layout", ["key", "value"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [33, 64, 80, 128])
-def test_pages(dim: int, bits: Bits, layout: Layout, mapped: tuple[bool, bool]) -> None:
-    maps = [table if use else None for table, use in zip(maps_of(dim), mapped, strict=True)]
-    arguments = (paged_vectors(dim, torch.bfloat16), *maps, *tables(dim, bits))
-    options: dict[str, Any] = {"bits": bits, "layout": layout, "slots": SLOTS}
+def test_pages(dim: int, bits: Bits, layout: Layout, mapped: bool | str) -> None:
+    x, coding, key_map = paged_vectors(dim, torch.bfloat16), coding_of(dim, bits), None
+    if mapped:
+        index = torch.tensor([1, 1]) if mapped == "indexed" else None
+        key_map = KeyMap(*maps_of(dim), index)
     got, expected = pages_of(dim, bits), pages_of(dim, bits)
-    for backend, (pages, stored) in ((encode_cpu, got), (encode_reference, expected)):
-        backend.encode_pages(*arguments, scale="optimal", pages=pages, scales=stored, **options)
+    for backend, target in ((encode_cpu, got), (encode_reference, expected)):
+        backend.encode_pages(x, SLOTS, coding, layout, *target, key_map)
     assert_same_codes(got, expected)
 
-    arguments = (*expected, SLOTS, *maps, *tables(dim, bits))
     for dtype in (*DTYPES, torch.float64):
-        options = {"dim": dim, "bits": bits, "layout": layout, "dtype": dtype}
-        decoded = decode_cpu.decode_pages(*arguments, **options)
-        reference = decode_reference.decode_pages(*arguments, **options)
+        arguments = (*expected, SLOTS, coding, layout, dtype, key_map)
+        decoded = decode_cpu.decode_pages(*arguments)
+        reference = decode_reference.decode_pages(*arguments)
         assert decoded.dtype == dtype
         assert torch.equal(decoded.isnan(), reference.isnan())
         if dim != 33:
@@ -216,15 +217,9 @@ def test_pages(dim: int, bits: Bits, layout: Layout, mapped: tuple[bool, bool]) 
 def test_pages_of_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
     x = strided(paged_vectors(64, torch.float16))
     got, expected = pages_of(64, 3), pages_of(64, 3)
-    for backend, (pages, stored) in ((encode_cpu, got), (encode_reference, expected)):
-        options: dict[str, Any] = {
-            "pages": pages,
-            "scales": stored,
-            "slots": SLOTS.mT.contiguous().mT,
-        }
-        backend.encode_pages(
-            x, None, None, *tables(64, 3), bits=3, scale="unbiased", layout="key", **options
-        )
+    slots, coding = SLOTS.mT.contiguous().mT, coding_of(64, 3, "unbiased")
+    for backend, target in ((encode_cpu, got), (encode_reference, expected)):
+        backend.encode_pages(x, slots, coding, "key", *target)
     assert_same_codes(got, expected)
 
 
@@ -232,33 +227,13 @@ def test_pages_of_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.usefixtures("unhooked")
 def test_slots_out_of_range_touch_nothing(slots: list[list[int]]) -> None:
     pages, stored = pages_of(64, 4)
-    x = paged_vectors(64)[:1]
-    options: dict[str, Any] = {"bits": 4, "layout": "key"}
-    with pytest.raises(ShapeError, match=r"slots must be at least 0 and below 5.*got.*sequence 0"):
-        encode_cpu.encode_pages(
-            x,
-            None,
-            None,
-            *tables(64, 4),
-            scale="norm",
-            pages=pages,
-            scales=stored,
-            slots=torch.tensor(slots),
-            **options,
-        )
-    assert (pages == 7).all()
-    with pytest.raises(ShapeError, match="slots must be"):
-        decode_cpu.decode_pages(
-            pages,
-            stored,
-            torch.tensor(slots),
-            None,
-            None,
-            *tables(64, 4),
-            dim=64,
-            dtype=torch.float32,
-            **options,
-        )
+    x, coding, table = paged_vectors(64)[:1], coding_of(64, 4), torch.tensor(slots)
+    for encode, decode in ((encode_cpu, decode_cpu), (encode_reference, decode_reference)):
+        with pytest.raises(ShapeError, match=r"slots: expected.*0 to 4, got"):
+            encode.encode_pages(x, table, coding, "key", pages, stored)
+        assert (pages == 7).all()
+        with pytest.raises(ShapeError, match=r"slots: expected.*0 to 4, got"):
+            decode.decode_pages(pages, stored, table, coding, "key", torch.float32)
 
 
 @pytest.mark.usefixtures("unhooked")
@@ -277,21 +252,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="rows: expected"):
         scores_cpu.scores(x[None], rows, stored, book, bits=4)
     pages, page_scales = pages_of(64, 4)
-    with pytest.raises(ShapeError, match="pages: expected"):
-        decode_cpu.decode_pages(
-            pages[:, :, 1:],
-            page_scales,
-            SLOTS,
-            None,
-            None,
-            turns,
-            factor,
-            book,
-            dim=64,
-            bits=4,
-            layout="key",
-            dtype=torch.float32,
-        )
+    arguments = page_scales, SLOTS, coding_of(64, 4), "key", torch.float32
+    with pytest.raises(ShapeError, match="codes: expected"):
+        decode_cpu.decode_pages(pages[:, :, 1:], *arguments)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -16,6 +16,7 @@ from sixfold.kernels.decode import reference as decode_reference
 from sixfold.kernels.encode import Scale
 from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.rotate import reference as rotate_reference
+from sixfold.kernels.types import KeyMap
 from sixfold.packing import BITS, Bits, Layout, decode_scale
 from sixfold.rotation import RotationKind
 from tests.kernels.vector_cases import (
@@ -25,6 +26,7 @@ from tests.kernels.vector_cases import (
     SLOTS,
     assert_same_bits,
     assert_same_codes,
+    coding_of,
     expanded,
     maps_of,
     mixed,
@@ -54,6 +56,13 @@ def quick(cases: list[tuple[Any, ...]], wanted: Callable[..., bool]) -> list[Any
     """Leave all but the wanted ones to the slow tests: every dimension and width appears."""
     slow = pytest.mark.slow
     return [case if wanted(*case) else pytest.param(*case, marks=slow) for case in cases]
+
+
+def moved(group: Any) -> Any:
+    """A tuple of tensors and numbers, or None, on the device."""
+    if group is None:
+        return None
+    return type(group)(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in group))
 
 
 def on_device(*tensors: Any) -> list[Any]:
@@ -195,7 +204,7 @@ PAGES = [
     for dim in (33, 64, 80, 128)
     for bits in BITS
     for layout in ("key", "value")
-    for mapped in [(False, False), (True, True), (True, False), (False, True)]
+    for mapped in (False, True)
 ]
 
 
@@ -204,7 +213,7 @@ PAGES = [
     quick(
         PAGES,
         lambda dim, bits, layout, mapped: (
-            mapped == ((True, True) if layout == "key" else (False, False))
+            mapped == (layout == "key")
             and (dim, bits, layout)
             in {
                 (33, 3.5, "key"),
@@ -217,25 +226,20 @@ PAGES = [
         ),
     ),
 )
-def test_pages(dim: int, bits: Bits, layout: Layout, mapped: tuple[bool, bool]) -> None:
-    maps = [table if use else None for table, use in zip(maps_of(dim), mapped, strict=True)]
-    arrays = (paged_vectors(dim, torch.bfloat16), *maps, *tables(dim, bits))
-    options: dict[str, Any] = {"bits": bits, "layout": layout, "scale": "optimal"}
+def test_pages(dim: int, bits: Bits, layout: Layout, mapped: bool) -> None:
+    x, coding = paged_vectors(dim, torch.bfloat16), coding_of(dim, bits)
+    key_map = KeyMap(*maps_of(dim), torch.tensor([1, 0])) if mapped else None
     expected = pages_of(dim, bits)
     got = on_device(*pages_of(dim, bits))
-    encode_reference.encode_pages(
-        *arrays, pages=expected[0], scales=expected[1], slots=SLOTS, **options
-    )
-    encode_triton.encode_pages(
-        *on_device(*arrays), pages=got[0], scales=got[1], slots=SLOTS.to(DEVICE), **options
-    )
+    encode_reference.encode_pages(x, SLOTS, coding, layout, *expected, key_map)
+    there = moved(coding), layout, *got, moved(key_map)
+    encode_triton.encode_pages(x.to(DEVICE), SLOTS.to(DEVICE), *there)
     assert_same_codes(on_cpu(*got), expected)
 
-    arrays = (*expected, SLOTS, *maps, *tables(dim, bits))
     for dtype in (*DTYPES, torch.float64):
-        options = {"dim": dim, "bits": bits, "layout": layout, "dtype": dtype}
-        decoded = decode_triton.decode_pages(*on_device(*arrays), **options).cpu()
-        reference = decode_reference.decode_pages(*arrays, **options)
+        there = moved(coding), layout, dtype, moved(key_map)
+        decoded = decode_triton.decode_pages(*on_device(*expected, SLOTS), *there).cpu()
+        reference = decode_reference.decode_pages(*expected, SLOTS, coding, layout, dtype, key_map)
         assert decoded.dtype == dtype
         assert torch.equal(decoded.isnan(), reference.isnan())
         if dim != 33:
@@ -247,11 +251,10 @@ def test_pages(dim: int, bits: Bits, layout: Layout, mapped: tuple[bool, bool]) 
 @pytest.mark.parametrize("layout", ["key", "value"])
 @pytest.mark.parametrize(("dim", "bits"), [(33, 3.5), (64, 4), (80, 3)])
 def test_expand_pages(dim: int, bits: Bits, layout: Layout) -> None:
-    book, (pages, stored) = centroids(dim, bits), pages_of(dim, bits)
+    coding, (pages, stored) = coding_of(dim, bits), pages_of(dim, bits)
     pages = torch.randint(0, 256, pages.shape, dtype=torch.uint8)
-    options: dict[str, Any] = {"dim": dim, "bits": bits, "layout": layout}
-    got = decode_triton.expand_pages(*on_device(pages, stored, book), **options).cpu()
-    assert_same_bits(got, decode_reference.expand_pages(pages, stored, book, **options))
+    got = decode_triton.expand_pages(*on_device(pages, stored), moved(coding), layout).cpu()
+    assert_same_bits(got, decode_reference.expand_pages(pages, stored, coding, layout))
 
 
 @pytest.mark.parametrize(
@@ -267,19 +270,11 @@ def test_expand_pages(dim: int, bits: Bits, layout: Layout) -> None:
 def test_pages_of_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
     x = strided(paged_vectors(64, torch.float16))
     expected, got = pages_of(64, 3), on_device(*pages_of(64, 3))
-    options: dict[str, Any] = {"bits": 3, "scale": "unbiased", "layout": "key"}
-    arrays = (None, None, *tables(64, 3))
-    encode_reference.encode_pages(
-        x, *arrays, pages=expected[0], scales=expected[1], slots=SLOTS, **options
-    )
+    coding = coding_of(64, 3, "unbiased")
+    encode_reference.encode_pages(x, SLOTS, coding, "key", *expected)
     slots = SLOTS.to(DEVICE).mT.contiguous().mT
-    encode_triton.encode_pages(
-        *on_device(strided(paged_vectors(64, torch.float16)), *arrays),
-        pages=got[0],
-        scales=got[1],
-        slots=slots,
-        **options,
-    )
+    x = strided(paged_vectors(64, torch.float16)).to(DEVICE)
+    encode_triton.encode_pages(x, slots, moved(coding), "key", *got)
     assert_same_codes(on_cpu(*got), expected)
 
 
@@ -322,25 +317,10 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ShapeError, match="rows: expected"):
         scores_triton.scores(x[None], rows, stored, book, bits=4)
     pages, scales = on_device(*pages_of(64, 4))
-    options: dict[str, Any] = {"bits": 4, "layout": "key"}
-    with pytest.raises(ShapeError, match="pages: expected"):
-        decode_triton.decode_pages(
-            pages[:, :, 4:],
-            scales,
-            SLOTS.to(DEVICE),
-            *(None, None, turns, factor, book),
-            dim=64,
-            dtype=torch.float32,
-            **options,
-        )
+    slots, coding = SLOTS.to(DEVICE), moved(coding_of(64, 4))
+    with pytest.raises(ShapeError, match="codes: expected"):
+        decode_triton.decode_pages(pages[:, :, 4:], scales, slots, coding, "key", torch.float32)
+    x = paged_vectors(64)[:, :, :64].to(DEVICE)
     with pytest.raises(ShapeError, match=r"x: expected \[2, 2, 128, dim\].*got \[2, 2, 64, 64\]"):
-        encode_triton.encode_pages(
-            paged_vectors(64)[:, :, :64].to(DEVICE),
-            *(None, None, turns, factor, book),
-            scale="norm",
-            pages=pages,
-            scales=scales,
-            slots=SLOTS.to(DEVICE),
-            **options,
-        )
+        encode_triton.encode_pages(x, slots, coding, "key", pages, scales)
     assert (pages == 7).all()

@@ -18,11 +18,11 @@ from tests.kernels.triton_variants_vectors import Variant
 
 _PAGE_POINTERS = {
     "query": "*fp32",
-    "key_pages": "*u8",
+    "key_codes": "*u8",
     "key_scales": "*fp16",
-    "value_pages": "*u8",
+    "value_codes": "*u8",
     "value_scales": "*fp16",
-    "table": "*i64",
+    "slots": "*i64",
     "starts": "*i64",
     "lengths": "*i64",
     "first_token": "*i64",
@@ -38,7 +38,15 @@ _PAGE_NUMBERS = {
     "n_pages": "i32",
     "n_rows": "i32",
     "n_queries": "i32",
-    "table_stride": "i32",
+    "origin": "i32",
+    "slots_stride": "i32",
+    "starts_stride": "i32",
+    "lengths_stride": "i32",
+    **{
+        f"{side}_{axis}_stride": "i32"
+        for side in ("key", "key_scale", "value", "value_scale")
+        for axis in ("slot", "head")
+    },
     "first_batch_stride": "i32",
     "first_query_stride": "i32",
     "mask_batch_stride": "i32",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels.decode import reference as decode_reference
-from sixfold.kernels.encode import Scale
+from sixfold.kernels.types import Coding, Scale
 from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation, RotationKind
 from tests.vectors import gaussian, generator, one_hot, spiky
@@ -20,6 +20,10 @@ SCALES: list[Scale] = ["norm", "optimal", "unbiased"]
 def tables(dim: int, bits: Bits, kind: RotationKind = "hadamard") -> tuple[Tensor, Tensor, Tensor]:
     rotation = Rotation(dim, kind, seed=1)
     return rotation.turns(CPU), rotation.factor(CPU), centroids(dim, bits)
+
+
+def coding_of(dim: int, bits: Bits, scale: Scale = "optimal") -> Coding:
+    return Coding(*tables(dim, bits), bits, dim, scale)
 
 
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:

@@ -122,10 +122,10 @@ def test_map_and_codes(dtype: torch.dtype, size: float, where: str) -> None:
     torch.testing.assert_close(ours.mean - moved[:, 0], theirs.mean, rtol=0, atol=tolerance)
     torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-3, atol=0)
     slabs = [layer.history.runs[0] for layer in (beside, plain)]
-    codes = [run.slab.key_codes[run.slots] for run in slabs]
+    codes = [run.slab.pool.key_codes[run.slots] for run in slabs]
     # Where a coordinate lies on an edge the rounding of the mean decides.
     assert float((codes[0] == codes[1]).float().mean()) > 1 - 16 * tolerance
-    assert torch.equal(*(run.slab.value_codes[run.slots] for run in slabs))
+    assert torch.equal(*(run.slab.pool.value_codes[run.slots] for run in slabs))
 
 
 @where

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sixfold.cache.affine import KeyMap, QueryEnergy, estimate_key_map
+from sixfold.cache.affine import QueryEnergy, estimate_key_map
+from sixfold.kernels.types import KeyMap
 
 TOKENS, DIM = 512, 32
 

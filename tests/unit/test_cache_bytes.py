@@ -156,7 +156,7 @@ def test_growth_by_chunks_leaves_no_slab_half_empty(chunk: int, batch: int) -> N
             by_page.append(*piece)
             by_page.compress()
         slabs = {run.slab for run in layer.history.runs}
-        held = sum(slab.key_codes.shape[0] for slab in slabs)
+        held = sum(slab.pool.key_codes.shape[0] for slab in slabs)
         used = sum(run.slots.numel() for run in layer.history.runs)
         assert held - used <= max(used // 16, 4 * batch)
     assert len(layer.history.runs) > 2

@@ -9,7 +9,8 @@ from torch import Tensor
 from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.encode import Side, encode_pages
+from sixfold.kernels.encode import encode_pages
+from sixfold.kernels.types import Coding, Pool
 from tests.layers import (
     Shadow,
     Shape,
@@ -385,9 +386,11 @@ def test_a_failing_encoder_loses_no_token(
     shape = Shape()
     layer, twin = filled(tokens), filled(tokens)
 
-    def failing(keys: Side, values: Side, slots: Tensor) -> None:
+    def failing(
+        keys: Tensor, values: Tensor, slots: Tensor, pool: Pool, coding: Coding, *rest: object
+    ) -> None:
         if side == "value":
-            encode_pages(**keys._asdict(), slots=slots)
+            encode_pages(keys, slots, coding, "key", pool.key_codes, pool.key_scales)
         raise RuntimeError("out of memory")
 
     new = shape.tokens(100, 1)

@@ -42,7 +42,7 @@ def mapping(address: int) -> dict[str, str] | None:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
 def test_large_slabs_ask_for_huge_pages_and_give_them_back() -> None:
     slab = Slab.allocate(512, 8, 4096, 4096, CPU)
-    address = slab.key_codes.data_ptr()
+    address = slab.pool.key_codes.data_ptr()
     assert address % HUGE == 0
     found = mapping(address)
     assert found is not None

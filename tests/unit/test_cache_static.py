@@ -10,13 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sixfold.cache import CachePolicy, CompressedLayer
-from sixfold.cache.affine import KeyMap
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import Slab
 from sixfold.cache.prefix import Prefix
 from sixfold.cache.static import StaticLayer
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.cached_attention import Coding
+from sixfold.kernels.types import Coding, KeyMap, Pool
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -117,9 +116,9 @@ def faked(x: Any) -> Any:
     """The tensors of a layer without their data, as if on a GPU."""
     if isinstance(x, torch.Tensor):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    if isinstance(x, Coding):
-        return Coding(*map(faked, x))
-    if isinstance(x, StaticLayer | Slab | Prefix | KeyMap | DenseTokens):
+    if isinstance(x, Coding | KeyMap | Pool):
+        return type(x)(*map(faked, x))
+    if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens):
         twin = copy.copy(x)
         for name, part in vars(x).items():
             object.__setattr__(twin, name, faked(part))

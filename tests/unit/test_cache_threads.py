@@ -88,8 +88,8 @@ def test_a_copied_history_has_pages_of_its_own(duplicate: object) -> None:
     before = base.dequantized()
     assert callable(duplicate)
     twin = duplicate(base.history)
-    pages = {x.data_ptr() for run in base.history.runs for x in run.slab.tensors}
-    assert not pages & {x.data_ptr() for run in twin.runs for x in run.slab.tensors}
+    pages = {x.data_ptr() for run in base.history.runs for x in run.slab.pool}
+    assert not pages & {x.data_ptr() for run in twin.runs for x in run.slab.pool}
     base.history = twin
     assert all(map(torch.equal, base.dequantized(), before))
     grow(base, SHAPE.tokens(128, seed=1))

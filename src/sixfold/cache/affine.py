@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
+from sixfold.kernels.types import KeyMap
+
 # Channels whose scale lies within a factor of sqrt(2) of their head's median stay as they are: what
 # repairs outlier channels must cost nothing where there are none (measured in docs/key_map.md).
 DEAD_ZONE = math.log(2) / 2
@@ -29,18 +31,6 @@ REPEAT_TOLERANCE = 0.05
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyMap:
-    """Mean and channel scale of the keys of every (sequence, KV head)."""
-
-    mean: Float32[Tensor, "batch kv_heads dim"]
-    scale: Float32[Tensor, "batch kv_heads dim"]
-
-    def select(self, rows: Tensor) -> Self:
-        """The maps of other sequences of the batch."""
-        return type(self)(self.mean[rows], self.scale[rows])
 
 
 @dataclasses.dataclass(frozen=True)

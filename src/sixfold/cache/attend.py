@@ -7,7 +7,7 @@ from torch import Tensor
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.prefix import Prefix
-from sixfold.kernels.cached_attention import Pages, Tokens
+from sixfold.kernels.types import Pages, Tokens
 
 Mask = Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
 
@@ -40,7 +40,7 @@ def coded_parts(history: PagedHistory) -> list[Pages]:
     """Every run of pages."""
     parts, first = [], 0
     for run in history.runs:
-        parts.append(Pages(*run.slab.tensors, run.slots, run.starts, run.lengths, first, run.memo))
+        parts.append(run.pages(first))
         first += run.tokens
     return parts
 

@@ -179,9 +179,8 @@ class CompressedLayer:
                 coded_parts(self.history),
                 self.key_coder.coding(device),
                 self.value_coder.coding(device),
-                mean=self.prefix.key_map.mean,
-                channel_scale=self.prefix.key_map.scale,
-                position=self.held - query.shape[2],
+                self.prefix.key_map,
+                position=torch.full_like(self.padding, self.held - query.shape[2]),
                 start=self.prefix.end,
                 scaling=scaling,
                 mask=mask,
@@ -210,9 +209,9 @@ class CompressedLayer:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         if self.prefix is None:
             return self.window.keys, self.window.values
-        key_map, dtype = self.prefix.key_map, self.window.keys.dtype
+        dtype = self.window.keys.dtype
         runs = self.history.runs
-        keys = [self.key_coder.read(run, dtype, key_map.mean, key_map.scale) for run in runs]
+        keys = [self.key_coder.read(run, dtype, self.prefix.key_map) for run in runs]
         values = [self.value_coder.read(run, dtype) for run in runs]
         all_keys = torch.cat([*keys, self.window.keys], 2)
         all_values = torch.cat([*values, self.window.values], 2)
@@ -248,10 +247,15 @@ class CompressedLayer:
         self.window, self.prefix, self.query_energy = rest.unmasked(), prefix, None
 
     def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
+        device = run.slots.device
         store_pages(
-            self.key_coder.side(run.slab, chunk.keys, prefix.key_map.mean, prefix.key_map.scale),
-            self.value_coder.side(run.slab, chunk.values),
+            chunk.keys,
+            chunk.values,
             run.slots,
+            run.slab.pool,
+            self.key_coder.coding(device),
+            self.value_coder.coding(device),
+            prefix.key_map,
         )
 
     def crop(self, count: int) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float16, Int, Int64, UInt8
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 from sixfold.cache.memory import empty
 from sixfold.cache.slots import Lease, Slots
+from sixfold.kernels.types import Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 
 MIN_SLAB_PAGES = 4
@@ -22,17 +23,11 @@ class Slab:
     """A fixed piece of storage for pages of keys and values, shared by every cache that uses it.
 
     Attributes:
-        key_codes: Key pages, one a slot (docs/format.md).
-        key_scales: Their scales.
-        value_codes: Value pages.
-        value_scales: Their scales.
+        pool: The memory.
         slots: Who uses which, forks of the cache included.
     """
 
-    key_codes: UInt8[Tensor, "slots kv_heads key_bytes"]
-    key_scales: Float16[Tensor, "slots kv_heads page"]
-    value_codes: UInt8[Tensor, "slots kv_heads value_bytes"]
-    value_scales: Float16[Tensor, "slots kv_heads page"]
+    pool: Pool
     slots: Slots
 
     @classmethod
@@ -49,24 +44,21 @@ class Slab:
 
         # Memory from inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            return cls(codes(key_bytes), scales(), codes(value_bytes), scales(), Slots(slots))
+            pool = Pool(codes(key_bytes), scales(), codes(value_bytes), scales())
+            return cls(pool, Slots(slots))
 
     @classmethod
     def full(cls, tensors: Sequence[Tensor]) -> Self:
-        """A slab with every slot in use, of tensors in the order of `tensors`."""
-        key_codes, key_scales, value_codes, value_scales = tensors
-        slots = Slots(len(key_codes), used=len(key_codes))
-        return cls(key_codes, key_scales, value_codes, value_scales, slots)
+        """A slab with every slot in use, of the tensors of a pool."""
+        pool = Pool(*tensors)
+        count = len(pool.key_codes)
+        return cls(pool, Slots(count, used=count))
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
         """KV heads, and bytes of one head's key codes and value codes of a page."""
-        return self.key_codes.shape[1], self.key_codes.shape[2], self.value_codes.shape[2]
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Key codes, key scales, value codes, value scales."""
-        return self.key_codes, self.key_scales, self.value_codes, self.value_scales
+        keys, _, values, _ = self.pool
+        return keys.shape[1], keys.shape[2], values.shape[2]
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,7 +71,7 @@ class Run:
         lengths: Valid tokens of each page.
         tokens: Their sum.
         starts: Each page's first token, counted from the run's first.
-        memo: See `sixfold.kernels.cached_attention.Pages`.
+        memo: See `sixfold.kernels.types.Pages`.
     """
 
     slab: Slab
@@ -107,10 +99,15 @@ class Run:
         """Where in the slab each sequence's pages are."""
         return self.lease.slots
 
+    def pages(self, first: int) -> Pages:
+        """What kernels take, the first page's first token having position `first`."""
+        starts, lengths = self.starts[None], self.lengths[None]
+        return Pages(self.slab.pool, self.slots, starts, lengths, first, self.memo)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with pages of its own: another process sees no later claim of ours."""
         own = _gathered(self, None)
-        return _copied, (own.slab.tensors, own.slots, own.lengths)
+        return _copied, (own.slab.pool, own.slots, own.lengths)
 
     def rows(self, slots: Int64[Tensor, "batch pages"]) -> "Run":
         """The same pages for other sequences."""
@@ -224,7 +221,7 @@ class PagedHistory:
     def tensors(self) -> list[Tensor]:
         """Every tensor held, unused slots of slabs included."""
         tables = [x for run in self.runs for x in (run.slots, run.lengths, run.starts)]
-        return tables + [x for run in self.runs for x in run.slab.tensors]
+        return tables + [x for run in self.runs for x in run.slab.pool]
 
     def to(self, device: torch.device) -> None:
         """Move every page that is referred to."""
@@ -252,9 +249,9 @@ def _gathered(run: Run, device: torch.device | None) -> Run:
     used, slots = run.slots.unique(return_inverse=True)
     target = device or used.device
     slab = Slab.allocate(len(used), *run.slab.page_shape, target)
-    for new, old in zip(slab.tensors, run.slab.tensors, strict=True):
+    for new, old in zip(slab.pool, run.slab.pool, strict=True):
         new.copy_(old[used])
-    return Run.of(Slab.full(slab.tensors), slots.to(target), run.lengths.to(target))
+    return Run.of(Slab.full(slab.pool), slots.to(target), run.lengths.to(target))
 
 
 def _copied(

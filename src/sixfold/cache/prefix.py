@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sixfold.cache.affine import KeyMap, QueryEnergy, estimate_key_map
+from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.policy import CachePolicy
+from sixfold.kernels.types import KeyMap
 
 
 @dataclasses.dataclass(frozen=True)

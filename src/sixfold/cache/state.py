@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sixfold.cache.affine import KeyMap, QueryEnergy
+from sixfold.cache.affine import QueryEnergy
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.layer import CompressedLayer
@@ -17,6 +17,7 @@ from sixfold.cache.validate import check_values
 from sixfold.errors import FormatError
 from sixfold.io import DTYPE_NAMES, TensorSpec
 from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
 
 # Far beyond any real count, and no sum of a few of them overflows.
@@ -41,7 +42,7 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
         tensors |= _prefix_tensors(layer.prefix)
     runs = layer.history.runs
     for index, name in enumerate(_PAGE_TENSORS):
-        parts = [run.slab.tensors[index][run.slots] for run in runs]
+        parts = [run.slab.pool[index][run.slots] for run in runs]
         if parts:
             tensors[name] = torch.cat(parts, 1)
     batch, kv_heads, tokens, key_dim = window.keys.shape

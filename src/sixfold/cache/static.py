@@ -14,8 +14,9 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels.cached_attention import Pages, Tokens, cached_attention
+from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.encode import store_pages
+from sixfold.kernels.types import Pages, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 # Sequences are never so long: a mistake that would be noticed by the memory it takes.
@@ -92,8 +93,8 @@ class StaticLayer:
             history.value_bytes,
             device,
         )
-        for index, target in enumerate(self.slab.tensors):
-            parts = [run.slab.tensors[index][run.slots] for run in history.runs]
+        for index, target in enumerate(self.slab.pool):
+            parts = [run.slab.pool[index][run.slots] for run in history.runs]
             target[: held * batch] = torch.cat(parts, 1).transpose(0, 1).flatten(0, 1)
             # Scales of no token yet: kernels may read them, and garbage could be NaN.
             target[held * batch :] = 0
@@ -174,13 +175,11 @@ class StaticLayer:
         out = cached_attention(
             query,
             [sinks, window] if prefix.sinks.tokens else [window],
-            [Pages(*self.slab.tensors, self.table, self.starts, self.lengths, 0, {})],
+            [Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0, {})],
             self.key_coding,
             self.value_coding,
-            mean=prefix.key_map.mean,
-            channel_scale=prefix.key_map.scale,
-            # Where it really is only the device knows; no token held is later.
-            position=self.max_tokens,
+            prefix.key_map,
+            position=end.expand(batch) - 1,
             start=first,
             scaling=scaling,
             softcap=softcap,
@@ -195,13 +194,15 @@ class StaticLayer:
         page = self.pages.clamp(max=max(self.table.shape[1] - 1, 0))
         own = self.table.index_select(1, page) if self.table.shape[1] else self.spare
         slots = torch.where(full, own, self.spare)
-        key_map = self.prefix.key_map
         oldest = self.window.slice(0, PAGE_TOKENS)
-        maps = key_map.mean, key_map.scale
         store_pages(
-            self.key_coder.side(self.slab, oldest.keys, *maps, coding=self.key_coding),
-            self.value_coder.side(self.slab, oldest.values, coding=self.value_coding),
+            oldest.keys,
+            oldest.values,
             slots,
+            self.slab.pool,
+            self.key_coding,
+            self.value_coding,
+            self.prefix.key_map,
         )
         for window in (self.window_keys, self.window_values):
             moved = torch.roll(window, -PAGE_TOKENS, 2)
@@ -236,7 +237,7 @@ class StaticLayer:
 
     def _own(self) -> list[Tensor]:
         own = [self.window_keys, self.window_values, self.table, self.spare, self.starts]
-        return [*own, self.lengths, self.pages, self.coded, self.recent, *self.slab.tensors]
+        return [*own, self.lengths, self.pages, self.coded, self.recent, *self.slab.pool]
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:

@@ -57,13 +57,24 @@ def masked(x, pointers, visible, never, ADDITIVE: tl.constexpr):
 
 
 @triton.jit
+def pages_used(lengths, n_pages):
+    """Pages up to the last that has a token: the others need not even be looked at."""
+    used = 0
+    for block in range(0, n_pages, 1024):
+        page = block + tl.arange(0, 1024)
+        length = tl.load(lengths + page, mask=page < n_pages, other=0)
+        used = tl.maximum(used, tl.max(tl.where(length > 0, page + 1, 0), 0))
+    return used
+
+
+@triton.jit
 def attend_pages(
     query,
-    key_pages,
+    key_codes,
     key_scales,
-    value_pages,
+    value_codes,
     value_scales,
-    table,
+    slots,
     starts,
     lengths,
     first_token,
@@ -77,7 +88,18 @@ def attend_pages(
     n_pages,
     n_rows,
     n_queries,
-    table_stride,
+    origin,
+    slots_stride,
+    starts_stride,
+    lengths_stride,
+    key_slot_stride,
+    key_head_stride,
+    key_scale_slot_stride,
+    key_scale_head_stride,
+    value_slot_stride,
+    value_head_stride,
+    value_scale_slot_stride,
+    value_scale_head_stride,
     first_batch_stride,
     first_query_stride,
     mask_batch_stride,
@@ -88,8 +110,6 @@ def attend_pages(
     softcap,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
     KEY_SYMBOL_BITS: tl.constexpr,
     VALUE_SYMBOL_BITS: tl.constexpr,
     KEY_PAIRED: tl.constexpr,
@@ -164,23 +184,29 @@ def attend_pages(
     for _ in tl.static_range(VALUE_PARTS):
         sums = sums + (tl.zeros([BLOCK_VALUE, BLOCK_ROWS], tl.float32),)
 
+    slots += batch * slots_stride
+    starts += batch * starts_stride
+    lengths += batch * lengths_stride
+    n_pages = pages_used(lengths, n_pages)
     # Pages hold at most 64 tokens: no token before `first` is in the pages from here on.
-    hidden_pages = (tl.min(first) - tl.load(starts)) // 64
+    hidden_pages = (tl.min(first) - tl.load(starts) - origin) // 64
     hidden_pages = tl.minimum(tl.maximum(hidden_pages, 0), n_pages).to(tl.int32)
     each = tl.cdiv(n_pages - hidden_pages, splits)
     page_start = hidden_pages + split * each
     for page in range(page_start, tl.minimum(page_start + each, n_pages)):
-        slot = tl.load(table + batch * table_stride + page).to(tl.int64) * kv_heads + kv_head
-        start, length = tl.load(starts + page).to(tl.int64), tl.load(lengths + page)
+        slot = tl.load(slots + page).to(tl.int64)
+        start, length = tl.load(starts + page).to(tl.int64) + origin, tl.load(lengths + page)
         valid = token < length
-        key_scale = tl.load(key_scales + slot * 64 + token, mask=valid, other=0.0)
-        value_scale = tl.load(value_scales + slot * 64 + token, mask=valid, other=0.0)
+        scales = slot * key_scale_slot_stride + kv_head * key_scale_head_stride
+        key_scale = tl.load(key_scales + scales + token, mask=valid, other=0.0)
+        scales = slot * value_scale_slot_stride + kv_head * value_scale_head_stride
+        value_scale = tl.load(value_scales + scales + token, mask=valid, other=0.0)
 
         logits = tl.zeros([64, BLOCK_ROWS], tl.float32)
         for block_number in tl.static_range(KEY_BLOCKS):
             columns = block_number * BLOCK_KEY + key_column
             keys = level_tiles(
-                key_pages + slot * KEY_BYTES,
+                key_codes + slot * key_slot_stride + kv_head * key_head_stride,
                 key_book,
                 key_tables,
                 token[:, None],
@@ -228,7 +254,7 @@ def attend_pages(
         weight_unit = new_unit
         weights = (weights * inverse[None, :]).to(tl.float16)
         values = level_tiles(
-            value_pages + slot * VALUE_BYTES,
+            value_codes + slot * value_slot_stride + kv_head * value_head_stride,
             value_book,
             value_tables,
             token[None, :],

@@ -8,6 +8,8 @@ import triton
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._tables import check_table
+from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, is_paired, row_bytes, symbol_bits
 
 # Codes have the same bits everywhere: no product is fused into a sum.
@@ -89,9 +91,14 @@ def shrink(rotation: dict[str, int]) -> float:
     return math.pow(rotation["DIM"], -rotation["ROUNDS"] / 2)
 
 
-def channel_maps(*maps: Tensor | None) -> list[Tensor | None]:
-    """Means or scales of channels as kernels read them."""
-    return [None if x is None else x.detach().float().contiguous() for x in maps]
+def channel_maps(key_map: KeyMap | None) -> tuple[Tensor | None, Tensor | None]:
+    """Means and scales of channels, for every sequence, as kernels read them."""
+    if key_map is None:
+        return None, None
+    if key_map.map_index is not None:
+        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
+    mean, scale, _ = key_map.of_sequences()
+    return mean.detach().float().contiguous(), scale.detach().float().contiguous()
 
 
 def check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:
@@ -118,10 +125,13 @@ def check_pages(pages: Tensor, scales: Tensor, constants: dict[str, Any]) -> Non
     dim, symbol = constants["DIM"], constants["SYMBOL"]
     count = (dim + 1) // 2 if constants["PAIRED"] else dim
     shape = (*scales.shape[:2], PAGE_TOKENS * row_bytes(count, symbol))
-    if pages.shape != shape or pages.stride(-1) != 1 or scales.stride(-1) != 1:
+    strides = (*pages.stride()[:2], pages.storage_offset())
+    aligned = not any(bytes_apart % 4 for bytes_apart in strides)
+    if pages.shape != shape or pages.stride(-1) != 1 or scales.stride(-1) != 1 or not aligned:
         raise ShapeError(
-            f"pages: expected {list(shape)} and scales, both contiguous in their last axis, got "
-            f"{list(pages.shape)}, strides {list(pages.stride())} and {list(scales.stride())}"
+            f"codes: expected {list(shape)} and scales, both contiguous in their last axis, pages "
+            f"multiples of 4 bytes apart, got {list(pages.shape)}, strides "
+            f"{list(pages.stride())} and {list(scales.stride())}"
         )
 
 

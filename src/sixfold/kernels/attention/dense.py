@@ -17,7 +17,7 @@ def dense_attention(
     keys: Float[Tensor, "batch kv_heads tokens key_dim"],
     values: Float[Tensor, "batch kv_heads tokens value_dim"],
     positions: Int[Tensor, "#batch tokens"],
-    query_positions: Int[Tensor, " queries"],
+    query_positions: Int[Tensor, "#batch queries"],
     *,
     scaling: float,
     mask: Bool[Tensor, "#batch #heads queries kv"]
@@ -54,7 +54,7 @@ def dense_attention(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if mask is None:
-            hide = _hidden(positions, query_positions[rows], sliding_window)
+            hide = _hidden(positions, query_positions[:, rows], sliding_window)
             logits = logits.masked_fill_(hide.unsqueeze(1), -torch.inf)
         else:
             logits = apply_mask(logits, mask[:, :, rows], positions)
@@ -111,7 +111,7 @@ def exact_attention(
         keys,
         values,
         positions.unsqueeze(0),
-        positions[n_tokens - n_queries :],
+        positions[n_tokens - n_queries :].unsqueeze(0),
         scaling=scaling,
         mask=mask,
         sliding_window=sliding_window,
@@ -168,9 +168,9 @@ def _grouped(
 
 def _hidden(
     positions: Int[Tensor, "#batch tokens"],
-    query_positions: Int[Tensor, " queries"],
+    query_positions: Int[Tensor, "#batch queries"],
     sliding_window: int | None,
 ) -> Bool[Tensor, "#batch queries tokens"]:
-    tokens, queries = positions[:, None, :], query_positions[None, :, None]
+    tokens, queries = positions[:, None, :], query_positions[:, :, None]
     hidden = (tokens < 0) | (tokens > queries)
     return hidden if sliding_window is None else hidden | (tokens <= queries - sliding_window)

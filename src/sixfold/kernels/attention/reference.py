@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
+from sixfold.kernels._tables import check_pages
 from sixfold.kernels.attention.dense import apply_mask
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.decode import expand_pages
-from sixfold.packing import PAGE_TOKENS, Bits, Layout
+from sixfold.kernels.types import Coding, Pages
+from sixfold.packing import PAGE_TOKENS, Layout
 
 TILE_VALUES = 1 << 19  # coordinates expanded at once: what bounds the memory of a decode step
 QUERIES_PER_BLOCK = 512
@@ -26,20 +28,11 @@ class _Running(NamedTuple):
 
 def page_attention(
     query: Float32[Tensor, "batch heads queries key_dim"],
-    key_pages: UInt8[Tensor, "slots kv_heads key_bytes"],
-    key_scales: Float16[Tensor, "slots kv_heads page"],
-    value_pages: UInt8[Tensor, "slots kv_heads value_bytes"],
-    value_scales: Float16[Tensor, "slots kv_heads page"],
-    block_table: Int[Tensor, "batch pages"],
-    page_starts: Int[Tensor, " pages"],
-    page_lengths: Int[Tensor, " pages"],
+    pages: Pages,
+    keys: Coding,
+    values: Coding,
     first_token: Int[Tensor, "batch queries"],
-    key_centroids: Float32[Tensor, "..."],
-    value_centroids: Float32[Tensor, "..."],
     *,
-    key_bits: Bits,
-    value_bits: Bits,
-    value_dim: int,
     logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
     mask: Bool[Tensor, "#batch #heads queries kv"]
     | Float[Tensor, "#batch #heads queries kv"]
@@ -47,31 +40,32 @@ def page_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `sixfold.kernels.attention.page_attention`."""
-    batch, heads, n_queries, key_dim = query.shape
-    kv_heads = key_pages.shape[1]
-    tiles = list(_tiles(block_table.shape[1], batch * kv_heads * max(key_dim, value_dim)))
+    batch, heads, n_queries, _ = query.shape
+    pool, kv_heads = pages.pool, pages.pool.key_codes.shape[1]
+    widest = max(keys.dim, values.dim)
+    tiles = list(_tiles(pages.slots.shape[1], batch * kv_heads * widest))
+    check_pages(pages)
     parts = []
     for start in range(0, n_queries, QUERIES_PER_BLOCK):
         rows = slice(start, start + QUERIES_PER_BLOCK)
-        grouped = query[:, :, rows].reshape(batch, kv_heads, -1, key_dim)
-        state = _empty(grouped, value_dim)
+        grouped = query[:, :, rows].reshape(batch, kv_heads, -1, keys.dim)
+        state = _empty(grouped, values.dim)
         for tile in tiles:
-            slots = block_table[:, tile]
-            keys = _tokens(key_pages, key_scales, slots, key_centroids, key_dim, key_bits, "key")
-            logits = (grouped @ keys.mT).view(batch, heads, -1, keys.shape[2])
+            positions = _positions(pages, tile)
+            where = pages.slots[:, tile], positions
+            dense = _tokens(pool.key_codes, pool.key_scales, *where, keys, "key")
+            logits = (grouped @ dense.mT).view(batch, heads, -1, dense.shape[2])
             if logit_offset is not None:
                 logits = logits + logit_offset[:, :, rows, None]
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            positions = _positions(page_starts[tile], page_lengths[tile])
-            hidden = positions < first_token[:, rows, None]
+            hidden = positions[:, None] < first_token[:, rows, None]
             logits = logits.masked_fill(hidden.unsqueeze(1), -torch.inf)
             if mask is not None:
-                logits = apply_mask(logits, mask[:, :, rows], positions.unsqueeze(0))
-            values = _tokens(
-                value_pages, value_scales, slots, value_centroids, value_dim, value_bits, "value"
-            )
-            state = _update(state, logits.view(batch, kv_heads, -1, keys.shape[2]), values)
+                logits = apply_mask(logits, mask[:, :, rows], positions)
+            logits = logits.view(batch, kv_heads, -1, dense.shape[2])
+            dense = _tokens(pool.value_codes, pool.value_scales, *where, values, "value")
+            state = _update(state, logits, dense)
         parts.append(_finish(state, heads))
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
@@ -82,27 +76,24 @@ def _tiles(n_pages: int, values_per_token: int) -> Iterator[slice]:
 
 
 def _tokens(
-    pages: UInt8[Tensor, "slots kv_heads bytes"],
+    codes: UInt8[Tensor, "slots kv_heads bytes"],
     scales: Float16[Tensor, "slots kv_heads page"],
     slots: Int[Tensor, "batch tile"],
-    centroids: Float32[Tensor, "..."],
-    dim: int,
-    bits: Bits,
+    positions: Int[Tensor, "#batch tokens"],
+    coding: Coding,
     layout: Layout,
 ) -> Float32[Tensor, "batch kv_heads tokens dim"]:
-    expanded = expand_pages(
-        pages[slots], scales[slots], centroids, dim=dim, bits=bits, layout=layout
-    )
+    """Vectors of a tile's tokens; zeros in the unused rest of a page, which may hold anything."""
+    unused = (positions < 0).unflatten(1, (-1, 1, PAGE_TOKENS))
+    expanded = expand_pages(codes[slots], scales[slots].masked_fill(unused, 0), coding, layout)
     return expanded.transpose(1, 2).flatten(2, 3)
 
 
-def _positions(
-    starts: Int[Tensor, " tile"], lengths: Int[Tensor, " tile"]
-) -> Int[Tensor, " tokens"]:
+def _positions(pages: Pages, tile: slice) -> Int[Tensor, "#batch tokens"]:
     """Positions of a tile's tokens; -1 for the unused rest of a page."""
+    starts, lengths = pages.starts[:, tile, None] + pages.first, pages.lengths[:, tile, None]
     offsets = torch.arange(PAGE_TOKENS, device=starts.device)
-    positions = starts[:, None] + offsets
-    return positions.masked_fill(offsets >= lengths[:, None], -1).flatten()
+    return torch.where(offsets < lengths, starts + offsets, -1).flatten(1)
 
 
 def _empty(grouped: Float32[Tensor, "batch kv_heads rows key_dim"], value_dim: int) -> _Running:

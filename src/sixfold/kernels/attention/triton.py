@@ -6,23 +6,23 @@ from typing import Any
 
 import torch
 import triton
-from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._groups import check_heads, mask_strides, page_sizes
+from sixfold.kernels._tables import check_pages
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels.attention import reference
-from sixfold.kernels.attention.arguments import check_heads, mask_strides, page_sizes
 from sixfold.kernels.attention.merge import Partial
+from sixfold.kernels.types import Coding, Pages
 from sixfold.packing import (
-    PAGE_TOKENS,
     Bits,
     is_paired,
     n_symbols,
     plane_bytes,
     planes,
-    row_bytes,
     symbol_bits,
 )
 
@@ -37,20 +37,11 @@ INTERPRETED_PROGRAMS = 2
 
 def page_attention(
     query: Float32[Tensor, "batch heads queries key_dim"],
-    key_pages: UInt8[Tensor, "slots kv_heads key_bytes"],
-    key_scales: Float16[Tensor, "slots kv_heads page"],
-    value_pages: UInt8[Tensor, "slots kv_heads value_bytes"],
-    value_scales: Float16[Tensor, "slots kv_heads page"],
-    block_table: Int[Tensor, "batch pages"],
-    page_starts: Int[Tensor, " pages"],
-    page_lengths: Int[Tensor, " pages"],
+    pages: Pages,
+    keys: Coding,
+    values: Coding,
     first_token: Int[Tensor, "batch queries"],
-    key_centroids: Float32[Tensor, "..."],
-    value_centroids: Float32[Tensor, "..."],
     *,
-    key_bits: Bits,
-    value_bits: Bits,
-    value_dim: int,
     logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
     mask: Bool[Tensor, "#batch #heads queries kv"]
     | Float[Tensor, "#batch #heads queries kv"]
@@ -58,37 +49,38 @@ def page_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `sixfold.kernels.attention.page_attention`."""
-    arguments = (
-        query,
-        key_pages,
-        key_scales,
-        value_pages,
-        value_scales,
-        block_table,
-        page_starts,
-        page_lengths,
-        first_token,
-        key_centroids,
-        value_centroids,
-    )
     if query.requires_grad and torch.is_grad_enabled():
         return reference.page_attention(
-            *arguments,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            value_dim=value_dim,
+            query,
+            pages,
+            keys,
+            values,
+            first_token,
             logit_offset=logit_offset,
             mask=mask,
             softcap=softcap,
         )
+    check_pages(pages)
     out, lse = _page_attention(
-        *arguments, float(key_bits), float(value_bits), value_dim, logit_offset, mask, softcap
+        query,
+        *pages.pool,
+        *pages[1:4],
+        first_token,
+        keys.centroids,
+        values.centroids,
+        pages.first,
+        float(keys.bits),
+        float(values.bits),
+        values.dim,
+        logit_offset,
+        mask,
+        softcap,
     )
     return Partial(out, lse)
 
 
 def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    value_dim = arguments[12]
+    value_dim = arguments[13]
     batch, heads, queries, _ = query.shape
     return (
         query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
@@ -97,25 +89,26 @@ def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 
 
 @operator(
-    "page_attention(Tensor query, Tensor key_pages, Tensor key_scales, Tensor value_pages, "
-    "Tensor value_scales, Tensor block_table, Tensor page_starts, Tensor page_lengths, "
-    "Tensor first_token, Tensor key_centroids, Tensor value_centroids, float key_bits, "
+    "page_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, "
+    "Tensor value_scales, Tensor slots, Tensor starts, Tensor lengths, Tensor first_token, "
+    "Tensor key_centroids, Tensor value_centroids, SymInt origin, float key_bits, "
     "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
     "-> (Tensor, Tensor)",
     _page_attention_shapes,
 )
 def _page_attention(
     query: Tensor,
-    key_pages: Tensor,
+    key_codes: Tensor,
     key_scales: Tensor,
-    value_pages: Tensor,
+    value_codes: Tensor,
     value_scales: Tensor,
-    block_table: Tensor,
-    page_starts: Tensor,
-    page_lengths: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
     first_token: Tensor,
     key_centroids: Tensor,
     value_centroids: Tensor,
+    origin: int,
     key_bits: float,
     value_bits: float,
     value_dim: int,
@@ -124,10 +117,10 @@ def _page_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, key_dim = query.shape
-    kv_heads, pages = key_pages.shape[1], block_table.shape[1]
+    kv_heads, pages = key_codes.shape[1], slots.shape[1]
     check_heads(heads, kv_heads)
-    _check("key", key_pages, key_centroids, key_dim, key_bits)
-    _check("value", value_pages, value_centroids, value_dim, value_bits)
+    _check("key", key_codes, key_scales, key_centroids, key_dim, key_bits)
+    _check("value", value_codes, value_scales, value_centroids, value_dim, value_bits)
     rows = heads // kv_heads * queries
     block_rows = min(max_rows(key_bits, value_bits), max(MIN_ROWS, triton.next_power_of_2(rows)))
     constants = page_constants(key_dim, value_dim, key_bits, value_bits)
@@ -141,15 +134,15 @@ def _page_attention(
     if not pages:
         return out[0].zero_(), lse[0].fill_(-math.inf)
     readable, strides, columns, never = _mask_arguments(mask, batch, heads, queries)
+    tables = [x if x.stride(1) == 1 else x.contiguous() for x in (slots, starts, lengths)]
+    pool = key_codes, key_scales, value_codes, value_scales
     attend_pages[(splits, blocks, batch * kv_heads)](
         query.contiguous(),
-        key_pages.contiguous(),
-        key_scales.contiguous(),
-        value_pages.contiguous(),
-        value_scales.contiguous(),
-        block_table if block_table.stride(1) == 1 else block_table.contiguous(),
-        page_starts.contiguous(),
-        page_lengths.contiguous(),
+        key_codes,
+        key_scales,
+        value_codes,
+        value_scales,
+        *tables,
         first_token,
         key_centroids.contiguous(),
         value_centroids.contiguous(),
@@ -161,7 +154,9 @@ def _page_attention(
         pages,
         rows,
         queries,
-        block_table.stride(0) if block_table.stride(1) == 1 else pages,
+        origin,
+        *[x.stride(0) if len(x) > 1 else 0 for x in tables],
+        *[stride for x in pool for stride in x.stride()[:2]],
         *first_token.stride(),
         *strides,
         columns,
@@ -205,7 +200,6 @@ def page_constants(
         block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
         constants |= {
             f"{name}_DIM": dim,
-            f"{name}_BYTES": PAGE_TOKENS * row_bytes(count, symbol_bits(bits)),
             f"{name}_SYMBOL_BITS": symbol_bits(bits),
             f"{name}_PAIRED": paired,
             f"BLOCK_{name}": block,
@@ -249,12 +243,13 @@ def _splits(device: torch.device, programs: int, pages: int) -> int:
     return max(1, min(wanted, pages // 2))
 
 
-def _check(name: str, pages: Tensor, book: Tensor, dim: int, bits: float) -> None:
+def _check(name: str, codes: Tensor, scales: Tensor, book: Tensor, dim: int, bits: float) -> None:
     _, _, size, levels = page_sizes(dim, bits)
-    if pages.shape[2] != size:
+    if codes.shape[2] != size or codes.stride(2) != 1 or scales.stride(2) != 1:
         raise ShapeError(
-            f"{name}_pages: expected pages of {size} bytes at dim {dim} and {bits:g} bits, got "
-            f"{pages.shape[2]}"
+            f"pages.pool.{name}_codes: expected pages of {size} bytes at dim {dim} and {bits:g} "
+            f"bits, and scales, contiguous in their last axis, got {list(codes.shape)}, strides "
+            f"{list(codes.stride())} and {list(scales.stride())}"
         )
     if tuple(book.shape) != levels:
         raise ShapeError(

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._border import checked_scaling, checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
+from sixfold.kernels._groups import check_heads
 from sixfold.kernels._signature import operation
-from sixfold.kernels.attention.arguments import check_heads
-from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 
-__all__ = ["Coding", "Pages", "Tokens", "cached_attention"]
+__all__ = ["cached_attention"]
 
 
 @operation
@@ -21,10 +21,9 @@ def cached_attention(
     pages: Sequence[Pages],
     keys: Coding,
     values: Coding,
+    key_map: KeyMap,
     *,
-    mean: Float32[Tensor, "batch kv_heads key_dim"],
-    channel_scale: Float32[Tensor, "batch kv_heads key_dim"],
-    position: int,
+    position: Int64[Tensor, " batch"],
     start: Int64[Tensor, " batch"],
     scaling: float,
     mask: Bool[Tensor, "#batch #heads queries kv"]
@@ -36,7 +35,8 @@ def cached_attention(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Softmax attention of consecutive queries over a layer's tokens, compressed and not.
 
-    Compressed keys k are held as k' = (k - mean)·channel_scale, coded in a rotated domain: the
+    Sequences may differ in all that is held of them. Compressed keys k are held as
+    k' = (k - mean)·scale, coded in a rotated domain: the
     query is mapped, scaled and rotated once, the values' part of the output rotated back once, and
     no key or value is decoded. All parts are merged exactly by log-sum-exp.
 
@@ -46,9 +46,8 @@ def cached_attention(
         pages: Compressed parts; every token in them comes before every query.
         keys: How the keys in `pages` were coded.
         values: How the values in `pages` were coded.
-        mean: Of the keys in `pages` (docs/key_map.md).
-        channel_scale: Of the keys in `pages`.
-        position: Position of the first query; the others follow.
+        key_map: Of the keys in `pages` (docs/key_map.md).
+        position: Position of each sequence's first query; the others follow.
         start: Tokens of `pages` at earlier positions are hidden.
         scaling: Factor of the logits.
         mask: True, or 0 and -inf added, where a token is attended; columns are positions. Without
@@ -63,15 +62,14 @@ def cached_attention(
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
     """
-    check_heads(query.shape[1], mean.shape[1])
+    check_heads(query.shape[1], key_map.mean.shape[1])
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
         plain(query),
         [Tokens(plain(x.keys), plain(x.values), *x[2:]) for x in tokens],
         pages,
         keys,
         values,
-        mean=mean,
-        channel_scale=channel_scale,
+        key_map,
         position=position,
         start=start,
         scaling=checked_scaling(scaling),

@@ -2,25 +2,30 @@
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from sixfold.kernels._groups import (
+    DTYPES,
+    PagesGroup,
+    code_group,
+    contiguous_pages,
+    map_group,
+    mask_group,
+    pages_group,
+    rotation_group,
+    tokens_group,
+)
 from sixfold.kernels._native import address, compiled
-from sixfold.kernels.attention.arguments import page_sizes
-from sixfold.kernels.attention.cpu import mask_arguments
 from sixfold.kernels.cached_attention import reference
-from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
-from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
-from sixfold.packing import PAGE_TOKENS
+from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 
 _cpu = compiled()
 
 # Long chunks are matrix products: the matrix library's for what is not compressed.
 MAX_QUERIES = 16
-_TENSORS = Pages._fields.index("first")
 
 
 def cached_attention(
@@ -29,10 +34,9 @@ def cached_attention(
     pages: Sequence[Pages],
     keys: Coding,
     values: Coding,
+    key_map: KeyMap,
     *,
-    mean: Float32[Tensor, "batch kv_heads key_dim"],
-    channel_scale: Float32[Tensor, "batch kv_heads key_dim"],
-    position: int,
+    position: Int64[Tensor, " batch"],
     start: Int64[Tensor, " batch"],
     scaling: float,
     mask: Bool[Tensor, "#batch #heads queries kv"]
@@ -57,8 +61,7 @@ def cached_attention(
             pages,
             keys,
             values,
-            mean=mean,
-            channel_scale=channel_scale,
+            key_map,
             position=position,
             start=start,
             scaling=scaling,
@@ -67,24 +70,29 @@ def cached_attention(
             softcap=softcap,
             sink_logits=sink_logits,
         )
-    kv_heads, dims = mean.shape[1], (keys.dim, values.dim)
-    page_bytes = page_sizes(keys.dim, keys.bits)[2], page_sizes(values.dim, values.bits)[2]
+    kv_heads, dims = key_map.mean.shape[1], (keys.dim, values.dim)
     query = query.contiguous()
     # Kept until the call returns: an address does not keep what was converted.
-    _readable, mask_numbers = mask_arguments(mask, batch, heads, queries)
+    _readable, mask_numbers = mask_group(mask, batch, heads, queries)
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
-    parts = [_contiguous(part) for part in tokens]
+    tokens = [_contiguous(part) for part in tokens]
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
-        (batch, heads, kv_heads, queries, DTYPES[query.dtype], position, sliding_window or 0),
+        (batch, heads, kv_heads, queries, DTYPES[query.dtype], sliding_window or 0),
         address("query", query, query.dtype, (batch, heads, queries, keys.dim)),
         out.data_ptr(),
-        _side("keys", keys),
-        _side("values", values),
-        [_tokens(part, (batch, kv_heads), dims, query.dtype) for part in parts],
-        [_pages(part, batch, kv_heads, page_bytes) for part in pages],
-        address("mean", mean, torch.float32, (batch, kv_heads, keys.dim)),
-        address("channel_scale", channel_scale, torch.float32, (batch, kv_heads, keys.dim)),
+        [tokens_group(part, batch, kv_heads, dims, query.dtype) for part in tokens],
+        [_pages(part, batch, kv_heads, keys, values) for part in pages],
+        (
+            rotation_group(keys.dim, keys.turns, keys.factor),
+            code_group(keys.dim, keys.bits, keys.centroids, "key"),
+        ),
+        (
+            rotation_group(values.dim, values.turns, values.factor),
+            code_group(values.dim, values.bits, values.centroids, "value"),
+        ),
+        map_group(key_map, batch, kv_heads, keys.dim),
+        address("position", position, torch.int64, (batch,)),
         address("start", start, torch.int64, (batch,)),
         scaling,
         mask_numbers,
@@ -95,62 +103,21 @@ def cached_attention(
     return out
 
 
-def _side(name: str, coding: Coding) -> tuple[int, int, int, int, int, int, int, int]:
-    turns, factor, centroids, bits, dim = coding
-    width, axes, _, book = page_sizes(dim, bits)
-    return (
-        *rotation_group(dim, turns, factor),
-        width,
-        axes,
-        address(f"{name}.centroids", centroids, torch.float32, book),
-    )
-
-
 def _contiguous(part: Tokens) -> Tokens:
-    if part.keys.is_contiguous() and part.values.is_contiguous():
+    if part.keys.stride(-1) == 1 and part.values.stride(-1) == 1:
         return part
     return part._replace(keys=part.keys.contiguous(), values=part.values.contiguous())
 
 
-def _tokens(
-    part: Tokens, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype
-) -> tuple[int, int, int, int, int, int]:
-    batch, count = heads[0], part.keys.shape[2]
-    return (
-        address("tokens.keys", part.keys, dtype, (*heads, count, dims[0])),
-        address("tokens.values", part.values, dtype, (*heads, count, dims[1])),
-        count,
-        address("tokens.first", part.first, torch.int64, (batch,)),
-        address("tokens.start", part.start, torch.int64, (batch,)),
-        address("tokens.stop", part.stop, torch.int64, (batch,)),
-    )
-
-
-def _pages(part: Pages, batch: int, kv_heads: int, page_bytes: tuple[int, int]) -> tuple[int, ...]:
-    key = (batch, kv_heads, *page_bytes)
-    tensors: tuple[Any, ...] = part[:_TENSORS]
+def _pages(part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding) -> PagesGroup:
+    key = (batch, kv_heads, *keys[3:5], *values[3:5], part.first)
+    tensors = (*part.pool, *part[1:4])
     # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
     pointers = tuple([x.data_ptr() for x in tensors])
-    held, moved, found = part.memo.get(key, ((), (), ()))
-    if moved != pointers or not all(map(is_, held, tensors)):
-        found = _addresses(part, *key)
-        part.memo[key] = tensors, pointers, found
-    return (*found, part.first)
-
-
-def _addresses(
-    part: Pages, batch: int, kv_heads: int, key_bytes: int, value_bytes: int
-) -> tuple[int, ...]:
-    slots, count = part.key_pages.shape[0], part.block_table.shape[1]
-    pool = slots, kv_heads
-    return (
-        address("key_pages", part.key_pages, torch.uint8, (*pool, key_bytes)),
-        address("key_scales", part.key_scales, torch.float16, (*pool, PAGE_TOKENS)),
-        address("value_pages", part.value_pages, torch.uint8, (*pool, value_bytes)),
-        address("value_scales", part.value_scales, torch.float16, (*pool, PAGE_TOKENS)),
-        slots,
-        address("block_table", part.block_table, torch.int64, (batch, count)),
-        address("starts", part.starts, torch.int64, (count,)),
-        address("lengths", part.lengths, torch.int64, (count,)),
-        count,
-    )
+    held, moved, kept, found = part.memo.get(key, ((), (), None, None))
+    if found is None or moved != pointers or not all(map(is_, held, tensors)):
+        kept = contiguous_pages(part)
+        found = pages_group(kept, batch, kv_heads, keys, values)
+        part.memo[key] = tensors, pointers, kept, found
+    group: PagesGroup = found
+    return group

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._narrow import narrow
+from sixfold.kernels._tables import check_table
 from sixfold.kernels.attention import (
     Partial,
     dense_attention,
@@ -14,8 +15,8 @@ from sixfold.kernels.attention import (
     page_attention,
     with_sinks,
 )
-from sixfold.kernels.cached_attention.parts import Coding, Pages, Tokens
 from sixfold.kernels.rotate import rotate
+from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 
 
 def cached_attention(
@@ -24,10 +25,9 @@ def cached_attention(
     pages: Sequence[Pages],
     keys: Coding,
     values: Coding,
+    key_map: KeyMap,
     *,
-    mean: Float32[Tensor, "batch kv_heads key_dim"],
-    channel_scale: Float32[Tensor, "batch kv_heads key_dim"],
-    position: int,
+    position: Int64[Tensor, " batch"],
     start: Int64[Tensor, " batch"],
     scaling: float,
     mask: Bool[Tensor, "#batch #heads queries kv"]
@@ -38,13 +38,11 @@ def cached_attention(
     sink_logits: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
-    own = torch.arange(position, position + query.shape[2], device=query.device)
+    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
     parts = [
         dense_attention(
             query,
-            part.keys,
-            part.values,
-            _positions(part),
+            *_vectors(part),
             own,
             scaling=scaling,
             mask=mask,
@@ -54,13 +52,22 @@ def cached_attention(
         for part in tokens
     ]
     if pages:
-        first_token = start[:, None].expand(-1, len(own))
+        first_token = start[:, None].expand_as(own)
         if sliding_window is not None and mask is None:
             first_token = torch.maximum(first_token, own - sliding_window + 1)
-        mapped, offset = _to_keys(query.float() * scaling, mean, channel_scale)
+        mapped, offset = _to_keys(query.float() * scaling, key_map)
         mapped = rotate(mapped, keys.turns, keys.factor)
         coded = [
-            _attend_pages(mapped, part, offset, first_token, keys, values, mask, softcap)
+            page_attention(
+                mapped,
+                part,
+                keys,
+                values,
+                first_token,
+                logit_offset=offset,
+                mask=mask,
+                softcap=softcap,
+            )
             for part in pages
         ]
         merged = merge_partials(coded)
@@ -69,47 +76,25 @@ def cached_attention(
     return narrow(with_sinks(merge_partials(parts), sink_logits).out, query.dtype)
 
 
-def _positions(part: Tokens) -> Int64[Tensor, "batch tokens"]:
-    """Position of every token; -1 where it is hidden."""
-    found = part.first[:, None] + torch.arange(part.keys.shape[2], device=part.first.device)
-    hidden = (found < part.start[:, None]) | (found >= part.stop[:, None])
-    return found.masked_fill(hidden, -1)
+def _vectors(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"]]:
+    """Keys, values and positions; of hidden tokens, which may hold anything, 0, 0 and -1."""
+    keys, values = part.keys, part.values
+    if part.slots is not None:
+        check_table("tokens.slots", part.slots, len(keys))
+        keys, values = keys[part.slots], values[part.slots]
+    positions = part.first[:, None] + torch.arange(keys.shape[2], device=keys.device)
+    hidden = (positions < part.start[:, None]) | (positions >= part.stop[:, None])
+    unread = hidden[:, None, :, None]
+    keys, values = keys.masked_fill(unread, 0), values.masked_fill(unread, 0)
+    return keys, values, positions.masked_fill(hidden, -1)
 
 
-def _to_keys(query: Tensor, mean: Tensor, channel_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _to_keys(query: Tensor, key_map: KeyMap) -> tuple[Tensor, Tensor]:
     """The query that meets mapped keys, and the logit offset q·mean that completes it."""
+    if key_map.map_index is not None:
+        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
+    mean, scale, _ = key_map.of_sequences()
     groups = query.shape[1] // mean.shape[1]
     mean = mean.repeat_interleave(groups, 1).unsqueeze(-1)
-    channel_scale = channel_scale.repeat_interleave(groups, 1).unsqueeze(2)
-    return query / channel_scale, (query @ mean).squeeze(-1)
-
-
-def _attend_pages(
-    query: Tensor,
-    part: Pages,
-    offset: Tensor,
-    first_token: Tensor,
-    keys: Coding,
-    values: Coding,
-    mask: Tensor | None,
-    softcap: float | None,
-) -> Partial:
-    return page_attention(
-        query,
-        part.key_pages,
-        part.key_scales,
-        part.value_pages,
-        part.value_scales,
-        part.block_table,
-        part.starts + part.first,
-        part.lengths,
-        first_token,
-        keys.centroids,
-        values.centroids,
-        key_bits=keys.bits,
-        value_bits=values.bits,
-        value_dim=values.dim,
-        logit_offset=offset,
-        mask=mask,
-        softcap=softcap,
-    )
+    scale = scale.repeat_interleave(groups, 1).unsqueeze(2)
+    return query / scale, (query @ mean).squeeze(-1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
+from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import Bits, Layout
 
 
@@ -39,70 +40,42 @@ def decode(
 
 @operation
 def decode_pages(
-    pages: UInt8[Tensor, "slots heads page_bytes"],
+    codes: UInt8[Tensor, "slots heads page_bytes"],
     scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
     dtype: torch.dtype,
-) -> Float[Tensor, "batch heads tokens {dim}"]:
-    """Inverse of `encode_pages`: the decoded vectors, divided by `channel_scale`, plus `mean`.
+    key_map: KeyMap | None = None,
+) -> Float[Tensor, "batch heads tokens {coding.dim}"]:
+    """Inverse of `encode_pages`: the decoded vectors, their map undone.
 
     Args:
-        pages: As written by `encode_pages`.
+        codes: As written by `encode_pages`.
         scales: As written by `encode_pages`.
         slots: The pages of each sequence, in order.
-        mean: As given to `encode_pages`.
-        channel_scale: As given to `encode_pages`.
-        turns: See `rotate`.
-        factor: See `rotate`.
-        centroids: See `encode`.
-        dim: Coordinates per vector.
-        bits: See `encode`.
+        coding: As given to `encode_pages`.
         layout: As given to `encode_pages`.
+        key_map: As given to `encode_pages`.
         dtype: Of the result. The only tensor of its size; the work is done in tiles.
 
     Returns:
         Vectors of n_pages · 64 tokens.
     """
-    kernel = implementation("decode", pages.device)
-    vectors: Tensor = kernel.decode_pages(
-        pages,
-        scales,
-        slots,
-        plain(mean),
-        plain(channel_scale),
-        turns,
-        factor,
-        centroids,
-        dim=dim,
-        bits=bits,
-        layout=layout,
-        dtype=dtype,
-    )
+    kernel = implementation("decode", codes.device)
+    vectors: Tensor = kernel.decode_pages(codes, scales, slots, coding, layout, dtype, key_map)
     return vectors
 
 
 @operation
 def expand_pages(
-    pages: UInt8[Tensor, "*b page_bytes"],
+    codes: UInt8[Tensor, "*b page_bytes"],
     scales: Float16[Tensor, "*b page_tokens"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
-) -> Float32[Tensor, "*b page_tokens {dim}"]:
+) -> Float32[Tensor, "*b page_tokens {coding.dim}"]:
     """Pages as vectors of the rotated domain: scale·codeword, not rotated back."""
-    kernel = implementation("decode", pages.device)
-    vectors: Tensor = kernel.expand_pages(
-        pages, scales, centroids, dim=dim, bits=bits, layout=layout
+    vectors: Tensor = implementation("decode", codes.device).expand_pages(
+        codes, scales, coding, layout
     )
     return vectors

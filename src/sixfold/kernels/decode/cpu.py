@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.kernels._groups import DTYPES, code_group, rotation_group
 from sixfold.kernels._native import address, compiled
 from sixfold.kernels.decode.reference import expand_pages
-from sixfold.kernels.encode.cpu import affine_group, affine_maps, code_group, pages_group
-from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
+from sixfold.kernels.encode.cpu import affine_group, affine_maps, page_group
+from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 
 _cpu = compiled()
@@ -38,35 +39,27 @@ def decode(
 
 
 def decode_pages(
-    pages: UInt8[Tensor, "slots heads page_bytes"],
+    codes: UInt8[Tensor, "slots heads page_bytes"],
     scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
     dtype: torch.dtype,
-) -> Float[Tensor, "batch heads tokens {dim}"]:
+    key_map: KeyMap | None = None,
+) -> Float[Tensor, "batch heads tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.decode_pages`."""
     # Named, because an address does not keep what `contiguous` may have made.
-    pages, scales, slots = pages.contiguous(), scales.contiguous(), slots.contiguous()
-    read = pages_group(pages, scales, slots, dim, bits)
-    rotation, code = rotation_group(dim, turns, factor), code_group(dim, bits, centroids, layout)
-    (batch, n_pages), heads = slots.shape, pages.shape[1]
-    maps = affine_maps(mean, channel_scale, (batch, heads, dim))
+    slots = slots.contiguous()
+    (batch, n_pages), heads, dim = slots.shape, codes.shape[1], coding.dim
+    maps = affine_maps(key_map, (batch, heads, dim))
     written = dtype if dtype in DTYPES else torch.float32
     out = torch.empty(batch, heads, n_pages * PAGE_TOKENS, dim, dtype=written)
     strides = [stride * out.element_size() for stride in out.stride()[:3]]
     _cpu.decode_pages(
-        rotation,
-        code,
+        rotation_group(dim, coding.turns, coding.factor),
+        code_group(dim, coding.bits, coding.centroids, layout),
         affine_group(maps),
-        read,
+        page_group(codes, scales, slots, coding),
         (out.data_ptr(), DTYPES[written], *strides),
         torch.get_num_threads(),
     )

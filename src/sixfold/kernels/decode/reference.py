@@ -6,8 +6,10 @@ from torch import Tensor
 
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._narrow import narrow
+from sixfold.kernels._tables import check_table
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.rotate.reference import rotate
+from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -40,49 +42,39 @@ def decode(
 
 
 def decode_pages(
-    pages: UInt8[Tensor, "slots heads page_bytes"],
+    codes: UInt8[Tensor, "slots heads page_bytes"],
     scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
     dtype: torch.dtype,
-) -> Float[Tensor, "batch heads tokens {dim}"]:
+    key_map: KeyMap | None = None,
+) -> Float[Tensor, "batch heads tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.decode_pages`."""
-    (batch, n_pages), heads = slots.shape, pages.shape[1]
-    vectors = torch.empty(batch, heads, n_pages, PAGE_TOKENS, dim, dtype=dtype, device=pages.device)
+    (batch, n_pages), heads, dim = slots.shape, codes.shape[1], coding.dim
+    check_table("slots", slots, len(codes))
+    maps = None if key_map is None else key_map.of_sequences()
+    vectors = torch.empty(batch, heads, n_pages, PAGE_TOKENS, dim, dtype=dtype, device=codes.device)
     for rows, columns in page_tiles(batch, n_pages, heads * PAGE_TOKENS * dim):
         where = slots[rows, columns]
-        expanded = expand_pages(
-            pages[where], scales[where], centroids, dim=dim, bits=bits, layout=layout
-        )
-        tile = rotate(expanded, turns, factor, inverse=True)
-        if channel_scale is not None:
-            tile = tile / channel_scale[rows, None, :, None].float()
-        if mean is not None:
-            tile = tile + mean[rows, None, :, None].float()
+        expanded = expand_pages(codes[where], scales[where], coding, layout)
+        tile = rotate(expanded, coding.turns, coding.factor, inverse=True)
+        if maps is not None:
+            tile = tile / maps.scale[rows, None, :, None] + maps.mean[rows, None, :, None]
         vectors[rows, :, columns] = narrow(tile.transpose(1, 2), dtype)
     return vectors.flatten(2, 3)
 
 
 def expand_pages(
-    pages: UInt8[Tensor, "*b page_bytes"],
+    codes: UInt8[Tensor, "*b page_bytes"],
     scales: Float16[Tensor, "*b page_tokens"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
-) -> Float32[Tensor, "*b page_tokens {dim}"]:
+) -> Float32[Tensor, "*b page_tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.expand_pages`."""
-    rows = from_pages(pages, n_symbols(dim, bits), symbol_bits(bits), layout)
-    return _scaled(rows, scales, centroids, dim, bits)
+    dim, bits = coding.dim, coding.bits
+    rows = from_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
+    return _scaled(rows, scales, coding.centroids, dim, bits)
 
 
 def _scaled(rows: Tensor, scales: Tensor, centroids: Tensor, dim: int, bits: Bits) -> Tensor:

@@ -8,10 +8,12 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._tables import check_table
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels.decode import reference
+from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 
 
@@ -31,44 +33,36 @@ def decode(
 
 
 def decode_pages(
-    pages: UInt8[Tensor, "slots heads page_bytes"],
+    codes: UInt8[Tensor, "slots heads page_bytes"],
     scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
     dtype: torch.dtype,
-) -> Float[Tensor, "batch heads tokens {dim}"]:
-    """See `sixfold.kernels.decode.decode_pages`. Slots are trusted, as in `encode_pages`."""
-    maps, tables = launch.channel_maps(mean, channel_scale), (turns, factor, centroids)
-    options = dim, float(bits), layout, dtype, False
-    vectors: Tensor = _decode_pages(pages, scales, slots, *maps, *tables, *options)
+    key_map: KeyMap | None = None,
+) -> Float[Tensor, "batch heads tokens {coding.dim}"]:
+    """See `sixfold.kernels.decode.decode_pages`."""
+    check_table("slots", slots, len(codes))
+    options = coding.dim, float(coding.bits), layout, dtype, False
+    maps = launch.channel_maps(key_map)
+    vectors: Tensor = _decode_pages(codes, scales, slots, *maps, *coding[:3], *options)
     return vectors
 
 
 def expand_pages(
-    pages: UInt8[Tensor, "*b page_bytes"],
+    codes: UInt8[Tensor, "*b page_bytes"],
     scales: Float16[Tensor, "*b page_tokens"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    dim: int,
-    bits: Bits,
+    coding: Coding,
     layout: Layout,
-) -> Float32[Tensor, "*b page_tokens {dim}"]:
+) -> Float32[Tensor, "*b page_tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.expand_pages`."""
     if scales.shape[-1] != PAGE_TOKENS:
-        return reference.expand_pages(pages, scales, centroids, dim=dim, bits=bits, layout=layout)
-    turns, factor = pages.new_empty(0, 2, dim // 2), pages.new_empty(dim, dim)
-    flat, flat_scales = pages.flatten(0, -2), scales.flatten(0, -2)
-    slots = torch.arange(len(flat), device=pages.device)[:, None]
-    tables = turns, factor, centroids
-    options = dim, float(bits), layout, torch.float32, True
+        return reference.expand_pages(codes, scales, coding, layout)
+    dim, device = coding.dim, codes.device
+    flat, flat_scales = codes.flatten(0, -2), scales.flatten(0, -2)
+    slots = torch.arange(len(flat), device=device)[:, None]
+    tables = codes.new_empty(0, 2, dim // 2), codes.new_empty(dim, dim), coding.centroids
+    options = dim, float(coding.bits), layout, torch.float32, True
     out = _decode_pages(flat[:, None], flat_scales[:, None], slots, None, None, *tables, *options)
     vectors: Tensor = out.view(*scales.shape, dim)
     return vectors

@@ -1,6 +1,6 @@
 """Vectors to codes: normalise, rotate, quantize each coordinate, pack."""
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import get_args
 
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
@@ -9,25 +9,10 @@ from sixfold.arguments import choice
 from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._signature import operation
+from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import Bits, Layout
 
-Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
-
-
-class Side(NamedTuple):
-    """Keys, or values, and the pages they go to: what `encode_pages` takes, but for the slots."""
-
-    x: Float[Tensor, "batch heads tokens dim"]
-    mean: Float[Tensor, "batch heads dim"] | None
-    channel_scale: Float[Tensor, "batch heads dim"] | None
-    turns: Float[Tensor, "rounds 2 half"]
-    factor: Float[Tensor, "m m"]
-    centroids: Float32[Tensor, " levels *pair"]
-    bits: Bits
-    scale: Scale
-    layout: Layout
-    pages: UInt8[Tensor, "slots heads page_bytes"]
-    scales: Float16[Tensor, "slots heads page_tokens"]
+__all__ = ["Scale", "encode", "encode_pages", "store_pages"]
 
 
 @operation
@@ -78,61 +63,52 @@ def encode(
 @operation
 def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    bits: Bits,
-    scale: Scale,
-    layout: Layout,
-    pages: UInt8[Tensor, "slots heads page_bytes"],
-    scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
+    coding: Coding,
+    layout: Layout,
+    codes: UInt8[Tensor, "slots heads page_bytes"],
+    scales: Float16[Tensor, "slots heads page_tokens"],
+    key_map: KeyMap | None = None,
 ) -> None:
-    """Encode whole pages of (x - mean)·channel_scale and write them where `slots` says.
+    """Encode whole pages of vectors, mapped if there is a map, and write them where `slots` says.
 
     Works in tiles: nothing of the size of `x` is allocated.
 
     Args:
         x: Vectors; tokens = n_pages · 64.
-        mean: Subtracted per channel, if given.
-        channel_scale: Multiplied per channel after that, if given.
-        turns: See `rotate`.
-        factor: See `rotate`.
-        centroids: See `encode`.
-        bits: See `encode`.
-        scale: See `encode`.
-        layout: Order of bytes within a page (see `sixfold.packing.to_pages`).
-        pages: Written in place.
-        scales: Written in place.
         slots: Distinct page numbers.
+        coding: How.
+        layout: Order of bytes within a page (see `sixfold.packing.to_pages`).
+        codes: Written in place; a head's page is contiguous.
+        scales: Written in place, likewise.
+        key_map: Applied before.
     """
     implementation("encode", x.device).encode_pages(
-        readable("x", x),
-        plain(mean),
-        plain(channel_scale),
-        turns,
-        factor,
-        centroids,
-        bits=bits,
-        scale=scale,
-        layout=layout,
-        pages=pages,
-        scales=scales,
-        slots=slots,
+        readable("x", x), slots, coding, layout, codes, scales, key_map
     )
 
 
 @operation
-def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+def store_pages(
+    keys: Float[Tensor, "batch heads tokens key_dim"],
+    values: Float[Tensor, "batch heads tokens value_dim"],
+    slots: Int64[Tensor, "batch n_pages"],
+    pool: Pool,
+    key_coding: Coding,
+    value_coding: Coding,
+    key_map: KeyMap | None = None,
+) -> None:
     """`encode_pages` of keys (layout `"key"`) and of values, at once where a backend can.
 
     Args:
-        keys: Vectors of whole pages and where they go.
-        values: As many.
+        keys: Keys of whole pages.
+        values: Their values.
         slots: Distinct page numbers, the same for both.
+        pool: Written in place.
+        key_coding: How keys are coded.
+        value_coding: How values are coded.
+        key_map: Applied to keys before.
     """
-    keys, values = (side._replace(x=plain(side.x)) for side in (keys, values))
-    implementation("encode", slots.device).store_pages(keys, values, slots)
+    implementation("encode", slots.device).store_pages(
+        plain(keys), plain(values), slots, pool, key_coding, value_coding, key_map
+    )

@@ -5,14 +5,23 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._groups import (
+    DTYPES,
+    SCALES,
+    PoolGroup,
+    code_group,
+    page_sizes,
+    pool_group,
+    rotation_group,
+)
 from sixfold.kernels._native import address, compiled, memory
-from sixfold.kernels.encode import Scale, Side, reference
-from sixfold.kernels.rotate.cpu import DTYPES, rotation_group
+from sixfold.kernels._tables import check_table
+from sixfold.kernels.encode import reference
+from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
     Layout,
-    is_paired,
     n_symbols,
     row_bytes,
     symbol_bits,
@@ -20,78 +29,52 @@ from sixfold.packing import (
 
 _cpu = compiled()
 
-# As csrc/vectors.h numbers them.
-_SCALES = {"norm": 0, "optimal": 1, "unbiased": 2}
-_LAYOUTS = {"rows": 0, "key": 1, "value": 2}
 
-
-def code_group(
-    dim: int, bits: Bits, centroids: Tensor, layout: str = "rows"
-) -> tuple[int, int, bool, int, int]:
-    """What the extension takes for codes: dim, symbol bits, paired, layout and the codebook.
+def page_group(
+    codes: Tensor, scales: Tensor, slots: Tensor, coding: Coding
+) -> tuple[PoolGroup, PoolGroup, int, int, int, int, int]:
+    """What the extension takes for pages of one side: it refuses slots that are out of range.
 
     Raises:
-        ShapeError: `centroids` is no codebook of `bits`.
-    """
-    symbol, paired = symbol_bits(bits), is_paired(bits)
-    shape = (1 << symbol, 2) if paired else (1 << symbol,)
-    book = address("centroids", centroids, torch.float32, shape)
-    return dim, symbol, paired, _LAYOUTS[layout], book
-
-
-def pages_group(
-    pages: Tensor, scales: Tensor, slots: Tensor, dim: int, bits: Bits
-) -> tuple[int, int, int, int, int, int]:
-    """What the extension takes for pages; `slots` must be contiguous.
-
-    Raises:
-        ShapeError: The tensors do not fit each other or `bits`, or a slot is out of range.
+        ShapeError: The tensors do not fit each other or the coding.
     """
     n_slots, heads = scales.shape[0], scales.shape[1]
-    size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), symbol_bits(bits))
-    codes = address("pages", pages, torch.uint8, (n_slots, heads, size))
-    stored = address("scales", scales, torch.float16, (n_slots, heads, PAGE_TOKENS))
-    batch, n_pages = slots.shape
-    where = address("slots", slots, torch.int64, (batch, n_pages))
-    bad = _cpu.first_bad_slot(where, slots.numel(), n_slots)
-    if bad >= 0:
-        raise ShapeError(
-            f"slots must be at least 0 and below {n_slots}, the number of pages, got "
-            f"{int(slots.flatten()[bad])} for page {bad % n_pages} of sequence {bad // n_pages}; "
-            "pass the table of the storage the pages are in"
-        )
-    return codes, stored, where, batch, n_pages, heads
+    size = page_sizes(coding.dim, coding.bits)[2]
+    return (
+        pool_group("codes", codes, torch.uint8, (n_slots, heads, size)),
+        pool_group("scales", scales, torch.float16, (n_slots, heads, PAGE_TOKENS)),
+        n_slots,
+        address("slots", slots, torch.int64, tuple(slots.shape)),
+        *slots.shape,
+        heads,
+    )
 
 
-def affine_maps(
-    mean: Tensor | None, channel_scale: Tensor | None, shape: tuple[int, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The maps as the extension takes them: contiguous float32.
+def affine_maps(key_map: KeyMap | None, shape: tuple[int, ...]) -> KeyMap | None:
+    """A map for every sequence, as the extension takes it: contiguous float32.
 
     Raises:
-        ShapeError: One of them is not [batch, heads, dim].
+        ShapeError: It is not [batch, heads, dim].
     """
-
-    def checked(name: str, table: Tensor | None) -> Tensor | None:
-        if table is None:
-            return None
+    if key_map is None:
+        return None
+    if key_map.map_index is not None:
+        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
+    mean, scale, _ = key_map.of_sequences()
+    for name, table in (("mean", mean), ("scale", scale)):
         if table.shape != shape or table.device.type != "cpu":
             raise ShapeError(
-                f"{name}: expected one number a channel, {list(shape)} on the cpu, got "
+                f"key_map.{name}: expected one number a channel, {list(shape)} on the cpu, got "
                 f"{list(table.shape)} on {table.device}"
             )
-        return table.detach().float().contiguous()
-
-    # The caller keeps them alive while the extension reads them.
-    return checked("mean", mean), checked("channel_scale", channel_scale)
+    return KeyMap(mean.detach().float().contiguous(), scale.detach().float().contiguous())
 
 
-def affine_group(maps: tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
-    """Addresses of `affine_maps`."""
-    mean, channel_scale = (
-        0 if table is None else memory("mean, channel_scale", table) for table in maps
-    )
-    return mean, channel_scale
+def affine_group(maps: KeyMap | None) -> tuple[int, int]:
+    """Addresses of `affine_maps`, which the caller keeps while the extension reads them."""
+    if maps is None:
+        return 0, 0
+    return memory("key_map.mean", maps.mean), memory("key_map.scale", maps.scale)
 
 
 def encode(
@@ -117,7 +100,7 @@ def encode(
     _cpu.encode(
         rotation,
         code,
-        _SCALES[scale],
+        SCALES[scale],
         memory("x", x),
         DTYPES[x.dtype],
         rows.data_ptr(),
@@ -130,63 +113,50 @@ def encode(
 
 def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    bits: Bits,
-    scale: Scale,
-    layout: Layout,
-    pages: UInt8[Tensor, "slots heads page_bytes"],
-    scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
+    coding: Coding,
+    layout: Layout,
+    codes: UInt8[Tensor, "slots heads page_bytes"],
+    scales: Float16[Tensor, "slots heads page_tokens"],
+    key_map: KeyMap | None = None,
 ) -> None:
     """See `sixfold.kernels.encode.encode_pages`."""
     if x.dtype not in DTYPES:
-        reference.encode_pages(
-            x,
-            mean,
-            channel_scale,
-            turns,
-            factor,
-            centroids,
-            bits=bits,
-            scale=scale,
-            layout=layout,
-            pages=pages,
-            scales=scales,
-            slots=slots,
-        )
+        reference.encode_pages(x, slots, coding, layout, codes, scales, key_map)
         return
-    slots = slots.contiguous()
-    batch, heads, tokens, dim = x.shape
-    written = pages_group(pages, scales, slots, dim, bits)
-    if (batch, tokens, heads) != (slots.shape[0], slots.shape[1] * PAGE_TOKENS, written[-1]):
+    slots, heads = slots.contiguous(), scales.shape[1]
+    expected = (slots.shape[0], heads, slots.shape[1] * PAGE_TOKENS, coding.dim)
+    if x.shape != expected:
         raise ShapeError(
-            f"x: expected [{slots.shape[0]}, {written[-1]}, {slots.shape[1] * PAGE_TOKENS}, dim], "
-            f"whole pages for slots {list(slots.shape)} of {written[-1]} heads, got {list(x.shape)}"
+            f"x: expected {list(expected)}, whole pages for slots {list(slots.shape)} of {heads} "
+            f"heads, got {list(x.shape)}"
         )
-    rotation, code = rotation_group(dim, turns, factor), code_group(dim, bits, centroids, layout)
-    maps = affine_maps(mean, channel_scale, (batch, heads, dim))
+    maps = affine_maps(key_map, (slots.shape[0], heads, coding.dim))
     x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()
     size = x.element_size()
     strides = [stride * size for stride in x.stride()[:3]]
     _cpu.encode_pages(
-        rotation,
-        code,
-        _SCALES[scale],
+        rotation_group(coding.dim, coding.turns, coding.factor),
+        code_group(coding.dim, coding.bits, coding.centroids, layout),
+        SCALES[coding.scale],
         affine_group(maps),
         (memory("x", x), DTYPES[x.dtype], *strides),
-        written,
+        page_group(codes, scales, slots, coding),
         torch.get_num_threads(),
     )
 
 
-def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+def store_pages(
+    keys: Float[Tensor, "batch heads tokens key_dim"],
+    values: Float[Tensor, "batch heads tokens value_dim"],
+    slots: Int64[Tensor, "batch n_pages"],
+    pool: Pool,
+    key_coding: Coding,
+    value_coding: Coding,
+    key_map: KeyMap | None = None,
+) -> None:
     """See `sixfold.kernels.encode.store_pages`."""
-    encode_pages(**keys._asdict(), slots=slots)
-    encode_pages(**values._asdict(), slots=slots)
+    encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
+    encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)

@@ -7,9 +7,10 @@ from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._codewords import lookup
+from sixfold.kernels._tables import check_table
 from sixfold.kernels._tiles import page_tiles, tiles
-from sixfold.kernels.encode import Scale, Side
 from sixfold.kernels.rotate.reference import unnormalized
+from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -49,40 +50,42 @@ def encode(
 
 def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    bits: Bits,
-    scale: Scale,
-    layout: Layout,
-    pages: UInt8[Tensor, "slots heads page_bytes"],
-    scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
+    coding: Coding,
+    layout: Layout,
+    codes: UInt8[Tensor, "slots heads page_bytes"],
+    scales: Float16[Tensor, "slots heads page_tokens"],
+    key_map: KeyMap | None = None,
 ) -> None:
     """See `sixfold.kernels.encode.encode_pages`."""
-    heads, dim = x.shape[1], x.shape[-1]
-    batch, n_pages = slots.shape
+    turns, factor, centroids, bits, dim, scale = coding
+    (batch, n_pages), heads = slots.shape, x.shape[1]
+    check_table("slots", slots, len(codes))
+    maps = None if key_map is None else key_map.of_sequences()
     # [batch, n_pages, heads, PAGE_TOKENS, dim]
     paged = torch.unflatten(x, 2, (-1, PAGE_TOKENS)).transpose(1, 2)
     for rows, columns in page_tiles(batch, n_pages, heads * PAGE_TOKENS * dim):
         tile = paged[rows, columns]
-        if mean is not None:
-            tile = tile - mean[rows, None, :, None].float()
-        if channel_scale is not None:
-            tile = tile * channel_scale[rows, None, :, None].float()
-        codes, stored = _encode(tile, turns, factor, centroids, bits=bits, scale=scale)
+        if maps is not None:
+            tile = (tile - maps.mean[rows, None, :, None]) * maps.scale[rows, None, :, None]
+        packed, stored = _encode(tile, turns, factor, centroids, bits=bits, scale=scale)
         where = slots[rows, columns]
-        pages[where] = to_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
+        codes[where] = to_pages(packed, n_symbols(dim, bits), symbol_bits(bits), layout)
         scales[where] = stored
 
 
-def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+def store_pages(
+    keys: Float[Tensor, "batch heads tokens key_dim"],
+    values: Float[Tensor, "batch heads tokens value_dim"],
+    slots: Int64[Tensor, "batch n_pages"],
+    pool: Pool,
+    key_coding: Coding,
+    value_coding: Coding,
+    key_map: KeyMap | None = None,
+) -> None:
     """See `sixfold.kernels.encode.store_pages`."""
-    encode_pages(**keys._asdict(), slots=slots)
-    encode_pages(**values._asdict(), slots=slots)
+    encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
+    encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)
 
 
 def _encode(

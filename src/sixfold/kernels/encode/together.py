@@ -7,41 +7,43 @@ idle: it should not wait for them twice.
 import torch
 from torch import Tensor
 
+from sixfold.kernels._tables import check_table
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.operators import in_place, operator
 from sixfold.kernels._triton.store import store_pages_kernel
-from sixfold.kernels.encode import Scale, Side
+from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 
 
-def together(keys: Side, values: Side) -> bool:
-    """Whether `store_together` takes them: both are rotated alike, and values are not mapped."""
-    rotation = launch.rotation(keys.x.shape[-1], keys.turns, keys.factor)
-    alike = keys.x.shape == values.x.shape and keys.turns.shape == values.turns.shape
-    alike = alike and launch.encodes(keys.x, rotation) and launch.encodes(values.x, rotation)
-    return alike and values.mean is None and values.channel_scale is None
+def together(keys: Tensor, values: Tensor, key_coding: Coding, value_coding: Coding) -> bool:
+    """Whether `store_together` takes them: both are rotated alike."""
+    rotation = launch.rotation(keys.shape[-1], key_coding.turns, key_coding.factor)
+    alike = keys.shape == values.shape and key_coding.turns.shape == value_coding.turns.shape
+    return alike and launch.encodes(keys, rotation) and launch.encodes(values, rotation)
 
 
-def store_together(keys: Side, values: Side, slots: Tensor) -> None:
+def store_together(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    pool: Pool,
+    key_coding: Coding,
+    value_coding: Coding,
+    key_map: KeyMap | None,
+) -> None:
     """Encode whole pages of both."""
+    check_table("slots", slots, len(pool.key_codes))
     _store_pages(
-        keys.x.detach(),
-        values.x.detach(),
-        *launch.channel_maps(keys.mean, keys.channel_scale),
-        keys.turns,
-        keys.factor,
-        keys.centroids,
-        values.turns,
-        values.factor,
-        values.centroids,
-        keys.pages,
-        keys.scales,
-        values.pages,
-        values.scales,
+        keys.detach(),
+        values.detach(),
+        *launch.channel_maps(key_map),
+        *key_coding[:3],
+        *value_coding[:3],
+        *pool,
         slots,
-        float(keys.bits),
-        keys.scale,
-        float(values.bits),
-        values.scale,
+        float(key_coding.bits),
+        key_coding.scale,
+        float(value_coding.bits),
+        value_coding.scale,
     )
 
 

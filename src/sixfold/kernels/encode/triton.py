@@ -5,11 +5,13 @@ import triton
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.kernels._tables import check_table
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
 from sixfold.kernels._triton.operators import in_place, operator
-from sixfold.kernels.encode import Scale, Side, reference
+from sixfold.kernels.encode import reference
 from sixfold.kernels.encode.together import store_together, together
+from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import Bits, Layout, n_symbols, row_bytes, symbol_bits
 
 
@@ -29,45 +31,45 @@ def encode(
 
 def encode_pages(
     x: Float[Tensor, "batch heads tokens dim"],
-    mean: Float[Tensor, "batch heads dim"] | None,
-    channel_scale: Float[Tensor, "batch heads dim"] | None,
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-    centroids: Float32[Tensor, " levels *pair"],
-    *,
-    bits: Bits,
-    scale: Scale,
-    layout: Layout,
-    pages: UInt8[Tensor, "slots heads page_bytes"],
-    scales: Float16[Tensor, "slots heads page_tokens"],
     slots: Int64[Tensor, "batch n_pages"],
+    coding: Coding,
+    layout: Layout,
+    codes: UInt8[Tensor, "slots heads page_bytes"],
+    scales: Float16[Tensor, "slots heads page_tokens"],
+    key_map: KeyMap | None = None,
 ) -> None:
-    """See `sixfold.kernels.encode.encode_pages`.
-
-    Slots are trusted: looking at them would wait for the device.
-    """
+    """See `sixfold.kernels.encode.encode_pages`."""
+    check_table("slots", slots, len(codes))
     _encode_pages(
         x.detach(),
-        *launch.channel_maps(mean, channel_scale),
-        turns,
-        factor,
-        centroids,
-        pages,
+        *launch.channel_maps(key_map),
+        coding.turns,
+        coding.factor,
+        coding.centroids,
+        codes,
         scales,
         slots,
-        float(bits),
-        scale,
+        float(coding.bits),
+        coding.scale,
         layout,
     )
 
 
-def store_pages(keys: Side, values: Side, slots: Int64[Tensor, "batch n_pages"]) -> None:
+def store_pages(
+    keys: Float[Tensor, "batch heads tokens key_dim"],
+    values: Float[Tensor, "batch heads tokens value_dim"],
+    slots: Int64[Tensor, "batch n_pages"],
+    pool: Pool,
+    key_coding: Coding,
+    value_coding: Coding,
+    key_map: KeyMap | None = None,
+) -> None:
     """See `sixfold.kernels.encode.store_pages`: one launch where both sides are rotated alike."""
-    if together(keys, values):
-        store_together(keys, values, slots)
+    if together(keys, values, key_coding, value_coding):
+        store_together(keys, values, slots, pool, key_coding, value_coding, key_map)
     else:
-        encode_pages(**keys._asdict(), slots=slots)
-        encode_pages(**values._asdict(), slots=slots)
+        encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
+        encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)
 
 
 def _code_shapes(
@@ -135,20 +137,9 @@ def _encode_pages(
 ) -> None:
     rotation = launch.rotation(x.shape[-1], turns, factor)
     if not launch.encodes(x, rotation):
-        reference.encode_pages(
-            x,
-            mean,
-            channel_scale,
-            turns,
-            factor,
-            centroids,
-            bits=bits,
-            scale=scale,
-            layout=layout,
-            pages=pages,
-            scales=scales,
-            slots=slots,
-        )
+        coding = Coding(turns, factor, centroids, bits, x.shape[-1], scale)
+        key_map = None if mean is None or channel_scale is None else KeyMap(mean, channel_scale)
+        reference.encode_pages(x, slots, coding, layout, pages, scales, key_map)
         return
     constants = rotation | launch.codebook(x.shape[-1], bits, centroids)
     launch.check_pages(pages, scales, constants)

@@ -1,0 +1,116 @@
+"""What operations on a cache take: plain tuples that say what of it lies where.
+
+Their tensors belong to whoever serves: a cache that grows, a static one, the blocks of an engine.
+Sequences of a batch may differ in length; a rectangular batch is the special case.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
+from torch import Tensor
+
+from sixfold.packing import Bits
+
+Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
+
+
+class Coding(NamedTuple):
+    """How keys, or values, are turned into codes.
+
+    Attributes:
+        turns: See `sixfold.kernels.rotate`.
+        factor: See `sixfold.kernels.rotate`.
+        centroids: See `sixfold.codebooks.centroids`.
+        bits: Bits a coordinate.
+        dim: Coordinates of a vector.
+        scale: What is stored in place of the norm, see `sixfold.kernels.encode`.
+    """
+
+    turns: Float[Tensor, "rounds 2 half"]
+    factor: Float[Tensor, "m m"]
+    centroids: Float32[Tensor, " levels *pair"]
+    bits: Bits
+    dim: int
+    scale: Scale
+
+
+class KeyMap(NamedTuple):
+    """What keys are mapped by before they are coded, ``(k - mean)·scale`` (docs/key_map.md).
+
+    Attributes:
+        mean: Mean of every map and KV head.
+        scale: Channel scales, positive.
+        map_index: Which map each sequence has; None: each its own, in order.
+    """
+
+    mean: Float32[Tensor, "maps kv_heads dim"]
+    scale: Float32[Tensor, "maps kv_heads dim"]
+    map_index: Int64[Tensor, " batch"] | None = None
+
+    def select(self, rows: Tensor) -> "KeyMap":
+        """The maps of other sequences of the batch."""
+        if self.map_index is not None:
+            return self._replace(map_index=self.map_index[rows])
+        return KeyMap(self.mean[rows], self.scale[rows])
+
+    def of_sequences(self) -> "KeyMap":
+        """The same with a map for every sequence, in order."""
+        return self if self.map_index is None else KeyMap(*(x[self.map_index] for x in self[:2]))
+
+
+class Pool(NamedTuple):
+    """Memory for pages of codes. A head's page is contiguous; slots and heads lie where they may.
+
+    Attributes:
+        key_codes: Keys in the key layout (docs/format.md).
+        key_scales: Scale of every key, as coded by `packing.encode_scale`.
+        value_codes: Values in the value layout.
+        value_scales: Scale of every value.
+    """
+
+    key_codes: UInt8[Tensor, "slots kv_heads key_bytes"]
+    key_scales: Float16[Tensor, "slots kv_heads page"]
+    value_codes: UInt8[Tensor, "slots kv_heads value_bytes"]
+    value_scales: Float16[Tensor, "slots kv_heads page"]
+
+
+class Pages(NamedTuple):
+    """Compressed tokens whose pages lie in one pool.
+
+    Attributes:
+        pool: Where the pages are.
+        slots: The page table: the slot in the pool of every sequence's pages, in order.
+        starts: Each page's first token, counted from `first`.
+        lengths: Valid tokens of each page, 0 to 64. A sequence that has fewer pages than others
+            has pages of 0 tokens, whose slots need only exist.
+        first: Position that `starts` count from.
+        memo: For backends, to keep what they found out about these tensors: it spares them to look
+            at every pool in every step. Entries name the tensors they are about.
+    """
+
+    pool: Pool
+    slots: Int64[Tensor, "batch pages"]
+    starts: Int64[Tensor, "#batch pages"]
+    lengths: Int64[Tensor, "#batch pages"]
+    first: int
+    memo: dict[Any, Any]
+
+
+class Tokens(NamedTuple):
+    """Consecutive tokens in full precision. Vectors are contiguous; the rest lies where it may.
+
+    Attributes:
+        keys: Keys in the model's dtype.
+        values: Values.
+        first: Position of each sequence's first token.
+        start: Tokens at earlier positions are hidden (padding, sinks that are held elsewhere).
+        stop: Tokens at this position and later ones are hidden.
+        slots: Which row of `keys` and `values` each sequence has; None: each its own, in order.
+    """
+
+    keys: Float[Tensor, "rows kv_heads tokens key_dim"]
+    values: Float[Tensor, "rows kv_heads tokens value_dim"]
+    first: Int64[Tensor, " batch"]
+    start: Int64[Tensor, " batch"]
+    stop: Int64[Tensor, " batch"]
+    slots: Int64[Tensor, " batch"] | None = None
