@@ -166,7 +166,7 @@ def test_forks_share_pages_and_diverge_alone() -> None:
     assert union == storage_bytes(held), "forking copied something"
     for child in children:
         ours, theirs = child.history.runs[0].slab, parent.history.runs[0].slab
-        assert ours.key_codes.data_ptr() == theirs.key_codes.data_ptr()
+        assert ours.pool.key_codes.data_ptr() == theirs.pool.key_codes.data_ptr()
     for seed, child in enumerate(children):
         attends_like(child, *original, Shape().tokens(150, seed))
     children[1].crop(200)
