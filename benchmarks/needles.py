@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.harness import torch_threads
+from benchmarks.machine import torch_threads
 from sixfold.eval import machine, plot
 from sixfold.eval.caches import (
     MakeCache,

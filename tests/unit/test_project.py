@@ -35,6 +35,16 @@ def test_whatever_is_in_eval_serves_a_command() -> None:
     assert {name for name in graph.find_descendants("sixfold.eval") if name not in served} == set()
 
 
+def test_one_harness_times_things() -> None:
+    clock = re.compile(r"\b(perf_counter|timeit|do_bench|statistics\.(median|quantiles))\b")
+    folders = ROOT / "src/sixfold/eval", ROOT / "benchmarks"
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    # Where the harness cannot go: Triton's events on a GPU, and another project's interpreter.
+    assert {path.name for path in files if clock.search(path.read_text(encoding="utf-8"))} == {
+        *("timing.py", "gpu_cases.py", "vllm_server.py"),
+    }
+
+
 def test_every_public_name_exists() -> None:
     for name in sixfold.__all__:
         assert getattr(sixfold, name) is not None
