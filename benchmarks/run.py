@@ -19,6 +19,7 @@ from benchmarks import attention, generate, machine, step, vectors
 from benchmarks.machine import torch_threads
 from benchmarks.ours import Options
 from sixfold.eval.machine import one_line
+from sixfold.eval.speed import SETTLE
 from sixfold.eval.timing import Case, Row, measure
 from sixfold.packing import Bits, check_bits
 
@@ -39,7 +40,7 @@ class Operation:
     cases: Callable[[int, Options], dict[str, Callable[[], Case]]]
     tokens: Sequence[int]
     repeats: int = 15
-    settle: float = 0.01
+    settle: float = SETTLE
     bits: Sequence[Bits] = (4, 3, 2, 3.5, 2.5)
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from benchmarks.ours import Options, on_the_reference, variants
 from sixfold.eval import speed
 from sixfold.eval.timing import Case
@@ -24,4 +26,4 @@ def scores_case(tokens: int, options: Options) -> Case:
 
 
 def _layers(tokens: int) -> speed.Layers:
-    return speed.layers(speed.AttentionShape(tokens), seed=tokens)
+    return speed.layers(speed.AttentionShape(tokens), torch.device("cpu"), seed=tokens)

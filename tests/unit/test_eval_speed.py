@@ -9,7 +9,7 @@ from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import compressed, uncompressed
 from sixfold.eval.decoding import decode_costs
-from sixfold.eval.speed import OPERATIONS, AttentionShape, measure_speed
+from sixfold.eval.speed import CASES, OPERATIONS, AttentionShape, layers, measure_speed
 from sixfold.eval.timing import Case, Contender, Quartiles, measure, relative_error
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -63,6 +63,18 @@ def test_every_operation_beside_its_baseline() -> None:
         assert eight < 0.02 < low < 0.5
     assert sizes["scores", "sixfold 8 bits"] == 2 * 256 * (64 + 2)
     assert sizes["attention", "torch sdpa bf16"] == 2 * 2 * 256 * 64 * 2
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_before_every_call_comes_the_same_on_other_tensors(operation: str) -> None:
+    pair = layers(SHAPE, torch.device("cpu"))
+    assert pair[0].keys.data_ptr() != pair[1].keys.data_ptr()
+    assert pair[0].values.data_ptr() != pair[1].values.data_ptr()
+    for one in CASES[operation](pair, [4]).contenders:
+        assert one.lead is not None
+        assert one.result is not None
+        found, before = (one.result(call()) for call in (one.call, one.lead))
+        assert torch.equal(found, before)
 
 
 def test_bandwidth_is_bytes_over_time() -> None:

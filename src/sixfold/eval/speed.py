@@ -6,6 +6,7 @@ Errors are against the same operation on the original bfloat16 vectors in float6
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,12 @@ class Inputs:
         return self.query.view(1, self.keys.shape[1], -1, self.keys.shape[3])
 
 
-Layers = tuple[Inputs, Inputs]
+Layers: TypeAlias = tuple[Inputs, Inputs]
 """A layer, and the one that a model would compute before it: equal, in memory of its own."""
 
 
-def layers(shape: AttentionShape, seed: int = 0) -> Layers:
-    """Gaussian inputs of two equal layers, on the GPU if there is one.
+def layers(shape: AttentionShape, device: torch.device, seed: int = 0) -> Layers:
+    """Gaussian inputs of two equal layers.
 
     Raises:
         SixfoldError: Heads do not divide into key heads.
@@ -62,7 +63,6 @@ def layers(shape: AttentionShape, seed: int = 0) -> Layers:
         raise SixfoldError(
             f"query heads must be a multiple of key heads, got {shape.heads} and {shape.kv_heads}"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(seed)
 
     def gaussian(heads: int, tokens: int) -> Tensor:
@@ -175,14 +175,15 @@ def measure_speed(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, list[Row]]:
-    """Time operations at several widths beside their full-precision baselines.
+    """Time operations at several widths beside full precision, on the GPU if there is one.
 
     Raises:
         SixfoldError: There is no such operation, or heads do not divide into key heads.
     """
     if unknown := set(operations) - set(OPERATIONS):
         raise SixfoldError(f"expected operations among {OPERATIONS}, got {sorted(unknown)}")
-    inputs, rows = layers(shape, seed), {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs, rows = layers(shape, device, seed), {}
     for done, operation in enumerate(operations, 1):
         case = CASES[operation](inputs, widths)
         rows[operation] = measure(case, repeats=repeats, settle=SETTLE)
