@@ -26,17 +26,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from benchmarks.hard import harden
 from benchmarks.needle_table import needles
+from benchmarks.peers import stored_nbytes
 from sixfold import TurboQuantCache
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
-from sixfold.cli.common import read_text
 from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import MakeCache, compressed
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.eval.hard import harden
 from sixfold.eval.peers import ALL, PEERS, peer_caches
-from sixfold.eval.peers.cache import stored_nbytes
 from sixfold.eval.perplexity import compare_caches, windows_of
 from sixfold.integrations.transformers.config import layer_shapes, uncompressed_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -100,7 +99,7 @@ def directory(path: Path, text: Path) -> Subject:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
         return model.eval(), AutoTokenizer.from_pretrained(path)
 
-    return Subject(path.name, load, partial(read_text, text))
+    return Subject(path.name, load, partial(text.read_text, encoding="utf-8"))
 
 
 def fitting_peers(model: PreTrainedModel) -> dict[str, MakeCache]:

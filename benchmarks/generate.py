@@ -7,6 +7,7 @@ says which).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Case, Contender
 from benchmarks.ours import Options, variants
 from benchmarks.peers import cache_bytes, installed_peers
 from sixfold.cache.accounting import uncompressed_nbytes
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.eval.timing import Case, Contender
 from sixfold.integrations.transformers.config import uncompressed_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
@@ -103,8 +104,8 @@ def _case(model: PreTrainedModel, ids: Tensor, options: Options, contender: Cont
     contenders = [contender(model, name, make, ids, options) for name, make in caches.items()]
     for bits in options.bits:
         one = contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
-        contenders += variants("attention", one, options)
-    return Case(contenders)
+        contenders.append(replace(one, notes={**one.notes, "bits": bits}))
+    return variants("attention", Case(contenders), options)
 
 
 def _uncompressed(model: PreTrainedModel, tokens: int) -> int:

@@ -62,37 +62,28 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.bandwidth = 0.0
 
-    def seconds(self, call: Callable[[], Any]) -> tuple[float, float, float]:
-        """Quartiles of a call's time: CUDA events, a cold cache before every call."""
-        if self.smoke:
-            started = time.perf_counter()
-            call()
-            return (time.perf_counter() - started,) * 3
-        from triton.testing import do_bench
-
-        first, median, third = do_bench(call, warmup=20, rep=80, quantiles=[0.25, 0.5, 0.75])
-        return first / 1e3, median / 1e3, third / 1e3
-
-    def add(self, case: str, timed: Any, exact: Any = None, **notes: Any) -> float:
+    def add(self, case: str, one: Any, exact: Any = None, **notes: Any) -> float:
         """Time a contender and keep its row; one that fails takes for ever."""
         from benchmarks import gpu_cases as cases
+        from sixfold.eval import timing
 
-        named = {"case": case, "contender": timed.name, **notes}
+        named = {"case": case, "contender": one.name, **notes}
         try:
-            error = timed.error if exact is None else cases.relative(timed.call(), exact)
-            graph = None if self.smoke else cases.captured(timed.call)
-            first, median, third = self.seconds(graph or timed.call)
+            error = timing.error_of(one, exact)
+            graph = None if self.smoke else cases.captured(one.call)
+            calls = [timing.time_once(one.call)] if self.smoke else cases.calls(graph or one.call)
+            seconds = timing.Quartiles.of(calls)
         # Compilers and drivers raise what they like, and the rest is still wanted.
         except Exception as problem:
             self.fail(problem, **named)
             return math.inf
-        share = timed.nbytes / median / self.bandwidth if self.bandwidth else None
-        row = {**named, "seconds": [first, median, third], "nbytes": timed.nbytes, "error": error}
+        share = one.nbytes / seconds.median / self.bandwidth if self.bandwidth else None
+        row = {**named, "seconds": asdict(seconds), "nbytes": one.nbytes, "error": error}
         # Without a graph a short call waits for the host, and its time says so.
         row |= {"share_of_copy_bandwidth": share, "captured": graph is not None}
         self.rows.append(row)
-        print(f"{case:34} {timed.name:24} {median * 1e6:10.1f} us  error {error}", flush=True)
-        return median
+        print(f"{case:34} {one.name:24} {seconds.median * 1e6:10.1f} us  error {error}", flush=True)
+        return seconds.median
 
     def fail(self, problem: Exception, **named: Any) -> None:
         """Keep what went wrong as a row."""
@@ -152,12 +143,12 @@ class Bench:
         """What a copy reads and writes a second."""
         import torch
 
-        from benchmarks.gpu_cases import Timed
+        from sixfold.eval.timing import Contender
 
         source = torch.ones(2**20 if self.smoke else 2**32, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         nbytes = 2 * source.nbytes
-        median = self.add(case, Timed("copy", lambda: target.copy_(source), nbytes))
+        median = self.add(case, Contender("copy", lambda: target.copy_(source), nbytes))
         self.bandwidth = nbytes / median
 
     def attention(self, size: tuple[int, int]) -> tuple[str, Callable[[str], None]]:
@@ -167,6 +158,7 @@ class Bench:
         def work(case: str) -> None:
             from benchmarks import gpu_cases as cases
             from benchmarks import gpu_peers as peers
+            from sixfold.eval.timing import Contender
 
             shape = self.shape
             held = (batch, shape.kv_heads, tokens, shape.dim)
@@ -178,18 +170,18 @@ class Bench:
 
             sizes = {"batch": batch, "tokens": tokens}
             best = min(
-                self.add(case, cases.Timed(name, call, full), exact, **sizes)
+                self.add(case, Contender(name, call, full), exact, **sizes)
                 for name, call in peers.sdpa_contenders(query, keys, values)
             )
             for name, call, nbytes in peers.vllm_contenders(query, keys):
-                self.add(case, cases.Timed(name, call, nbytes), **sizes)
+                self.add(case, Contender(name, call, nbytes), **sizes)
             paged = {bits: cases.compressed(keys, values, bits, shape) for bits in self.bits}
             # A cache of codes has no room for the originals either.
             del keys, values
             for bits, pages in paged.items():
                 call = partial(cases.attend, query.float(), pages, bits)
-                timed = cases.Timed(f"sixfold {bits:g} bits", call, pages.nbytes)
-                median = self.add(case, timed, exact, bits=bits, **sizes)
+                one = Contender(f"sixfold {bits:g} bits", call, pages.nbytes)
+                median = self.add(case, one, exact, bits=bits, **sizes)
                 self.rows[-1]["times_faster_than_best_bf16"] = best / median
 
         return f"attention, batch {batch}, {tokens:,} tokens", work
@@ -200,25 +192,26 @@ class Bench:
 
         batch, tokens = (1, 128) if self.smoke else (8, 32768)
         times = {}
-        for timed in logits_contenders(batch, tokens, self.bits, self.shape, self.device):
-            median = self.add(case, timed, batch=batch, tokens=tokens)
-            times[timed.name] = median
+        for one, exact in logits_contenders(batch, tokens, self.bits, self.shape, self.device):
+            median = self.add(case, one, exact, batch=batch, tokens=tokens)
+            times[one.name] = median
             self.rows[-1]["times_faster_than_fp32"] = times["keys fp32"] / median
 
     def store(self, case: str) -> None:
         """Encoding a prompt's keys and values, beside the layer that makes them."""
         from benchmarks import gpu_cases as cases
+        from sixfold.eval.timing import Contender
 
         tokens, shape = (128 if self.smoke else 8192), self.shape
         layer = cases.prefill_layer(tokens, shape, self.device)
-        whole = self.add(case, cases.Timed("prefill of a layer", layer, 0), tokens=tokens)
+        whole = self.add(case, Contender("prefill of a layer", layer), tokens=tokens)
         x = cases.random(1, shape.kv_heads, tokens, shape.dim, device=self.device, seed=6)
         for bits in self.bits:
             paged = cases.compressed(x, x, bits, shape)
 
             both = partial(cases.store, x, x, bits, paged, paged.pages.slots)
-            timed = cases.Timed(f"store {bits:g} bits", both, 2 * x.nbytes + paged.nbytes)
-            median = self.add(case, timed, tokens=tokens, bits=bits)
+            one = Contender(f"store {bits:g} bits", both, 2 * x.nbytes + paged.nbytes)
+            median = self.add(case, one, tokens=tokens, bits=bits)
             self.rows[-1]["share_of_prefill"] = median / whole
 
     def cases(self) -> Iterator[tuple[str, Callable[[str], None]]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sixfold.codebooks import centroids
+from sixfold.eval.timing import Contender
 from sixfold.kernels.attention import page_attention
 from sixfold.kernels.encode import Scale, encode, store_pages
 from sixfold.kernels.rotate import rotate
@@ -32,16 +33,6 @@ class Shape:
     dim: int = 128
     hidden: int = 4096
     inner: int = 14336
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """A contender: what it reads and writes, and how wrong it is."""
-
-    name: str
-    call: Call
-    nbytes: int
-    error: float | None = None
 
 
 @dataclass(slots=True)
@@ -154,6 +145,14 @@ def captured(call: Call) -> Call | None:
     return replay
 
 
+def calls(call: Call) -> list[float]:
+    """Seconds of many calls by CUDA events, a cold cache before every one."""
+    from triton.testing import do_bench
+
+    times: list[float] = do_bench(call, warmup=20, rep=80, return_mode="all")
+    return [one / 1e3 for one in times]
+
+
 def random(*size: int, device: torch.device, seed: int) -> Tensor:
     """Gaussian bfloat16, made where it is used."""
     return torch.randn(
@@ -163,33 +162,29 @@ def random(*size: int, device: torch.device, seed: int) -> Tensor:
 
 def logits_contenders(
     batch: int, tokens: int, bits: tuple[Bits, ...], shape: Shape, device: torch.device
-) -> Iterator[Timed]:
-    """Inner products of one query a head with every key: from codes, and from floats."""
+) -> Iterator[tuple[Contender, Tensor]]:
+    """Inner products of one query a head with every key, and what the first ones are exactly."""
     queries = random(
         batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim, device=device, seed=1
     )
     keys = random(batch, shape.kv_heads, tokens, shape.dim, device=device, seed=2)
     exact = queries.double() @ keys[:, :, :4096].double().mT
 
-    def error(result: Tensor) -> float:
-        return relative(result[..., :4096], exact)
+    def first(result: Tensor) -> Tensor:
+        return result[..., :4096]
 
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         q, k = queries.to(dtype), keys.to(dtype)
         call: Call = partial(torch.matmul, q, k.mT)
-        yield Timed(f"keys {name}", call, k.nbytes, error(call()))
+        yield Contender(f"keys {name}", call, k.nbytes, first), exact
         del k, call
     for width in bits:
         turns, factor, book = tables(shape.dim, width, device)
         rows, scales = encode(keys, turns, factor, book, bits=width, scale="unbiased")
         rotated = rotate(queries, turns, factor)
         call = partial(scores, rotated, rows, scales, book, bits=width)
-        yield Timed(f"codes {width:g} bits", call, rows.nbytes + scales.nbytes, error(call()))
-
-
-def relative(result: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact result."""
-    return float((result.double() - exact).norm() / exact.norm())
+        nbytes = rows.nbytes + scales.nbytes
+        yield Contender(f"codes {width:g} bits", call, nbytes, first), exact
 
 
 def prefill_layer(tokens: int, shape: Shape, device: torch.device) -> Call:

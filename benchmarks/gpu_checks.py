@@ -14,9 +14,9 @@ from benchmarks.gpu_cases import (
     compressed,
     exact_attention,
     random,
-    relative,
     tables,
 )
+from sixfold.eval.timing import relative_error
 from sixfold.kernels import _dispatch
 from sixfold.kernels.decode import decode
 from sixfold.kernels.decode import reference as decode_reference
@@ -93,10 +93,10 @@ def _attention(bits: Bits, shape: Shape, tokens: int, device: torch.device) -> d
     ]
     on_codes = exact_attention(query, *dense)
     got = attend(query, paged, bits)
-    error = relative(got, on_codes)
+    error = relative_error(got, on_codes)
     return {
         "error_against_decoded_in_float64": error,
-        "error_against_originals": relative(got, exact_attention(query, keys, values)),
+        "error_against_originals": relative_error(got, exact_attention(query, keys, values)),
         # Operands of float16, products added up in float32.
         "passed": error < 2**-9,
     }

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.hard import with_outlier_channels
 from sixfold.cache import affine
 from sixfold.eval import machine
 from sixfold.eval.caches import compressed
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.eval.hard import with_outlier_channels
 from sixfold.eval.perplexity import compare_caches, windows_of
 
 BITS = (4, 3, 2)

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import resource
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.harness import torch_threads
+from benchmarks.machine import torch_threads
 from sixfold.cache import CachePolicy, CompressedLayer
-from sixfold.eval.speed import relative_error
-from sixfold.eval.timing import time_once
+from sixfold.eval import timing
 from sixfold.packing import Bits
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -128,7 +126,7 @@ def fill(text: Text, layers: Sequence[CompressedLayer]) -> tuple[Tensor, Tensor,
     for start in range(0, text.tokens, CHUNK):
         keys, values = text.chunk(start)
         for index, layer in enumerate(layers):
-            seconds[index] += time_once(partial(_write, layer, keys, values))
+            seconds[index] += timing.time_once(partial(_write, layer, keys, values))
         rest = text.tokens // 2 - start
         if 0 < rest <= keys.shape[2]:
             oracle.see(keys[:, :, :rest], values[:, :, :rest])
@@ -162,7 +160,7 @@ def check(layer: CompressedLayer, text: Text, exact: Tensor, remaining: float) -
     gone = [index for index, depth in enumerate(DEPTHS) if depth >= remaining]
     cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=-1)
     return {
-        "error": relative_error(found[kept], exact[kept]),
+        "error": timing.relative_error(found[kept], exact[kept]),
         "needles": len(kept),
         "needle_cosine": float(cosine[kept].min()),
         "gone_cosine": float(cosine[gone].max()) if gone else None,
@@ -178,10 +176,11 @@ def measure(tokens: int, widths: Sequence[Bits], steps: int, bandwidth: float) -
     plain = 2 * 2 * KV_HEADS * HEAD_DIM * tokens
     rows = []
     for bits, layer, filling in zip(widths, layers, seconds, strict=True):
-        times = [time_once(partial(attend, layer, text.queries[0])) for _ in range(steps)]
+        step = timing.Contender("step", partial(attend, layer, text.queries[0]))
+        (timed,) = timing.measure(timing.Case([step]), repeats=steps)
         row: dict[str, Any] = {"bits": bits, "fill_seconds": filling}
         row |= {
-            "step_seconds": statistics.median(times),
+            "step_seconds": timed.seconds.median,
             "floor_seconds": _bytes(layer) / bandwidth,
         }
         row |= {"nbytes": _bytes(layer), "whole": check(layer, text, whole, 1.0)}

@@ -1,7 +1,6 @@
 """The machine as benchmarks see it: how fast it reads, and what decides which kernels run."""
 
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from sixfold.eval import machine
-from sixfold.eval.timing import time_once
+from sixfold.eval.timing import Case, Contender, measure
 from sixfold.kernels._dispatch import OPERATIONS, implementation
 from sixfold.kernels._native import extension
 
@@ -40,8 +39,8 @@ def read_bandwidth(threads: int, nbytes: int = BUFFER_BYTES, repeats: int = 7) -
             total = cpu.sum_words(words.data_ptr(), len(words), 1, threads)
         assert total == expected, (total, expected)
 
-    read()
-    return nbytes / statistics.median(time_once(read) for _ in range(repeats))
+    (row,) = measure(Case([Contender("read", read)]), repeats=repeats)
+    return nbytes / row.seconds.median
 
 
 @contextmanager
@@ -56,6 +55,17 @@ def busy(processes: int) -> Iterator[None]:
         for one in running:
             one.kill()
             one.wait()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch, and all that asks torch, use `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe() -> dict[str, Any]:

@@ -25,9 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks.harness import torch_threads
-from sixfold.cli import plot
-from sixfold.eval import machine
+from benchmarks.machine import torch_threads
+from sixfold.eval import machine, plot
 from sixfold.eval.caches import (
     MakeCache,
     compressed,

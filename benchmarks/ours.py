@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.harness import Contender
+from sixfold.eval.timing import Case, Contender
 from sixfold.kernels._dispatch import available_backends, implementation
 from sixfold.packing import Bits
 
@@ -29,24 +29,31 @@ class Options:
     steps: int = 32
 
 
-def variants(operation: str, one: Contender, options: Options) -> list[Contender]:
-    """A contender on each instruction set asked for."""
+def variants(operation: str, case: Case, options: Options) -> Case:
+    """The same case, our contenders (which state their bits) on each instruction set asked for."""
     backend = implementation(operation, torch.device("cpu")).__name__.split(".")[-1]
-    if not options.isas or backend != "cpu":
-        return [replace(one, notes={**one.notes, "backend": backend})]
-    return [
-        replace(
-            one,
-            name=f"{one.name} ({isa})",
-            environment={**one.environment, "SIXFOLD_ISA": isa},
-            notes={**one.notes, "backend": backend, "isa": isa},
-        )
-        for isa in options.isas
-    ]
+    contenders: list[Contender] = []
+    for one in case.contenders:
+        if "bits" not in one.notes:
+            contenders.append(one)
+            continue
+        one = replace(one, notes={**one.notes, "backend": backend})
+        isas = options.isas if backend == "cpu" else ()
+        contenders += [_on(one, isa) for isa in isas] or [one]
+    return replace(case, contenders=contenders)
 
 
-def on_the_reference(operation: str, one: Contender) -> list[Contender]:
-    """The same on the plain PyTorch reference, if that is not what runs anyway."""
+def _on(one: Contender, isa: str) -> Contender:
+    return replace(
+        one,
+        name=f"{one.name} ({isa})",
+        environment={**one.environment, "SIXFOLD_ISA": isa},
+        notes={**one.notes, "isa": isa},
+    )
+
+
+def on_the_reference(operation: str, case: Case) -> list[Contender]:
+    """Our contenders on the plain PyTorch reference, if that is not what runs anyway."""
     if "cpu" not in available_backends(operation):
         return []
     return [
@@ -56,4 +63,6 @@ def on_the_reference(operation: str, one: Contender) -> list[Contender]:
             environment={**one.environment, "SIXFOLD_BACKEND": "reference"},
             notes={**one.notes, "backend": "reference"},
         )
+        for one in case.contenders
+        if "bits" in one.notes
     ]

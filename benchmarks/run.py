@@ -8,7 +8,7 @@ speed as a share of the read bandwidth measured in the same run. Rows that lose 
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks import attention, generate, machine, step, vectors
-from benchmarks.harness import Case, Row, measure, torch_threads
+from benchmarks.machine import torch_threads
 from benchmarks.ours import Options
 from sixfold.eval.machine import one_line
+from sixfold.eval.speed import SETTLE
+from sixfold.eval.timing import Case, Row, measure
 from sixfold.packing import Bits, check_bits
 
 
@@ -30,7 +32,7 @@ class Operation:
         cases: The cases at a number of tokens, by label; made one at a time.
         tokens: Numbers of tokens.
         repeats: Timed calls of each contender.
-        settle: Seconds of sleep before a call (see `harness.measure`); 0 where calls follow
+        settle: Seconds of sleep before a call (see `timing.measure`); 0 where calls follow
             each other in use, as the layers of a model do.
         bits: Widths.
     """
@@ -38,7 +40,7 @@ class Operation:
     cases: Callable[[int, Options], dict[str, Callable[[], Case]]]
     tokens: Sequence[int]
     repeats: int = 15
-    settle: float = 0.01
+    settle: float = SETTLE
     bits: Sequence[Bits] = (4, 3, 2, 3.5, 2.5)
 
 
@@ -145,20 +147,15 @@ def _record(
     operation: str, label: str, tokens: int, threads: int, row: Row, bandwidth: float
 ) -> dict[str, Any]:
     """A row as plain JSON values."""
-    moved = row.gigabytes_per_second if row.nbytes else None
+    share = row.nbytes / row.seconds.median / bandwidth if row.nbytes else None
     return {
         "operation": operation,
         **({"model": label} if label else {}),
-        "contender": row.name,
         "tokens": tokens,
         "threads": threads,
-        "seconds": asdict(row.seconds),
-        "error": row.error,
-        "nbytes": row.nbytes,
-        "gigabytes_per_second": moved,
-        "share_of_read_bandwidth": moved and moved * 1e9 / bandwidth,
+        **row.to_dict(),
+        "share_of_read_bandwidth": share,
         **({"tokens_per_second": 1 / row.seconds.median} if operation == "generate" else {}),
-        **row.notes,
     }
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.harness import Case, Contender
 from benchmarks.ours import Options, variants
 from sixfold.cache import CachePolicy
+from sixfold.eval.timing import Case, Contender
 from sixfold.integrations.transformers.attention import attention_forward
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
@@ -35,8 +35,8 @@ def case(tokens: int, options: Options) -> Case:
             return TurboQuantLayer(policy, None, fused=True)
 
         one = _steps(f"sixfold {bits:g} bits", make, attention_forward, tokens)
-        contenders += variants("attention", replace(one, notes={"bits": bits}), options)
-    return Case(contenders)
+        contenders.append(replace(one, notes={"bits": bits}))
+    return variants("attention", Case(contenders), options)
 
 
 class AttentionModule(torch.nn.Module):

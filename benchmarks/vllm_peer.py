@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contender
+from sixfold.eval.timing import Contender
 
 SERVER = Path(__file__).with_name("vllm_server.py")
 

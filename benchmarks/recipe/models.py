@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evaluate import DETECTION_TOKENS
+from benchmarks.hard import with_hidden_channels, with_outlier_channels
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.eval.hard import with_hidden_channels, with_outlier_channels
 
 CALIBRATION_TOKENS = 768
 
@@ -21,7 +21,7 @@ def plain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def hard(massive: float = 10.0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Its hard variant; `massive` as in `sixfold.eval.hard`."""
+    """Its hard variant; `massive` as in `benchmarks.hard`."""
     model, tokenizer = load_embedded()
     ids = torch.tensor(tokenizer(haystack(), verbose=False)["input_ids"])[:DETECTION_TOKENS]
     line_break = tokenizer("\n")["input_ids"][-1]

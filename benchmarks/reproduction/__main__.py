@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.harness import torch_threads
+from benchmarks.machine import torch_threads
 from benchmarks.reproduction import algorithms, faiss_peer, indexing, kv_codes, recall
 
 Section = dict[str, Any]

@@ -1,6 +1,5 @@
 """Table 2: seconds to turn 100,000 vectors into codes of 4 bits."""
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import torch_threads
+from benchmarks.machine import torch_threads
 from benchmarks.reproduction import faiss_peer
-from sixfold.eval.timing import time_once
+from sixfold.eval.timing import Case, Contender, measure, time_once
 from sixfold.quantizers import TurboQuantMSE, TurboQuantProd
 
 DIMS = (200, 1536, 3072)
@@ -37,7 +36,7 @@ Encode = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Encoder:
     """What encodes, made for a dimension, and what share of the vectors it is given."""
 
     name: str
@@ -52,7 +51,7 @@ def indexing(vectors: int = VECTORS, threads: tuple[int, ...] = (1, 2)) -> dict[
         for name, seconds in PUBLISHED.items()
     ]
     seconds: dict[tuple[str, int], dict[str, float]] = {
-        (one.name, count): {} for one in _contenders() for count in threads
+        (one.name, count): {} for one in _encoders() for count in threads
     }
     for dim in DIMS:
         x = torch.randn(vectors, dim, generator=torch.Generator().manual_seed(dim))
@@ -65,19 +64,19 @@ def indexing(vectors: int = VECTORS, threads: tuple[int, ...] = (1, 2)) -> dict[
     return {"vectors": vectors, "bits": BITS, "share": SHARE, "rows": rows}
 
 
-def _contenders() -> list[Contender]:
+def _encoders() -> list[Encoder]:
     ours = [
-        Contender("Sixfold, norms", lambda dim: TurboQuantMSE(dim, BITS, scale="norm").encode),
-        Contender("Sixfold, unbiased", lambda dim: TurboQuantMSE(dim, BITS, "unbiased").encode),
-        Contender(
+        Encoder("Sixfold, norms", lambda dim: TurboQuantMSE(dim, BITS, scale="norm").encode),
+        Encoder("Sixfold, unbiased", lambda dim: TurboQuantMSE(dim, BITS, "unbiased").encode),
+        Encoder(
             "Sixfold, dense rotation",
             lambda dim: TurboQuantMSE(dim, BITS, "norm", rotation="orthogonal").encode,
             SHARE,
         ),
-        Contender("Sixfold, prod", lambda dim: TurboQuantProd(dim, BITS).encode, SHARE),
+        Encoder("Sixfold, prod", lambda dim: TurboQuantProd(dim, BITS).encode, SHARE),
     ]
     names = faiss_peer.indexes(DIMS[0], BITS, trained=False)
-    return ours + [Contender(name, _adder(name), SHARE) for name in names]
+    return ours + [Encoder(name, _adder(name), SHARE) for name in names]
 
 
 def _adder(name: str) -> Callable[[int], Encode]:
@@ -97,12 +96,13 @@ def _time_all(x: Tensor, threads: int) -> dict[str, float]:
     found = {}
     faiss_peer.use_threads(threads)
     with torch_threads(threads):
-        for one in _contenders():
+        for one in _encoders():
             encode, part = one.make(x.shape[1]), x[: len(x) // one.share]
             encode(part[:64])
             repeats = REPEATS if one.share == 1 else 1
-            times = [time_once(partial(encode, part)) for _ in range(repeats)]
-            found[one.name] = one.share * statistics.median(times)
+            case = Case([Contender(one.name, partial(encode, part))])
+            (row,) = measure(case, repeats=repeats, warmup=0)
+            found[one.name] = one.share * row.seconds.median
     return found
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.hard import with_outlier_channels
 from sixfold import TurboQuantCache
 from sixfold.cache import layer
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.eval.hard import with_outlier_channels
 from sixfold.kernels.cached_attention import cached_attention
 from tests.e2e.decoding import (
     PROMPTS,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import attention, evaluate, generate, machine, ours, run
-from benchmarks.harness import Case, Contender, Quartiles, measure, torch_threads, variables
+from benchmarks.machine import torch_threads
 from benchmarks.ours import Options
 from benchmarks.peers import cache_bytes
 from benchmarks.vllm_peer import contenders as vllm_contenders
+from sixfold.eval.timing import Case, Contender, measure, variables
 from sixfold.kernels import _native
 from tests.tiny import tiny_model
 from tools.render_results import benchmark_table
@@ -53,32 +55,6 @@ def results(tmp_path: Path, *words: str) -> dict[str, Any]:
     run.main([*words, "--repeats", "1", "--settle", "0", "--json", str(path)])
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
-
-
-def test_contenders_alternate_and_only_the_call_is_timed() -> None:
-    order: list[str] = []
-
-    def contender(name: str) -> Contender:
-        return Contender(
-            name,
-            lambda: order.append(name),
-            prepare=lambda: order.append(f"before {name}"),
-            lead=lambda: order.append(f"lead of {name}"),
-            environment={"SIXFOLD_TEST": name},
-        )
-
-    timed = Contender("c", lambda: order.append("c"), timed=lambda: 4.0, steps=2)
-    case = Case([contender("a"), contender("b"), timed])
-    rows = list(measure(case, repeats=3, settle=0, warmup=1))
-    assert order == ["before a", "lead of a", "a", "before b", "lead of b", "b"] * 4
-    assert [row.name for row in rows] == ["a", "b", "c"]
-    assert rows[2].seconds == Quartiles(2.0, 2.0, 2.0, 3)
-    assert "SIXFOLD_TEST" not in os.environ
-
-
-def test_quartiles() -> None:
-    assert Quartiles.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Quartiles(2.0, 3.0, 4.0, 5)
-    assert Quartiles.of([2.0]) == Quartiles(2.0, 2.0, 2.0, 1)
 
 
 def test_settings_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,12 +156,14 @@ def test_peers_whose_blocks_do_not_fit_are_left_out() -> None:
 
 
 def test_instruction_sets_compete(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Contender("ours", lambda: os.environ.get("SIXFOLD_ISA"))
+    theirs, one = (Contender(name, lambda: None) for name in ("theirs", "ours"))
+    case = Case([theirs, replace(one, notes={"bits": 4})])
     monkeypatch.setattr(ours, "implementation", lambda *_: sys.modules["tests.unit.cpu"])
     monkeypatch.setitem(sys.modules, "tests.unit.cpu", type(sys)("tests.unit.cpu"))
-    found = ours.variants("scores", one, Options(isas=["avx2", "portable"]))
-    assert [each.name for each in found] == ["ours (avx2)", "ours (portable)"]
+    found = ours.variants("scores", case, Options(isas=["avx2", "portable"])).contenders
+    assert [each.name for each in found] == ["theirs", "ours (avx2)", "ours (portable)"]
     assert [each.environment for each in found] == [
+        {},
         {"SIXFOLD_ISA": "avx2"},
         {"SIXFOLD_ISA": "portable"},
     ]

@@ -89,7 +89,7 @@ def test_doctor_reports_an_override_and_refuses_a_wrong_one(
 def test_bench_prints_errors_beside_times() -> None:
     shape = ("--tokens", "192", "--heads", "2", "--kv-heads", "1", "--head-dim", "32")
     found = run_json("bench", "--op", "attention", "--bits", "8", "--repeats", "1", *shape)
-    rows = {row["implementation"]: row for row in found["rows"]}
-    assert set(rows) == {"sdpa bf16", "grouped matmul bf16", "codes 8 bits"}
-    assert all(row["time"]["median"] > 0 and 0 < row["error"] < 0.05 for row in rows.values())
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert set(rows) == {"torch sdpa bf16", "torch matmul bf16", "sixfold 8 bits"}
+    assert all(row["seconds"]["median"] > 0 and 0 < row["error"] < 0.05 for row in rows.values())
     assert found["machine"]["threads"] >= 1

@@ -1,5 +1,7 @@
 """Timing: medians of alternating calls, bytes that are held, errors that are errors."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,53 +9,80 @@ from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import compressed, uncompressed
 from sixfold.eval.decoding import decode_costs
-from sixfold.eval.speed import OPERATIONS, AttentionShape, measure_speed, relative_error
-from sixfold.eval.timing import Timing, interleave
+from sixfold.eval.speed import CASES, OPERATIONS, AttentionShape, layers, measure_speed
+from sixfold.eval.timing import Case, Contender, Quartiles, measure, relative_error
 from tests.tiny import VOCABULARY, tiny_model
 
 SHAPE = AttentionShape(tokens=256, heads=4, kv_heads=2, head_dim=64)
 
 
-def test_timing_is_median_and_spread() -> None:
-    timing = Timing.of([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert (timing.median, timing.calls) == (3.0, 5)
-    assert timing.spread == pytest.approx((52 - 1.5) / 3)
-    assert Timing.of([2.0]) == Timing(2.0, 0.0, 1)
-
-
-def test_calls_alternate_and_warm_up() -> None:
+def test_contenders_alternate_and_only_the_call_is_timed() -> None:
     order: list[str] = []
-    timings = interleave(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmup=1
-    )
-    assert order == ["a", "b"] * 4
-    assert timings["a"].calls == timings["b"].calls == 3
+
+    def contender(name: str) -> Contender:
+        return Contender(
+            name,
+            lambda: order.append(name),
+            prepare=lambda: order.append(f"before {name}"),
+            lead=lambda: order.append(f"lead of {name}"),
+            environment={"SIXFOLD_TEST": name},
+        )
+
+    timed = Contender("c", lambda: order.append("c"), timed=lambda: 4.0, steps=2)
+    case = Case([contender("a"), contender("b"), timed])
+    rows = list(measure(case, repeats=3, settle=0, warmup=1))
+    assert order == ["before a", "lead of a", "a", "before b", "lead of b", "b"] * 4
+    assert [row.name for row in rows] == ["a", "b", "c"]
+    assert rows[2].seconds == Quartiles(2.0, 2.0, 2.0, 3)
+    assert "SIXFOLD_TEST" not in os.environ
+
+
+def test_quartiles() -> None:
+    found = Quartiles.of([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert found == Quartiles(2.0, 3.0, 4.0, 5)
+    assert found.spread == pytest.approx(2 / 3)
+    assert Quartiles.of([2.0]) == Quartiles(2.0, 2.0, 2.0, 1)
 
 
 def test_every_operation_beside_its_baseline() -> None:
-    rows = measure_speed(OPERATIONS, SHAPE, [8, 2.5], repeats=1)
-    assert {row.operation for row in rows} == set(OPERATIONS)
-    errors = {(row.operation, row.implementation): row.error for row in rows}
-    assert errors["encode", "copy bf16"] == 0
+    found = measure_speed(OPERATIONS, SHAPE, [8, 2.5], repeats=1)
+    assert tuple(found) == OPERATIONS
+    errors, sizes = {}, {}
+    for operation, rows in found.items():
+        for row in rows:
+            assert row.error is not None
+            errors[operation, row.name] = row.error
+            sizes[operation, row.name] = row.nbytes
+    assert errors["encode", "copy of the bfloat16"] == 0
     # A bfloat16 has eight significant bits.
-    assert errors["attention", "sdpa bf16"] < 2**-7
-    assert errors["attention", "grouped matmul bf16"] < 2**-6
-    assert errors["scores", "matmul bf16"] < 2**-7
+    assert errors["attention", "torch sdpa bf16"] < 2**-7
+    assert errors["attention", "torch matmul bf16"] < 2**-6
+    assert errors["scores", "torch matmul bf16"] < 2**-7
     for operation in OPERATIONS:
-        eight, low = (
-            next(e for (op, name), e in errors.items() if op == operation and f"{b} bits" in name)
-            for b in ("8", "2.5")
-        )
+        eight, low = (errors[operation, f"sixfold {bits} bits"] for bits in ("8", "2.5"))
         assert eight < 0.02 < low < 0.5
-    sizes = {(row.operation, row.implementation): row.nbytes for row in rows}
-    assert sizes["scores", "codes 8 bits"] == 2 * 256 * (64 + 2)
-    assert sizes["attention", "sdpa bf16"] == 2 * 2 * 256 * 64 * 2
+    assert sizes["scores", "sixfold 8 bits"] == 2 * 256 * (64 + 2)
+    assert sizes["attention", "torch sdpa bf16"] == 2 * 2 * 256 * 64 * 2
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_before_every_call_comes_the_same_on_other_tensors(operation: str) -> None:
+    pair = layers(SHAPE, torch.device("cpu"))
+    assert pair[0].keys.data_ptr() != pair[1].keys.data_ptr()
+    assert pair[0].values.data_ptr() != pair[1].values.data_ptr()
+    for one in CASES[operation](pair, [4]).contenders:
+        assert one.lead is not None
+        assert one.result is not None
+        found, before = (one.result(call()) for call in (one.call, one.lead))
+        assert torch.equal(found, before)
 
 
 def test_bandwidth_is_bytes_over_time() -> None:
-    row = measure_speed(["scores"], SHAPE, [4], repeats=1)[0]
-    assert row.gigabytes_per_second == pytest.approx(row.nbytes / row.time.median / 1e9)
-    assert row.to_dict()["time"]["median"] == row.time.median
+    row = measure_speed(["scores"], SHAPE, [4], repeats=1)["scores"][0]
+    assert row.gigabytes_per_second == pytest.approx(row.nbytes / row.seconds.median / 1e9)
+    document = row.to_dict()
+    assert document["seconds"]["median"] == row.seconds.median
+    assert document["gigabytes_per_second"] == row.gigabytes_per_second
 
 
 def test_relative_error() -> None:

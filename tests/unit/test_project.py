@@ -1,4 +1,4 @@
-"""The project as a whole: what importing loads, and that the README states measured numbers."""
+"""The project as a whole: what imports what, and that the README states measured numbers."""
 
 import re
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import grimp
 import pytest
 
 import sixfold
@@ -26,6 +27,22 @@ def test_import_loads_no_host_framework() -> None:
     assert {"torch", "sixfold.quantizers.mse"} <= modules
     roots = {name.partition(".")[0] for name in modules}
     assert roots.isdisjoint({"transformers", "triton", "vllm", "typer", "rich", "matplotlib"})
+
+
+def test_whatever_is_in_eval_serves_a_command() -> None:
+    graph = grimp.build_graph("sixfold", cache_dir=None)
+    served = graph.find_upstream_modules("sixfold.cli.app")
+    assert {name for name in graph.find_descendants("sixfold.eval") if name not in served} == set()
+
+
+def test_one_harness_times_things() -> None:
+    clock = re.compile(r"\b(perf_counter|timeit|do_bench|statistics\.(median|quantiles))\b")
+    folders = ROOT / "src/sixfold/eval", ROOT / "benchmarks"
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    # Where the harness cannot go: Triton's events on a GPU, and another project's interpreter.
+    assert {path.name for path in files if clock.search(path.read_text(encoding="utf-8"))} == {
+        *("timing.py", "gpu_cases.py", "vllm_server.py"),
+    }
 
 
 def test_every_public_name_exists() -> None:

@@ -7,7 +7,8 @@ import typer
 from sixfold.cli.common import BitsOption, JsonOption, parse_bits
 from sixfold.cli.render import Output, human_bytes, progress_bar
 from sixfold.eval import machine
-from sixfold.eval.speed import OPERATIONS, AttentionShape, Measured, measure_speed
+from sixfold.eval.speed import OPERATIONS, AttentionShape, measure_speed
+from sixfold.eval.timing import Row
 
 
 def bench(
@@ -25,25 +26,27 @@ def bench(
     shape = AttentionShape(tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     names = OPERATIONS if op == "all" else (op,)
     with progress_bar("timing") as progress:
-        rows = measure_speed(names, shape, parse_bits(bits), repeats=repeats, progress=progress)
+        found = measure_speed(names, shape, parse_bits(bits), repeats=repeats, progress=progress)
+    rows = [(name, row) for name in found for row in found[name]]
     output.table(
         f"{tokens} tokens, {heads} query and {kv_heads} key heads of {head_dim}",
-        ["operation", "implementation", "median ms", "spread", "error", "bytes read", "GB/s"],
-        [_cells(row) for row in rows],
+        ["operation", "contender", "median ms", "spread", "error", "bytes moved", "GB/s"],
+        [_cells(*row) for row in rows],
     )
     output.say(
         f"Measured on {machine.one_line()}; calls alternate, medians, spread is the interquartile "
         "range. Error: relative to the same operation on the original vectors in float64."
     )
-    output.json({"machine": machine.describe(), "rows": [row.to_dict() for row in rows]})
+    documents = [{"operation": name, **row.to_dict()} for name, row in rows]
+    output.json({"machine": machine.describe(), "rows": documents})
 
 
-def _cells(row: Measured) -> list[str]:
+def _cells(operation: str, row: Row) -> list[str]:
     return [
-        row.operation,
-        row.implementation,
-        f"{1e3 * row.time.median:.2f}",
-        f"{row.time.spread:.0%}",
+        operation,
+        row.name,
+        f"{1e3 * row.seconds.median:.2f}",
+        f"{row.seconds.spread:.0%}",
         f"{row.error:.2e}",
         human_bytes(row.nbytes),
         f"{row.gigabytes_per_second:.2f}",

@@ -11,7 +11,6 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sixfold.cli import plot
 from sixfold.cli.common import (
     BitsOption,
     JsonOption,
@@ -22,7 +21,7 @@ from sixfold.cli.common import (
     read_text,
 )
 from sixfold.cli.render import Output, human_bytes, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.decoding import DecodeCost, decode_costs
 from sixfold.eval.niah import Retrieval, retrieve

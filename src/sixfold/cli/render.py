@@ -75,8 +75,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.4g} TB"
-
-
-def human_bits(bits: float) -> str:
-    """Write a bit width as people say it: 4, 3.5."""
-    return f"{bits:g}"

@@ -1,7 +1,8 @@
 """Time and memory of generating one token at a time through a filled cache."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -10,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from sixfold.eval.caches import MakeCache, held_bytes
 from sixfold.eval.progress import Progress, no_progress
-from sixfold.eval.timing import Timing, interleave
+from sixfold.eval.timing import Case, Contender, Quartiles, measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class DecodeCost:
 
     tokens: int
     nbytes: int
-    step: Timing
+    step: Quartiles
 
     @property
     def tokens_per_second(self) -> float:
@@ -50,19 +51,15 @@ def decode_costs(
         steps: Tokens timed, after two that are not.
         progress: Called after every prefill.
     """
-    filled: dict[str, Cache] = {}
+    contenders, nbytes = [], {}
     for done, (name, make_cache) in enumerate(caches.items(), 1):
-        filled[name] = make_cache(model)
-        _forward(model, context, filled[name])
+        cache = make_cache(model)
+        _forward(model, context, cache)
+        nbytes[name] = held_bytes(cache)
+        contenders.append(Contender(name, partial(_forward, model, context[-1:], cache)))
         progress(done, len(caches))
-    nbytes = {name: held_bytes(cache) for name, cache in filled.items()}
-    calls = {name: _stepper(model, context[-1:], cache) for name, cache in filled.items()}
-    timings = interleave(calls, repeats=steps, warmup=2)
-    return {name: DecodeCost(len(context), nbytes[name], timings[name]) for name in caches}
-
-
-def _stepper(model: PreTrainedModel, token: Int[Tensor, "1"], cache: Cache) -> Callable[[], object]:
-    return lambda: _forward(model, token, cache)
+    rows = measure(Case(contenders), repeats=steps)
+    return {row.name: DecodeCost(len(context), nbytes[row.name], row.seconds) for row in rows}
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
-"""Operations on codes against PyTorch on the originals: time, bytes read, and error.
+"""Operations on codes beside PyTorch on the originals: what is timed, and what it has to move.
 
-Every operation is timed together with its baselines, in turn; every error is against the same
-operation on the original bfloat16 vectors in float64.
+Errors are against the same operation on the original bfloat16 vectors in float64.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,13 @@ from torch import Tensor
 from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import SixfoldError
 from sixfold.eval.progress import Progress, no_progress
-from sixfold.eval.timing import Timing, interleave
+from sixfold.eval.timing import Case, Contender, Row, measure
 from sixfold.packing import Bits
 from sixfold.quantizers import TurboQuantMSE
 
-OPERATIONS = ("attention", "encode", "scores")
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Seconds before a call: see `timing.measure`.
+SETTLE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,45 +36,8 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One implementation of an operation.
-
-    Attributes:
-        operation: What was computed.
-        implementation: How, or at how many bits.
-        time: Seconds a call.
-        error: Norm of the difference to float64 over the norm of the float64 result.
-        nbytes: Bytes of keys, values or codes that the operation has to read.
-    """
-
-    operation: str
-    implementation: str
-    time: Timing
-    error: float
-    nbytes: int
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """Those bytes over the median time."""
-        return self.nbytes / self.time.median / 1e9
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return {**asdict(self), "gigabytes_per_second": self.gigabytes_per_second}
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A call to time, with what it reads and how its result becomes comparable."""
-
-    call: Callable[[], Any]
-    nbytes: int
-    finish: Callable[[Any], Tensor] = lambda result: result
-
-
-@dataclass(frozen=True, slots=True)
 class Inputs:
-    """Gaussian queries, keys and values of one sequence."""
+    """Queries, keys and values of one sequence."""
 
     query: BFloat16[Tensor, "1 heads 1 dim"]
     keys: BFloat16[Tensor, "1 kv_heads tokens dim"]
@@ -85,7 +49,121 @@ class Inputs:
         return self.query.view(1, self.keys.shape[1], -1, self.keys.shape[3])
 
 
-Case: TypeAlias = tuple[dict[str, Candidate], Tensor]
+Layers: TypeAlias = tuple[Inputs, Inputs]
+"""A layer, and the one that a model would compute before it: equal, in memory of its own."""
+
+
+def layers(shape: AttentionShape, device: torch.device, seed: int = 0) -> Layers:
+    """Gaussian inputs of two equal layers.
+
+    Raises:
+        SixfoldError: Heads do not divide into key heads.
+    """
+    if shape.heads % shape.kv_heads:
+        raise SixfoldError(
+            f"query heads must be a multiple of key heads, got {shape.heads} and {shape.kv_heads}"
+        )
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def gaussian(heads: int, tokens: int) -> Tensor:
+        size = (1, heads, tokens, shape.head_dim)
+        return torch.randn(size, generator=generator, device=device).bfloat16()
+
+    keys, values = (gaussian(shape.kv_heads, shape.tokens) for _ in range(2))
+    query = gaussian(shape.heads, 1)
+    return Inputs(query, keys, values), Inputs(query, keys.clone(), values.clone())
+
+
+def attention_case(
+    layers: Layers, widths: Sequence[Bits], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+) -> Case:
+    """One query a head over the whole context."""
+    contenders = []
+    for dtype in dtypes:
+        tensors = [[x.to(dtype) for x in (one.query, one.keys, one.values)] for one in layers]
+        nbytes = sum(x.nbytes for x in tensors[0][1:])
+        for kind, attend in (("sdpa", _sdpa), ("matmul", _grouped_attention)):
+            call, lead = (partial(attend, *each) for each in tensors)
+            name = f"torch {kind} {DTYPES[dtype]}"
+            contenders.append(Contender(name, call, nbytes, lead=lead))
+    contenders += [attention_on_codes(layers, bits, layers[0].keys.shape[2]) for bits in widths]
+    first = layers[0]
+    exact = _grouped_attention(first.query.double(), first.keys.double(), first.values.double())
+    return Case(contenders, exact)
+
+
+def attention_on_codes(layers: Layers, bits: Bits, step: int) -> Contender:
+    """Real cache layers, filled `step` tokens at a time.
+
+    Sinks, window, mapping and rotation of the query are included.
+    """
+    policy, calls = CachePolicy.spending(bits), []
+    for one in layers:
+        layer = CompressedLayer(one.keys, one.values, policy)
+        for chunk in zip(one.keys.split(step, 2), one.values.split(step, 2), strict=True):
+            layer.append(*chunk)
+            layer.compress()
+        calls.append(partial(layer.attend, one.query, scaling=one.keys.shape[3] ** -0.5))
+        held = sum(tensor.nbytes for tensor in layer.tensors())
+    call, lead = calls
+    return Contender(f"sixfold {bits:g} bits", call, held, lead=lead, notes={"bits": bits})
+
+
+def encode_case(layers: Layers, widths: Sequence[Bits]) -> Case:
+    """Vectors to codes, beside copying them; the error is that of the decoded vectors."""
+    keys, before = (one.keys for one in layers)
+    target = torch.empty_like(keys)
+    copy, lead = (partial(target.copy_, x) for x in (keys, before))
+    contenders = [Contender("copy of the bfloat16", copy, 2 * keys.nbytes, lead=lead)]
+    for bits in widths:
+        quantizer = TurboQuantMSE(keys.shape[3], bits)
+        encode, other = (partial(quantizer.encode, x) for x in (keys, before))
+        name, moved, notes = f"sixfold {bits:g} bits", keys.nbytes + encode().nbytes, {"bits": bits}
+        contenders.append(Contender(name, encode, moved, quantizer.decode, lead=other, notes=notes))
+    return Case(contenders, keys.double())
+
+
+def scores_case(
+    layers: Layers, widths: Sequence[Bits], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+) -> Case:
+    """Inner products of every query with every key of its head."""
+    query, (keys, before) = layers[0].grouped_query, (one.keys for one in layers)
+    contenders = []
+    for dtype in dtypes:
+        tensors = [(query.to(dtype), x.to(dtype)) for x in (keys, before)]
+        call, lead = (partial(_matmul, *each) for each in tensors)
+        name, nbytes = f"torch matmul {DTYPES[dtype]}", tensors[0][1].nbytes
+        contenders.append(Contender(name, call, nbytes, lead=lead))
+    for bits in widths:
+        quantizer = TurboQuantMSE(keys.shape[3], bits, scale="unbiased")
+        codes, others = quantizer.encode(keys), quantizer.encode(before)
+        call, lead = (partial(quantizer.scores, query, x) for x in (codes, others))
+        name, notes = f"sixfold {bits:g} bits", {"bits": bits}
+        contenders.append(Contender(name, call, codes.nbytes, lead=lead, notes=notes))
+    return Case(contenders, _matmul(query.double(), keys.double()))
+
+
+def _sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def _grouped_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Queries that share a key head as the rows of one matrix product."""
+    grouped = query.view(1, keys.shape[1], -1, keys.shape[3])
+    weights = (grouped @ keys.mT * keys.shape[3] ** -0.5).softmax(-1)
+    return torch.matmul(weights, values).view(query.shape)
+
+
+def _matmul(query: Tensor, keys: Tensor) -> Tensor:
+    return query @ keys.mT
+
+
+CASES: dict[str, Callable[[Layers, Sequence[Bits]], Case]] = {
+    "attention": attention_case,
+    "encode": encode_case,
+    "scores": scores_case,
+}
+OPERATIONS = tuple(CASES)
 
 
 def measure_speed(
@@ -96,105 +174,18 @@ def measure_speed(
     repeats: int = 9,
     seed: int = 0,
     progress: Progress = no_progress,
-) -> list[Measured]:
-    """Time operations at several widths beside their full-precision baselines.
+) -> dict[str, list[Row]]:
+    """Time operations at several widths beside full precision, on the GPU if there is one.
 
     Raises:
         SixfoldError: There is no such operation, or heads do not divide into key heads.
     """
     if unknown := set(operations) - set(OPERATIONS):
         raise SixfoldError(f"expected operations among {OPERATIONS}, got {sorted(unknown)}")
-    if shape.heads % shape.kv_heads:
-        raise SixfoldError(
-            f"query heads must be a multiple of key heads, got {shape.heads} and {shape.kv_heads}"
-        )
-    inputs, rows = _inputs(shape, seed), []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs, rows = layers(shape, device, seed), {}
     for done, operation in enumerate(operations, 1):
-        candidates, exact = _CASES[operation](inputs, widths)
-        times = interleave({name: one.call for name, one in candidates.items()}, repeats=repeats)
-        for name, one in candidates.items():
-            error = relative_error(one.finish(one.call()), exact)
-            rows.append(Measured(operation, name, times[name], error, one.nbytes))
+        case = CASES[operation](inputs, widths)
+        rows[operation] = measure(case, repeats=repeats, settle=SETTLE)
         progress(done, len(operations))
     return rows
-
-
-def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact result."""
-    return float((result.double() - exact).norm() / exact.norm())
-
-
-def _inputs(shape: AttentionShape, seed: int) -> Inputs:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def gaussian(heads: int, tokens: int) -> Tensor:
-        size = (1, heads, tokens, shape.head_dim)
-        return torch.randn(size, generator=generator, device=device).bfloat16()
-
-    keys, values = (gaussian(shape.kv_heads, shape.tokens) for _ in range(2))
-    return Inputs(gaussian(shape.heads, 1), keys, values)
-
-
-def _attention(inputs: Inputs, widths: Sequence[Bits]) -> Case:
-    """One query a head over the whole context; codes go through a real cache layer."""
-    query, keys, values = inputs.query, inputs.keys, inputs.values
-    scaling = keys.shape[3] ** -0.5
-    exact = _grouped_attention(inputs.grouped_query.double(), keys.double(), values.double())
-    exact = exact.view(query.shape)
-    size = keys.nbytes + values.nbytes
-    candidates = {
-        "sdpa bf16": Candidate(
-            lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), size
-        ),
-        "grouped matmul bf16": Candidate(
-            lambda: _grouped_attention(inputs.grouped_query, keys, values).view(query.shape), size
-        ),
-    }
-    for bits in widths:
-        layer = CompressedLayer(keys, values, CachePolicy(key_bits=bits, value_bits=bits))
-        layer.append(keys, values)
-        layer.compress()
-        held = sum(tensor.nbytes for tensor in layer.tensors())
-        candidates[f"codes {bits:g} bits"] = Candidate(
-            partial(layer.attend, query, scaling=scaling), held
-        )
-    return candidates, exact
-
-
-def _grouped_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    weights = (query @ keys.mT * keys.shape[3] ** -0.5).softmax(-1)
-    return torch.matmul(weights, values)
-
-
-def _encode(inputs: Inputs, widths: Sequence[Bits]) -> Case:
-    """Vectors to codes, beside copying them; the error is that of the decoded vectors."""
-    keys = inputs.keys
-    candidates = {"copy bf16": Candidate(keys.clone, keys.nbytes)}
-    for bits in widths:
-        quantizer = TurboQuantMSE(keys.shape[3], bits)
-        candidates[f"{bits:g} bits"] = Candidate(
-            partial(quantizer.encode, keys), keys.nbytes, quantizer.decode
-        )
-    return candidates, keys.double()
-
-
-def _scores(inputs: Inputs, widths: Sequence[Bits]) -> Case:
-    """Inner products of every query with every key of its head."""
-    query, keys = inputs.grouped_query, inputs.keys
-    exact = query.double() @ keys.double().mT
-    candidates = {"matmul bf16": Candidate(lambda: query @ keys.mT, keys.nbytes)}
-    for bits in widths:
-        quantizer = TurboQuantMSE(keys.shape[3], bits, scale="unbiased")
-        codes = quantizer.encode(keys)
-        candidates[f"codes {bits:g} bits"] = Candidate(
-            partial(quantizer.scores, query, codes), codes.nbytes
-        )
-    return candidates, exact
-
-
-_CASES: dict[str, Callable[[Inputs, Sequence[Bits]], Case]] = {
-    "attention": _attention,
-    "encode": _encode,
-    "scores": _scores,
-}

@@ -6,9 +6,9 @@ from typing import Annotated, cast
 
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import BitsOption, JsonOption, PlotOption, parse_bits, parse_list
 from sixfold.cli.render import Output, progress_bar
+from sixfold.eval import plot
 from sixfold.eval.distortion import METHODS, Distortion, Method, measure_distortion
 
 _COLUMNS = (

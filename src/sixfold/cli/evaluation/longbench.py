@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import BitsOption, JsonOption, PlotOption, load_model, parse_bits
 from sixfold.cli.evaluation.contenders import (
     AgainstOption,
@@ -14,7 +13,7 @@ from sixfold.cli.evaluation.contenders import (
     with_uncompressed,
 )
 from sixfold.cli.render import Output, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.longbench import find_datasets, measure_longbench
 
 

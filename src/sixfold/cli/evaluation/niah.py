@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import (
     BitsOption,
     JsonOption,
@@ -25,7 +24,7 @@ from sixfold.cli.evaluation.contenders import (
     with_uncompressed,
 )
 from sixfold.cli.render import Output, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.niah import Retrieval, retrieve
 
 

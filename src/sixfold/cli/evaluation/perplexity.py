@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import (
     BitsOption,
     JsonOption,
@@ -21,7 +20,7 @@ from sixfold.cli.common import (
 )
 from sixfold.cli.evaluation.contenders import UNCOMPRESSED, AgainstOption, contenders, label
 from sixfold.cli.render import Output, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 

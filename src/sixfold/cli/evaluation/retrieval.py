@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import (
     BitsOption,
     JsonOption,
@@ -23,7 +22,7 @@ from sixfold.cli.evaluation.contenders import (
     with_uncompressed,
 )
 from sixfold.cli.render import Output, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.ruler import TASKS, Score, measure_retrieval
 
 

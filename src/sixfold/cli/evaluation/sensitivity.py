@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli import plot
 from sixfold.cli.common import (
     BitsOption,
     JsonOption,
@@ -18,7 +17,7 @@ from sixfold.cli.common import (
     read_text,
 )
 from sixfold.cli.render import Output, progress_bar
-from sixfold.eval import embedded, machine
+from sixfold.eval import embedded, machine, plot
 from sixfold.eval.perplexity import windows_of
 from sixfold.eval.sensitivity import FINEST, SIDES, Sensitivity, measure_sensitivity
 

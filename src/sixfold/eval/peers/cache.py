@@ -6,7 +6,6 @@ dense: `nbytes` counts what the original would hold for the same tokens.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
-from sixfold.cache import LayerShape
 from sixfold.errors import SixfoldError
 from sixfold.eval.peers.scheme import Scheme
 from sixfold.integrations.transformers.config import layer_types
@@ -121,37 +119,6 @@ class PeerCache(Cache):
             for layer in self.layers
         ]
         return twin
-
-
-def stored_nbytes(
-    keys: Scheme,
-    values: Scheme,
-    shapes: Sequence[LayerShape],
-    *,
-    tokens: int,
-    batch: int = 1,
-    element_size: int = 2,
-) -> int:
-    """Bytes such a cache of full attention holds after a prefill of `tokens` tokens a sequence.
-
-    Args:
-        keys: How keys are stored.
-        values: How values are stored.
-        shapes: The model's attention layers.
-        tokens: Tokens a sequence.
-        batch: Sequences.
-        element_size: Bytes a number of the model's dtype.
-
-    Returns:
-        Exactly `PeerCache.nbytes` of such a cache, which need not exist.
-    """
-    total = 0
-    for shape in shapes:
-        for scheme, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
-            coded = scheme.due(0, tokens)
-            window = batch * shape.kv_heads * (tokens - coded) * dim * element_size
-            total += window + scheme.nbytes(batch, shape.kv_heads, coded, dim, element_size)
-    return total
 
 
 def _layer_bytes(layer: Any) -> int:

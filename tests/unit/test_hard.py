@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.hard import harden, with_hidden_channels, with_outlier_channels
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import compressed, dequantizing
 from sixfold.eval.embedded import haystack, load_embedded
-from sixfold.eval.hard import harden, with_hidden_channels, with_outlier_channels
 from sixfold.eval.peers import peer_caches
 from sixfold.eval.perplexity import CacheComparison, compare_caches
 
