@@ -15,6 +15,7 @@ from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.cached_attention import triton as backend
 from tests.kernels.attention_cases import make_case
 from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
+from tests.kernels.test_ragged import check_each, sequence
 
 
 @pytest.fixture
@@ -96,3 +97,9 @@ def test_compiles_in_one_graph() -> None:
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*case.arguments), doubled(*case.arguments))
+
+
+def test_a_ragged_batch_in_memory_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them, more slowly: test_ragged.py."""
+    monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
+    check_each([sequence(n, 1, n, torch.float32) for n in (130, 9)], sliding_window=100)

@@ -27,8 +27,12 @@ SINKS = 3
 _EXTENSION = extension()
 ISAS = [] if isinstance(_EXTENSION, str) else _EXTENSION.available_isas()
 BACKENDS = [
-    *(name for name in available_backends("attention") if name != "cpu"),
+    "reference",
     *(f"cpu {isa}" for isa in ISAS),
+    # Interpreted: see test_cached_attention_triton.py for a batch that `make test` can wait for.
+    *[pytest.param("triton", marks=pytest.mark.slow)][
+        : "triton" in available_backends("attention")
+    ],
 ]
 
 
