@@ -45,14 +45,13 @@ def test_kernel_is_the_reference(
     assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
-@pytest.mark.usefixtures("_on_triton")
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are not looked at, as those on a GPU."""
     monkeypatch.setattr(_tables, "_readable", lambda _: False)
 
 
-@pytest.mark.usefixtures("trusted")
+@pytest.mark.usefixtures("_on_triton", "trusted")
 def test_nothing_depends_on_data() -> None:
     """Fake tensors have no data: whatever asks for some fails."""
     held = Held.of(300)

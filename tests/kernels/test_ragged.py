@@ -30,9 +30,11 @@ BACKENDS = [
     "reference",
     *(f"cpu {isa}" for isa in ISAS),
     # Interpreted: see test_cached_attention_triton.py for a batch that `make test` can wait for.
-    *[pytest.param("triton", marks=pytest.mark.slow)][
-        : "triton" in available_backends("attention")
-    ],
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in available_backends("attention")
+        if name == "triton"
+    ),
 ]
 
 
