@@ -237,7 +237,7 @@ class Call {
                         const Scratch& scratch) const {
         const std::int64_t b = unit / task_.kv_heads, origin = segment.first[b];
         const std::int64_t low = segment.start[b] - origin;
-        const std::int64_t high = std::min(segment.stop[b] - origin, segment.tokens);
+        const std::int64_t high = std::min(segment.stop_of(b) - origin, segment.tokens);
         std::vector<const void*> mask;
         for (std::int64_t r = 0; r < rows_; ++r) {
             const std::int64_t q = r % task_.queries;
@@ -314,7 +314,7 @@ void check_bounds(const CachedTask& task) {
     }
     for (const TokenSegment& segment : task.tokens)
         for (std::int64_t b = 0; b < task.batch; ++b) {
-            const std::int64_t first = segment.first[b], stop = segment.stop[b];
+            const std::int64_t first = segment.first[b], stop = segment.stop_of(b);
             check_slot("tokens.slots", segment.row_of(b), segment.rows);
             // Of numbers from 0 differences do not overflow; sums might.
             if (first < 0 || segment.start[b] < 0 || stop < 0)

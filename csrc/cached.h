@@ -8,7 +8,7 @@
 // | position, start     | int64            | [batch]                                |
 // | segment.keys        | as query         | [rows, kv_heads, tokens, key_dim]      |
 // | segment.slots       | int64            | [batch]: rows; null: b is in row b     |
-// | segment.first, ...  | int64            | [batch]                                |
+// | segment.first, ...  | int64            | [batch]; stop may be null: no end      |
 // | sink_logits         | float            | [heads], or null                       |
 #pragma once
 
@@ -34,6 +34,7 @@ struct TokenSegment {
     const std::int64_t *first, *start, *stop, *slots;
 
     std::int64_t row_of(std::int64_t b) const { return slots ? slots[b] : b; }
+    std::int64_t stop_of(std::int64_t b) const { return stop ? stop[b] : INT64_MAX; }
 };
 
 // Pages in one pool. `starts` count from `first`; for `page_stride` see AttentionTask.

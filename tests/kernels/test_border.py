@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sixfold import TurboQuantMSE
+from sixfold.cache.pages import Run, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.attention import exact_attention
@@ -127,7 +128,7 @@ def test_tables_that_lead_outside_are_shape_errors(backend: str) -> None:
     with pytest.raises(ShapeError, match=r"pages\.slots"):
         layer.attend(query, **options)
     run.slots[0, 0] = 0
-    cut = run.slab.pool.key_codes[..., :-4].contiguous()
-    run.slab.pool = run.slab.pool._replace(key_codes=cut)
+    cut = run.slab.pool._replace(key_codes=run.slab.pool.key_codes[..., :-4].contiguous())
+    layer.history.runs[0] = Run.of(Slab.full(cut), run.slots, run.lengths)
     with pytest.raises(ShapeError, match="key_codes"):
         layer.attend(query, **options)

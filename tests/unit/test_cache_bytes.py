@@ -65,9 +65,7 @@ def counted_from_outside(cache: TurboQuantCache) -> int:
     for layer in cache.compressed_layers:
         if layer.store is not None and layer.store.prefix is not None:
             for side in (layer.store.key_coder, layer.store.value_coder):
-                rotation, device = side.rotation, torch.device("cpu")
-                tensors += [rotation.turns(device), rotation.factor(device)]
-                tensors.append(side.coding(device).centroids)
+                tensors += side.coding(torch.device("cpu"))[:3]
     return storage_bytes(tensors)
 
 

@@ -11,8 +11,6 @@ from sixfold.kernels.types import Pages, Tokens
 
 Mask = Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
 
-_FOREVER = torch.iinfo(torch.int64).max
-
 
 def fit_mask(
     mask: Mask, tokens: int
@@ -27,13 +25,8 @@ def fit_mask(
 
 def dense_parts(prefix: Prefix, window: DenseTokens, first: int) -> list[Tokens]:
     """The sinks, and the window, whose first token has position `first`."""
-    padding, end = prefix.padding, prefix.end
-    forever = torch.full_like(end, _FOREVER)
-    recent = Tokens(window.keys, window.values, torch.full_like(end, first), end, forever)
-    if not prefix.sinks.tokens:
-        return [recent]
-    keys, values = map(_for_autograd, (prefix.sinks.keys, prefix.sinks.values))
-    return [Tokens(keys, values, padding, padding, end), recent]
+    origin = torch.full_like(prefix.end, first)
+    return [*prefix.part(), Tokens(window.keys, window.values, origin, prefix.end)]
 
 
 def coded_parts(history: PagedHistory) -> list[Pages]:
@@ -43,8 +36,3 @@ def coded_parts(history: PagedHistory) -> list[Pages]:
         parts.append(run.pages(first))
         first += run.tokens
     return parts
-
-
-def _for_autograd(x: Tensor) -> Tensor:
-    # What inference mode made may not meet a gradient.
-    return x.clone() if x.is_inference() and torch.is_grad_enabled() else x

@@ -1,7 +1,7 @@
 """How the vectors of one side of the cache, keys or values, become pages."""
 
 import dataclasses
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,16 +34,9 @@ class Coder:
         """Bytes of one head's codes of a page, without scales."""
         return PAGE_TOKENS * row_bytes(n_symbols(self.dim, self.bits), symbol_bits(self.bits))
 
-    @cached_property
-    def rotation(self) -> Rotation:
-        """The rotation shared by all heads, layers and sequences."""
-        return Rotation(self.dim, "hadamard", self.seed)
-
     def coding(self, device: torch.device) -> Coding:
         """The tables and numbers that kernels code with."""
-        rotation, book = self.rotation, centroids(self.dim, self.bits, device)
-        turns, factor = rotation.turns(device), rotation.factor(device)
-        return Coding(turns, factor, book, self.bits, self.dim, SCALES[self.layout])
+        return _coding(self.dim, self.bits, self.seed, SCALES[self.layout], device)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
@@ -59,6 +52,13 @@ class Coder:
         coding = self.coding(run.slots.device)
         dense = decode_pages(*side, run.slots, coding, self.layout, dtype, key_map)
         return dense if dense.shape[2] == run.tokens else dense[:, :, _valid(run.lengths)]
+
+
+@lru_cache(maxsize=64)
+def _coding(dim: int, bits: Bits, seed: int, scale: Scale, device: torch.device) -> Coding:
+    """One for all heads, layers and sequences: a step asks for it twice a layer."""
+    rotation, book = Rotation(dim, "hadamard", seed), centroids(dim, bits, device)
+    return Coding(rotation.turns(device), rotation.factor(device), book, bits, dim, scale)
 
 
 def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Coder]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sixfold.arguments import floating
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 
 
 def check_tokens(keys: Any, values: Any) -> None:
@@ -36,6 +37,47 @@ def check_tokens(keys: Any, values: Any) -> None:
         )
 
 
+# Tokens that there is room for when tokens are copied to be added to: many steps a copy, little
+# memory that is not used.
+GROWTH = 16
+
+
+class Room:
+    """Memory that tokens are added to in place. What was written once is never written again.
+
+    Forks share it, in any thread: whoever is first to add tokens at its end does so, the others
+    copy what they hold.
+
+    Attributes:
+        keys: Memory of the keys.
+        values: Memory of the values.
+    """
+
+    def __init__(self, tokens: "DenseTokens", more: int) -> None:
+        """Memory for `tokens`, which are copied to it, and `more` others."""
+        held = tokens.keys.shape[2]
+        capacity = -(-(held + more) // GROWTH) * GROWTH
+        # Memory from inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                x.new_empty(*x.shape[:2], capacity, x.shape[3])
+                for x in (tokens.keys.detach(), tokens.values.detach())
+            )
+        # The end, for one to take: a single step of a dictionary needs no lock.
+        self._ends = {0: True}
+        self.add(0, tokens)
+
+    def add(self, end: int, tokens: "DenseTokens") -> bool:
+        """Write `tokens` from position `end` on; False where somebody has, or there is no room."""
+        stop = end + tokens.keys.shape[2]
+        if stop > self.keys.shape[2] or self._ends.pop(end, None) is None:
+            return False
+        self.keys[:, :, end:stop] = tokens.keys
+        self.values[:, :, end:stop] = tokens.values
+        self._ends[stop] = True
+        return True
+
+
 @dataclasses.dataclass(frozen=True)
 class DenseTokens:
     """Keys and values of consecutive tokens, in full precision.
@@ -44,11 +86,15 @@ class DenseTokens:
         keys: Keys in the model's dtype.
         values: Values.
         attended: Tokens that no mask has hidden from themselves; None if no mask was seen.
+        room: What `keys` and `values` are part of, if they can grow in place.
+        first: Where in it they begin.
     """
 
     keys: Float[Tensor, "batch kv_heads tokens key_dim"]
     values: Float[Tensor, "batch kv_heads tokens value_dim"]
     attended: Bool[Tensor, "batch tokens"] | None = None
+    room: Room | None = None
+    first: int = 0
 
     @property
     def tokens(self) -> int:
@@ -56,13 +102,21 @@ class DenseTokens:
         return self.keys.shape[2]
 
     def append(self, other: "DenseTokens") -> Self:
-        """Both, in order."""
+        """Both, in order; without a graph in place where there is room."""
         known = self.attended is not None or other.attended is not None
-        return type(self)(
-            torch.cat([self.keys, other.keys], 2),
-            torch.cat([self.values, other.values], 2),
-            torch.cat([self.seen, other.seen], 1) if known else None,
-        )
+        attended = torch.cat([self.seen, other.seen], 1) if known else None
+        if torch.is_grad_enabled():
+            # Somebody may hold these tokens for a backward pass, which writing would spoil.
+            keys = _joined(self.keys, other.keys)
+            return type(self)(keys, _joined(self.values, other.values), attended)
+        room, first = self.room, self.first
+        held, new = self.keys.shape[2], other.keys.shape[2]
+        if room is None or not room.add(first + held, other):
+            room, first = Room(self, new), 0
+            room.add(held, other)
+        stop = first + held + new
+        keys, values = room.keys[:, :, first:stop], room.values[:, :, first:stop]
+        return type(self)(keys, values, attended, room, first)
 
     @property
     def seen(self) -> Bool[Tensor, "batch tokens"]:
@@ -75,16 +129,23 @@ class DenseTokens:
     def masked(self, newest: Bool[Tensor, "batch new"]) -> Self:
         """The same tokens, the newest of them attended where `newest` says so."""
         attended = torch.cat([self.seen[:, : self.tokens - newest.shape[1]], newest], 1)
-        return type(self)(self.keys, self.values, attended)
+        return dataclasses.replace(self, attended=attended)
 
     def unmasked(self) -> Self:
         """The same tokens, without what masks have shown."""
-        return type(self)(self.keys, self.values)
+        return dataclasses.replace(self, attended=None)
 
     def slice(self, start: int, stop: int) -> Self:
         """A view of some tokens: for reading at once, not for keeping (it keeps all alive)."""
         attended = None if self.attended is None else self.attended[:, start:stop]
         return type(self)(self.keys[:, :, start:stop], self.values[:, :, start:stop], attended)
+
+    def without_first(self, count: int) -> Self:
+        """The tokens but for the first `count`, whose memory goes when these have grown."""
+        if self.room is None:
+            return self.copy_slice(count, self.tokens)
+        rest = self.slice(count, self.tokens)
+        return dataclasses.replace(rest, room=self.room, first=self.first + count)
 
     def copy_slice(self, start: int, stop: int) -> Self:
         """A copy of some tokens, which lets the memory of the others go."""
@@ -95,8 +156,10 @@ class DenseTokens:
     def owned(self) -> Self:
         """The tokens without a graph and in memory of their own.
 
-        Copied only if they are part of something larger.
+        Copied only if they are part of something larger that is not theirs to grow in.
         """
+        if self.room is not None:
+            return self
         whole = all(x.untyped_storage().nbytes() == x.nbytes for x in (self.keys, self.values))
         kept = self if whole else self.copy_slice(0, self.tokens)
         if not (kept.keys.requires_grad or kept.values.requires_grad):
@@ -126,3 +189,8 @@ class DenseTokens:
         """Every tensor held."""
         held = [self.keys, self.values]
         return held if self.attended is None else [*held, self.attended]
+
+
+@outside_autocast
+def _joined(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x, y], 2)

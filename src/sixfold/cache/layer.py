@@ -1,7 +1,6 @@
 """One attention layer's compressed history: append, attend, compress, and operations on codes."""
 
 import copy
-import dataclasses
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +21,6 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels._border import checked_scaling
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.encode import store_pages
@@ -79,7 +77,7 @@ class CompressedLayer:
     @property
     def held(self) -> int:
         """Tokens a sequence that can still be attended."""
-        return self.history.tokens + self.window.tokens
+        return self.history.tokens + self.window.keys.shape[2]
 
     @property
     def visible(self) -> int:
@@ -104,7 +102,6 @@ class CompressedLayer:
         check_tokens(keys, values)
         self.extend(keys, values)
 
-    @outside_autocast
     def extend(
         self,
         keys: Float[Tensor, "batch kv_heads tokens key_dim"],
@@ -119,14 +116,13 @@ class CompressedLayer:
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
         _check_same(self.window, new)
-        self.window = self.window.append(new) if self.window.tokens else new
+        self.window = self.window.append(new) if self.window.keys.shape[2] else new
 
     def take_back(self, count: int) -> None:
         """Undo an `append` of `count` tokens that have not been attended."""
         count = whole("count", count, 0, self.window.tokens)
         self.window = self.window.copy_slice(0, self.window.tokens - count)
 
-    @outside_autocast
     def attend(
         self,
         query: Float[Tensor, "batch heads queries key_dim"],
@@ -153,7 +149,6 @@ class CompressedLayer:
             ShapeError: The mask is for another number of tokens than are held.
         """
         self._check_query(query)
-        scaling = checked_scaling(scaling)
         dtype, held = query.dtype, self.window.keys.dtype
         query = query if dtype is held else query.to(held)
         if mask is not None:
@@ -225,13 +220,14 @@ class CompressedLayer:
         What is held afterwards has no history for autograd.
         """
         self.detached |= self.window.keys.requires_grad or self.window.values.requires_grad
-        if not self.record_past:
+        if not self.record_past and self.sliding_window is not None:
             self._evict()
-        pages = (self.window.tokens - self.policy.recent_window) // PAGE_TOKENS
+        pages = (self.window.keys.shape[2] - self.policy.recent_window) // PAGE_TOKENS
         if pages > 0 and self._can_fix_prefix():
             self._compress(pages)
         else:
-            self.window = self.window.owned()
+            if self.window.room is None:
+                self.window = self.window.owned()
 
     @outside_autocast
     @torch.no_grad()
@@ -389,6 +385,7 @@ class CompressedLayer:
                 "whose layers differed in length."
             )
 
+    @outside_autocast
     @torch.no_grad()
     def _observe(
         self, query: Float[Tensor, "batch heads queries key_dim"], mask: Mask | None
@@ -429,29 +426,33 @@ class CompressedLayer:
             return
         gone = self.history.drop_first(expired)
         if self.history.tokens == 0 and expired > gone:
-            self.window = self.window.copy_slice(expired - gone, self.window.tokens)
+            self.window = self.window.without_first(expired - gone)
             gone = expired
         self.evicted += gone
         if self.prefix is not None:
-            padding = (self.prefix.padding - gone).clamp(min=0)
-            self.prefix = dataclasses.replace(self.prefix, padding=padding)
+            self.prefix = self.prefix.evict(gone)
 
 
 def _check_same(held: DenseTokens, new: DenseTokens) -> None:
-    if _kind(held.keys) == _kind(new.keys) and _kind(held.values) == _kind(new.values):
+    alike = True
+    for old, fresh in ((held.keys, new.keys), (held.values, new.values)):
+        (batch, heads, _, dim), shape = old.shape, fresh.shape
+        alike &= shape[0] == batch and shape[1] == heads and shape[3] == dim
+        alike &= old.dtype is fresh.dtype and old.device == fresh.device
+    if alike:
         return
-    if (old := _dtypes(held)) != (fresh := _dtypes(new)) and held.keys.device == new.keys.device:
+    if (had := _dtypes(held)) != (got := _dtypes(new)) and held.keys.device == new.keys.device:
         raise ShapeError(
-            f"this layer holds keys and values of {old[0]} and {old[1]}, got {fresh[0]} and "
-            f"{fresh[1]}: convert what it holds, as cache.to(dtype={fresh[0]}) does, when the "
+            f"this layer holds keys and values of {had[0]} and {had[1]}, got {got[0]} and "
+            f"{got[1]}: convert what it holds, as cache.to(dtype={got[0]}) does, when the "
             "dtype of the model changes."
         )
     for name in ("keys", "values"):
-        expected, got = _kind(getattr(held, name)), _kind(getattr(new, name))
-        if expected != got:
+        expected, given = _kind(getattr(held, name)), _kind(getattr(new, name))
+        if expected != given:
             raise ShapeError(
                 f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
-                f"{got}; reset the cache or select its batch rows before changing the batch."
+                f"{given}; reset the cache or select its batch rows before changing the batch."
             )
 
 

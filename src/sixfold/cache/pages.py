@@ -71,7 +71,6 @@ class Run:
         lengths: Valid tokens of each page.
         tokens: Their sum.
         starts: Each page's first token, counted from the run's first.
-        memo: See `sixfold.kernels.types.Pages`.
     """
 
     slab: Slab
@@ -79,7 +78,7 @@ class Run:
     lengths: Int64[Tensor, " pages"]
     tokens: int
     starts: Int64[Tensor, " pages"]
-    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _pages: Pages | None = None
 
     @classmethod
     def of(
@@ -101,8 +100,12 @@ class Run:
 
     def pages(self, first: int) -> Pages:
         """What kernels take, the first page's first token having position `first`."""
-        starts, lengths = self.starts[None], self.lengths[None]
-        return Pages(self.slab.pool, self.slots, starts, lengths, first, self.memo)
+        if self._pages is None or self._pages.first != first:
+            # Made once: what is remembered of tensors is known by which they are.
+            starts, lengths = self.starts[None], self.lengths[None]
+            pool, slots = self.slab.pool, self.lease.slots
+            self._pages = Pages(pool, slots, starts, lengths, first, {})
+        return self._pages
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with pages of its own: another process sees no later claim of ours."""
@@ -148,7 +151,10 @@ class PagedHistory:
     @property
     def tokens(self) -> int:
         """Compressed tokens a sequence."""
-        return sum(run.tokens for run in self.runs)
+        tokens = 0
+        for run in self.runs:
+            tokens += run.tokens
+        return tokens
 
     def reserve(self, batch: int, pages: int, device: torch.device) -> list[Run]:
         """Room for `pages` full pages a sequence, not yet part of the history: write, then push.

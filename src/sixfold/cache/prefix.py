@@ -10,7 +10,7 @@ from torch import Tensor
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.policy import CachePolicy
-from sixfold.kernels.types import KeyMap
+from sixfold.kernels.types import KeyMap, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Prefix:
     Attributes:
         sinks: The first tokens after the padding, in the model's dtype.
         padding: Left-padding of every sequence, in tokens.
-        count: Sinks that exist, fewer than kept only in a sequence that short.
+        end: Position after the last sink: earlier ones are never read from codes or window.
         key_map: Centring and equalization.
     """
 
     sinks: DenseTokens
     padding: Int64[Tensor, " batch"]
-    count: Int64[Tensor, " batch"]
+    end: Int64[Tensor, " batch"]
     key_map: KeyMap
 
     @classmethod
@@ -50,7 +50,7 @@ class Prefix:
         return cls(
             tokens.gather((padding[:, None] + slots).clamp(max=last)),
             padding,
-            count,
+            padding + count,
             estimate_key_map(
                 tokens.keys,
                 counted,
@@ -61,9 +61,16 @@ class Prefix:
         )
 
     @property
-    def end(self) -> Int64[Tensor, " batch"]:
-        """Position after the last sink: earlier ones are never read from codes or window."""
-        return self.padding + self.count
+    def count(self) -> Int64[Tensor, " batch"]:
+        """Sinks that exist, fewer than kept only in a sequence that short."""
+        return self.end - self.padding
+
+    def part(self) -> list[Tokens]:
+        """The sinks as kernels take them; none if none are kept."""
+        if not self.sinks.tokens:
+            return []
+        keys, values = _for_autograd(self.sinks.keys), _for_autograd(self.sinks.values)
+        return [Tokens(keys, values, self.padding, self.padding, self.end)]
 
     def positions(self) -> Int64[Tensor, "batch sinks"]:
         """Position of every sink; -1 where a short sequence has none."""
@@ -78,16 +85,20 @@ class Prefix:
 
     def crop(self, tokens: int) -> Self:
         """The prefix of sequences cut to `tokens` tokens."""
-        padding = self.padding.clamp(max=tokens)
-        count = torch.minimum(self.count, tokens - padding)
-        return dataclasses.replace(self, padding=padding, count=count)
+        padding, end = self.padding.clamp(max=tokens), self.end.clamp(max=tokens)
+        return dataclasses.replace(self, padding=padding, end=end)
+
+    def evict(self, tokens: int) -> Self:
+        """The prefix of sequences whose first `tokens` tokens are forgotten."""
+        padding = (self.padding - tokens).clamp(min=0)
+        return dataclasses.replace(self, padding=padding, end=padding + self.count)
 
     def select(self, rows: Tensor) -> Self:
         """The prefix of other sequences of the batch."""
         return type(self)(
             self.sinks.select(rows),
             self.padding[rows],
-            self.count[rows],
+            self.end[rows],
             self.key_map.select(rows),
         )
 
@@ -95,14 +106,14 @@ class Prefix:
         """Every tensor held."""
         key_map = self.key_map
         sinks = self.sinks
-        return [sinks.keys, sinks.values, self.padding, self.count, key_map.mean, key_map.scale]
+        return [sinks.keys, sinks.values, self.padding, self.end, key_map.mean, key_map.scale]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """The same on another device, sinks in another dtype if one is given."""
         return type(self)(
             self.sinks.to(device, dtype),
             self.padding.to(device),
-            self.count.to(device),
+            self.end.to(device),
             KeyMap(self.key_map.mean.to(device), self.key_map.scale.to(device)),
         )
 
@@ -117,3 +128,8 @@ def valid_tokens(
     if itself.dtype != torch.bool:
         itself = itself > torch.finfo(itself.dtype).min / 2
     return itself.expand(batch, -1)
+
+
+def _for_autograd(x: Tensor) -> Tensor:
+    # What inference mode made may not meet a gradient.
+    return x.clone() if torch.is_grad_enabled() and x.is_inference() else x

@@ -114,7 +114,7 @@ def restore_layer(
         layer.prefix = Prefix(
             DenseTokens(tensors["sinks.keys"], tensors["sinks.values"]),
             tensors["padding"],
-            tensors["sinks.count"],
+            tensors["padding"] + tensors["sinks.count"],
             KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]),
         )
     lengths = torch.tensor(description["page_lengths"], dtype=torch.int64)

@@ -169,12 +169,9 @@ class StaticLayer:
             first,
             end.expand(batch).contiguous(),
         )
-        sinks = Tokens(
-            prefix.sinks.keys, prefix.sinks.values, prefix.padding, prefix.padding, prefix.end
-        )
         out = cached_attention(
             query,
-            [sinks, window] if prefix.sinks.tokens else [window],
+            [*prefix.part(), window],
             [Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0, {})],
             self.key_coding,
             self.value_coding,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sixfold.arguments import dense, number_of, real, shown
 from sixfold.errors import SixfoldError
+from sixfold.kernels.types import Tokens
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -27,6 +28,17 @@ def plain(x: T) -> T:
     if x.is_neg():
         return x.resolve_neg()
     return x.new_zeros(x.shape) if x._is_zerotensor() else x
+
+
+def plain_tokens(tokens: Tokens) -> Tokens:
+    """The same with their numbers in memory."""
+    keys, values = tokens.keys, tokens.values
+    if torch.compiler.is_compiling():
+        return tokens
+    for x in (keys, values):
+        if x.is_neg() or x._is_zerotensor():
+            return tokens._replace(keys=plain(keys), values=plain(values))
+    return tokens
 
 
 def readable(name: str, x: Tensor) -> Tensor:

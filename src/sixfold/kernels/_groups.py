@@ -1,7 +1,7 @@
 """What the compiled extension takes, as csrc/bindings.h groups it: addresses that were checked."""
 
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
+    Layout,
     is_paired,
     n_symbols,
     row_bytes,
@@ -25,6 +26,7 @@ _LAYOUTS = {"rows": 0, "key": 1, "value": 2}
 
 RotationGroup: TypeAlias = tuple[int, int, int, int, int]
 CodeGroup: TypeAlias = tuple[int, int, bool, int, int]
+SideGroup: TypeAlias = tuple[RotationGroup, CodeGroup]
 PoolGroup: TypeAlias = tuple[int, int, int]
 PagesGroup: TypeAlias = tuple[
     tuple[PoolGroup, PoolGroup, PoolGroup, PoolGroup, int], int, int, int, int, int, int
@@ -54,6 +56,30 @@ def rotation_group(dim: int, turns: Tensor, factor: Tensor) -> RotationGroup:
     return dim, order, rounds, turns_address, factor_address
 
 
+# By identity: what a step asks for in every layer. Cleared now and then, as it keeps what it names.
+_codings: dict[tuple[int, str], tuple[Coding, tuple[int, int, int], SideGroup]] = {}
+_MOST_CODINGS = 256
+
+
+def side_group(coding: Coding, layout: Layout) -> SideGroup:
+    """A rotation and codes in pages of this layout.
+
+    Raises:
+        ShapeError: The tensors do not fit each other.
+    """
+    turns, factor, centroids, bits, dim, _ = coding
+    pointers = turns.data_ptr(), factor.data_ptr(), centroids.data_ptr()
+    held, moved, group = _codings.get((id(coding), layout), (None, None, None))
+    # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
+    if group is not None and held is coding and moved == pointers:
+        return group
+    made = rotation_group(dim, turns, factor), code_group(dim, bits, centroids, layout)
+    if len(_codings) >= _MOST_CODINGS:
+        _codings.clear()
+    _codings[id(coding), layout] = coding, pointers, made
+    return made
+
+
 def code_group(dim: int, bits: Bits, centroids: Tensor, layout: str = "rows") -> CodeGroup:
     """Codes: dim, symbol bits, paired, layout and the codebook.
 
@@ -79,7 +105,7 @@ def pool_group(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, 
     Raises:
         ShapeError: It is another tensor than that, or pages of it are not contiguous.
     """
-    if x.dtype is not dtype or x.shape != shape or x.device.type != "cpu" or x.stride(2) != 1:
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or x.stride(2) != 1:
         raise ShapeError(
             f"{name}: expected a {dtype} tensor {list(shape)} on the cpu, contiguous in its last "
             f"axis, got {x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."
@@ -131,7 +157,7 @@ def _int64(x: Tensor) -> Tensor:
 
 
 def vectors_group(
-    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int, int]
 ) -> tuple[int, int, int, int]:
     """Uncompressed keys or values: address, strides of rows, heads and tokens in bytes.
 
@@ -140,69 +166,80 @@ def vectors_group(
     """
     row, head, token, last = x.stride()
     # Of one coordinate the stride says nothing.
-    whole = last == 1 or shape[-1] == 1
-    if x.dtype is not dtype or x.shape[1:] != shape or x.device.type != "cpu" or not whole:
+    whole = last == 1 or shape[3] == 1
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or not whole:
         raise ShapeError(
-            f"{name}: expected a {dtype} tensor {['rows', *shape]} on the cpu, contiguous in its "
-            f"last axis, got {x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."
+            f"{name}: expected a {dtype} tensor {list(shape)} on the cpu, contiguous in its last "
+            f"axis, got {x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."
         )
     size = dtype.itemsize
-    return memory(name, x), row * size, head * size, token * size
+    return x.data_ptr() or memory(name, x), row * size, head * size, token * size
 
 
 def tokens_group(
     part: Tokens, batch: int, heads: int, dims: tuple[int, int], dtype: torch.dtype
-) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int, int, int]:
+) -> tuple[Any, ...]:
     """Uncompressed tokens; rows outside of them are the extension's to refuse.
 
     Raises:
         ShapeError: The tensors do not fit each other, the batch or the dims.
     """
-    rows, _, count, _ = part.keys.shape
-    if len(part.values) != rows:
-        raise ShapeError(
-            f"tokens.values: expected {rows} rows, as many as there are of keys, got "
-            f"{len(part.values)}."
-        )
-    slots = part.slots
+    keys, values, first, start, stop, slots = part
+    rows, _, count, _ = keys.shape
     return (
-        vectors_group("tokens.keys", part.keys, dtype, (heads, count, dims[0])),
-        vectors_group("tokens.values", part.values, dtype, (heads, count, dims[1])),
+        vectors_group("tokens.keys", keys, dtype, (rows, heads, count, dims[0])),
+        vectors_group("tokens.values", values, dtype, (rows, heads, count, dims[1])),
         rows,
         count,
-        address("tokens.first", part.first, torch.int64, (batch,)),
-        address("tokens.start", part.start, torch.int64, (batch,)),
-        address("tokens.stop", part.stop, torch.int64, (batch,)),
-        0 if slots is None else address("tokens.slots", slots, torch.int64, (batch,)),
+        *numbers_group(batch, _TOKENS, (first, start, stop, slots)),
     )
 
 
-def map_group(key_map: KeyMap, batch: int, heads: int, dim: int) -> tuple[int, int, int, int]:
+_TOKENS = "tokens.first", "tokens.start", "tokens.stop", "tokens.slots"
+
+
+def numbers_group(
+    batch: int, names: tuple[str, ...], tensors: tuple[Tensor | None, ...]
+) -> list[int]:
+    """A whole number a sequence each: addresses, 0 where there is none.
+
+    Raises:
+        ShapeError: One is another tensor than that.
+    """
+    found = []
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            found.append(0)
+        # What `address` asks, without a call for each of what a step passes dozens of.
+        elif x.dtype is torch.int64 and x.shape == (batch,) and x.is_contiguous() and x.is_cpu:
+            found.append(x.data_ptr() or memory(name, x))
+        else:
+            found.append(address(name, x, torch.int64, (batch,)))
+    return found
+
+
+def map_group(key_map: KeyMap, batch: int, heads: int, dim: int) -> tuple[int, ...]:
     """Mean, channel scale, how many maps there are, and which one each sequence has.
 
     Raises:
         ShapeError: The tensors do not fit each other.
     """
     mean, scale, index = key_map
-    shape = len(mean), heads, dim
+    shape = mean.shape[0], heads, dim
     return (
         address("key_map.mean", mean, torch.float32, shape),
         address("key_map.scale", scale, torch.float32, shape),
-        len(mean),
-        0 if index is None else address("key_map.map_index", index, torch.int64, (batch,)),
+        shape[0],
+        *numbers_group(batch, ("key_map.map_index",), (index,)),
     )
 
 
-def mask_group(
-    mask: Tensor | None, batch: int, heads: int, queries: int
-) -> tuple[Tensor | None, MaskGroup]:
+def mask_group(mask: Tensor, batch: int, heads: int, queries: int) -> tuple[Tensor, MaskGroup]:
     """The mask in a dtype the extension reads, and how: broadcast axes have stride 0.
 
     Raises:
         ShapeError: It is no mask of these sizes.
     """
-    if mask is None:
-        return None, NO_MASK
     additive = mask.dtype != torch.bool
     if additive and not mask.is_floating_point():
         raise ShapeError(

@@ -24,7 +24,7 @@ def address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
     Raises:
         ShapeError: It is another tensor than that.
     """
-    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous() or x.device.type != "cpu":
+    if x.dtype is not dtype or x.shape != shape or not (x.is_contiguous() and x.is_cpu):
         raise ShapeError(
             f"{name}: expected a contiguous {dtype} tensor {list(shape)} on the cpu, got "
             f"{x.dtype} {list(x.shape)} on {x.device}, strides {list(x.stride())}."

@@ -104,7 +104,7 @@ class Tokens(NamedTuple):
         values: Values.
         first: Position of each sequence's first token.
         start: Tokens at earlier positions are hidden (padding, sinks that are held elsewhere).
-        stop: Tokens at this position and later ones are hidden.
+        stop: Tokens at this position and later ones are hidden; None: none of them.
         slots: Which row of `keys` and `values` each sequence has; None: each its own, in order.
     """
 
@@ -112,5 +112,5 @@ class Tokens(NamedTuple):
     values: Float[Tensor, "rows kv_heads tokens value_dim"]
     first: Int64[Tensor, " batch"]
     start: Int64[Tensor, " batch"]
-    stop: Int64[Tensor, " batch"]
+    stop: Int64[Tensor, " batch"] | None = None
     slots: Int64[Tensor, " batch"] | None = None

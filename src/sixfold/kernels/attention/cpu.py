@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from sixfold.kernels._groups import (
+    NO_MASK,
     check_heads,
     code_group,
     contiguous_pages,
@@ -51,7 +52,9 @@ def page_attention(
     query, first = query.contiguous(), first_token.to(torch.int64).contiguous()
     pages = contiguous_pages(pages._replace(starts=pages.starts + pages.first, first=0))
     offset = None if logit_offset is None else logit_offset.contiguous()
-    mask, mask_numbers = mask_group(mask, batch, heads, queries)
+    _readable, mask_numbers = None, NO_MASK
+    if mask is not None:
+        _readable, mask_numbers = mask_group(mask, batch, heads, queries)
     out = torch.empty(batch, heads, queries, values.dim, dtype=torch.float32)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32)
     _cpu.page_attention(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sixfold.kernels._border import checked_scaling, checked_softcap, plain
+from sixfold.kernels._border import checked_scaling, checked_softcap, plain, plain_tokens
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._groups import check_heads
 from sixfold.kernels._signature import operation
@@ -65,7 +65,7 @@ def cached_attention(
     check_heads(query.shape[1], key_map.mean.shape[1])
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
         plain(query),
-        [Tokens(plain(x.keys), plain(x.values), *x[2:]) for x in tokens],
+        [plain_tokens(x) for x in tokens],
         pages,
         keys,
         values,

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from sixfold.kernels._groups import (
     DTYPES,
+    NO_MASK,
     PagesGroup,
-    code_group,
     contiguous_pages,
     map_group,
     mask_group,
+    numbers_group,
     pages_group,
-    rotation_group,
+    side_group,
     tokens_group,
 )
 from sixfold.kernels._native import address, compiled
@@ -47,14 +48,7 @@ def cached_attention(
     sink_logits: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
-    batch, heads, queries, _ = query.shape
-    held = [x for part in tokens for x in (part.keys, part.values)]
-    if (
-        queries > MAX_QUERIES
-        or query.dtype not in DTYPES
-        or any(x.dtype is not query.dtype for x in held)
-        or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, *held)))
-    ):
+    if not _native(query, tokens):
         return reference.cached_attention(
             query,
             tokens,
@@ -70,30 +64,26 @@ def cached_attention(
             softcap=softcap,
             sink_logits=sink_logits,
         )
-    kv_heads, dims = key_map.mean.shape[1], (keys.dim, values.dim)
-    query = query.contiguous()
+    batch, heads, queries, _ = query.shape
+    kv_heads, dims, dtype = key_map.mean.shape[1], (keys.dim, values.dim), query.dtype
     # Kept until the call returns: an address does not keep what was converted.
-    _readable, mask_numbers = mask_group(mask, batch, heads, queries)
-    sinks = None if sink_logits is None else sink_logits.float().contiguous()
+    query, _readable, mask_numbers, sinks = query.contiguous(), None, NO_MASK, sink_logits
+    if mask is not None:
+        _readable, mask_numbers = mask_group(mask, batch, heads, queries)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
     tokens = [_contiguous(part) for part in tokens]
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
-        (batch, heads, kv_heads, queries, DTYPES[query.dtype], sliding_window or 0),
-        address("query", query, query.dtype, (batch, heads, queries, keys.dim)),
+        (batch, heads, kv_heads, queries, DTYPES[dtype], sliding_window or 0),
+        address("query", query, dtype, (batch, heads, queries, keys.dim)),
         out.data_ptr(),
-        [tokens_group(part, batch, kv_heads, dims, query.dtype) for part in tokens],
+        [tokens_group(part, batch, kv_heads, dims, dtype) for part in tokens],
         [_pages(part, batch, kv_heads, keys, values) for part in pages],
-        (
-            rotation_group(keys.dim, keys.turns, keys.factor),
-            code_group(keys.dim, keys.bits, keys.centroids, "key"),
-        ),
-        (
-            rotation_group(values.dim, values.turns, values.factor),
-            code_group(values.dim, values.bits, values.centroids, "value"),
-        ),
+        side_group(keys, "key"),
+        side_group(values, "value"),
         map_group(key_map, batch, kv_heads, keys.dim),
-        address("position", position, torch.int64, (batch,)),
-        address("start", start, torch.int64, (batch,)),
+        *numbers_group(batch, ("position", "start"), (position, start)),
         scaling,
         mask_numbers,
         softcap or 0.0,
@@ -101,6 +91,18 @@ def cached_attention(
         torch.get_num_threads(),
     )
     return out
+
+
+def _native(query: Tensor, tokens: Sequence[Tokens]) -> bool:
+    """Whether the extension takes them: dtypes it knows, few queries, no gradient."""
+    dtype, grad = query.dtype, torch.is_grad_enabled()
+    if query.shape[2] > MAX_QUERIES or dtype not in DTYPES or (grad and query.requires_grad):
+        return False
+    for part in tokens:
+        for x in part[:2]:
+            if x.dtype is not dtype or (grad and x.requires_grad):
+                return False
+    return True
 
 
 def _contiguous(part: Tokens) -> Tokens:
@@ -112,7 +114,7 @@ def _contiguous(part: Tokens) -> Tokens:
 def _pages(part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding) -> PagesGroup:
     key = (batch, kv_heads, *keys[3:5], *values[3:5], part.first)
     tensors = (*part.pool, *part[1:4])
-    # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
+    # As in `side_group`.
     pointers = tuple([x.data_ptr() for x in tensors])
     held, moved, kept, found = part.memo.get(key, ((), (), None, None))
     if found is None or moved != pointers or not all(map(is_, held, tensors)):

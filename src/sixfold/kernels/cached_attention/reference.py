@@ -83,7 +83,9 @@ def _vectors(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"
         check_table("tokens.slots", part.slots, len(keys))
         keys, values = keys[part.slots], values[part.slots]
     positions = part.first[:, None] + torch.arange(keys.shape[2], device=keys.device)
-    hidden = (positions < part.start[:, None]) | (positions >= part.stop[:, None])
+    hidden = positions < part.start[:, None]
+    if part.stop is not None:
+        hidden = hidden | (positions >= part.stop[:, None])
     unread = hidden[:, None, :, None]
     keys, values = keys.masked_fill(unread, 0), values.masked_fill(unread, 0)
     return keys, values, positions.masked_fill(hidden, -1)

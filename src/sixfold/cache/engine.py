@@ -1,0 +1,267 @@
+"""An attention layer of a serving engine: ragged batches, in blocks of memory that it owns.
+
+Whole pages lie as codes in the engine's blocks. The open page of a running sequence, up to 64
+tokens, stays in the model's dtype in a row of memory of the layer's; it is encoded once, when full.
+Which block and which row is whose is the engine's business.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from sixfold.arguments import shown
+from sixfold.cache.affine import QueryEnergy, estimate_key_map
+from sixfold.cache.coder import coders
+from sixfold.cache.policy import CachePolicy
+from sixfold.cache.step import Part, Step
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels.attention import exact_attention
+from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.encode import store_pages
+from sixfold.kernels.types import KeyMap, Pool, Tokens
+from sixfold.packing import PAGE_TOKENS
+
+SCALE_BYTES = PAGE_TOKENS * 2
+
+
+class _Softmax(NamedTuple):
+    """What makes weights of logits."""
+
+    scaling: float
+    softcap: float | None
+    sink_logits: Float[Tensor, " heads"] | None
+
+
+class EngineLayer:
+    """One attention layer of a serving engine.
+
+    The key map is one for all sequences: given, or fitted to the raw tokens in hand when the first
+    page is encoded (docs/key_map.md says how little it depends on the text).
+
+    Attributes:
+        policy: How keys and values are coded. Sinks and a window beyond the open page are not kept.
+        key_map: Of all sequences; None until a page is full.
+        open_keys: Keys of the open pages.
+        open_values: Values of the open pages.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        rows: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        sliding_window: int | None = None,
+        key_map: KeyMap | None = None,
+    ) -> None:
+        """A layer with `rows` open pages: one for every sequence that may run at once.
+
+        Args:
+            policy: How keys and values are coded.
+            kv_heads: KV heads.
+            key_dim: Dimension of a key.
+            value_dim: Dimension of a value.
+            rows: Open pages.
+            dtype: The model's.
+            device: Where the engine's blocks are.
+            sliding_window: Tokens a query sees, itself included; None for all.
+            key_map: A map [1, kv_heads, key_dim] to use from the first page on.
+        """
+        if not isinstance(policy, CachePolicy):
+            raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
+        self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
+        self.key_coder, self.value_coder = coders(policy, key_dim, value_dim)
+        with torch.inference_mode(False):
+            self.open_keys, self.open_values = (
+                torch.zeros(rows, kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
+                for dim in (key_dim, value_dim)
+            )
+        self._energy: QueryEnergy | None = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one head's page in a block: key codes and scales, value codes and scales."""
+        return self.key_coder.page_bytes + self.value_coder.page_bytes + 2 * SCALE_BYTES
+
+    def pool(self, blocks: UInt8[Tensor, "slots kv_heads block_bytes"]) -> Pool:
+        """An engine's blocks, at any distance from each other, as a pool.
+
+        Raises:
+            ShapeError: The blocks are for other heads or widths.
+        """
+        expected = self.open_keys.shape[1], self.block_bytes
+        if blocks.dtype is not torch.uint8 or blocks.ndim != 3 or blocks.shape[1:] != expected:
+            raise ShapeError(
+                f"blocks: expected uint8 [slots, {expected[0]}, {expected[1]}], got "
+                f"{blocks.dtype} {list(blocks.shape)}."
+            )
+        sizes = [self.key_coder.page_bytes, SCALE_BYTES, self.value_coder.page_bytes, SCALE_BYTES]
+        keys, key_scales, values, value_scales = blocks.split(sizes, 2)
+        half = torch.float16
+        return Pool(keys, key_scales.view(half), values, value_scales.view(half))
+
+    @outside_autocast
+    @torch.no_grad()
+    def attend(
+        self,
+        query: Float[Tensor, "tokens heads key_dim"],
+        keys: Float[Tensor, "tokens kv_heads key_dim"],
+        values: Float[Tensor, "tokens kv_heads value_dim"],
+        pool: Pool,
+        step: Step,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sink_logits: Float[Tensor, " heads"] | None = None,
+    ) -> Float[Tensor, "tokens heads value_dim"]:
+        """Causal attention of new tokens over their own sequences; then they are stored.
+
+        Args:
+            query: Queries of all new tokens, sequence by sequence.
+            keys: Their keys.
+            values: Their values.
+            pool: The engine's blocks, as `pool` makes it.
+            step: Whose tokens they are.
+            scaling: Factor of the logits.
+            softcap: Logits become ``softcap·tanh(logit/softcap)``.
+            sink_logits: A learned logit a head without a value (GPT-OSS).
+
+        Raises:
+            ShapeError: There are not as many tokens as the step has, or tensors do not fit.
+        """
+        expected = sum(step.new)
+        if not len(query) == len(keys) == len(values) == expected:
+            raise ShapeError(
+                f"expected {expected} new tokens, as the step says, got {len(query)} queries, "
+                f"{len(keys)} keys and {len(values)} values."
+            )
+        self._observe(query)
+        softmax, out = _Softmax(scaling, softcap, sink_logits), None
+        for part in (step.single, *step.several):
+            if not part.batch:
+                continue
+            new = part.take(query), part.take(keys), part.take(values)
+            do = self._one_each if new[0].shape[2] == 1 else self._chunk
+            found = do(*new, pool, part, softmax).transpose(1, 2).flatten(0, 1)
+            if part.tokens is None:
+                return found
+            out = query.new_empty(*query.shape[:2], values.shape[2]) if out is None else out
+            out[part.tokens] = found
+        return query.new_empty(0, query.shape[1], values.shape[2]) if out is None else out
+
+    def _one_each(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pool: Pool,
+        part: Part,
+        softmax: _Softmax,
+    ) -> Tensor:
+        """Write one token a sequence to its open page, attend, encode the pages that are full."""
+        offset = part.position - part.first
+        self.open_keys[part.rows, :, offset] = keys[:, :, 0]
+        self.open_values[part.rows, :, offset] = values[:, :, 0]
+        window = part.open_page(self.open_keys, self.open_values, 1)
+        out = self._attention(query, [window], pool, part, softmax)
+        if len(part.full):
+            rows, page = part.rows[part.full], part.first[part.full] // PAGE_TOKENS
+            slots = part.slots[part.full].gather(1, page[:, None])
+            self._store(self.open_keys[rows], self.open_values[rows], slots, pool)
+        return out
+
+    def _chunk(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pool: Pool,
+        part: Part,
+        softmax: _Softmax,
+    ) -> Tensor:
+        """Attend with several tokens of one sequence, encode whole pages, keep the rest."""
+        (context,), rows = part.context, part.rows
+        held, new = context % PAGE_TOKENS, keys.shape[2]
+        if context:
+            own = Tokens(keys, values, part.position, part.position)
+            before = [part.open_page(self.open_keys, self.open_values, 0)] if held else []
+            out = self._attention(query, [*before, own], pool, part, softmax)
+        else:
+            window = self.sliding_window
+            out = exact_attention(query, keys, values, sliding_window=window, **softmax._asdict())
+        # Of both: what was open before, and what is new.
+        raw = [
+            torch.cat([old[rows, :, :held], fresh.to(old.dtype)], 2)
+            for old, fresh in ((self.open_keys, keys), (self.open_values, values))
+        ]
+        pages, rest = divmod(held + new, PAGE_TOKENS)
+        coded = pages * PAGE_TOKENS
+        if pages:
+            first = context // PAGE_TOKENS
+            slots = part.slots[:, first : first + pages]
+            self._store(raw[0][:, :, :coded], raw[1][:, :, :coded], slots, pool)
+        for target, x in zip((self.open_keys, self.open_values), raw, strict=True):
+            target[rows, :, :rest] = x[:, :, coded:]
+        return out
+
+    def _attention(
+        self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: _Softmax
+    ) -> Tensor:
+        device = query.device
+        # Before there is a map no page is coded: one that changes nothing stands in.
+        key_map = self.key_map or self._identity()
+        index = torch.zeros(part.batch, dtype=torch.int64, device=device)
+        out: Tensor = cached_attention(
+            query,
+            tokens,
+            part.pages(pool),
+            self.key_coder.coding(device),
+            self.value_coder.coding(device),
+            key_map._replace(map_index=index),
+            position=part.position,
+            start=torch.zeros_like(part.position),
+            sliding_window=self.sliding_window,
+            **softmax._asdict(),
+        )
+        return out
+
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool) -> None:
+        """Encode whole pages [sequences, kv_heads, pages·64, dim] of raw tokens."""
+        if self.key_map is None:
+            self.key_map = self._fitted(keys)
+            self._energy = None
+        device = keys.device
+        index = torch.zeros(len(keys), dtype=torch.int64, device=device)
+        store_pages(
+            keys,
+            values,
+            slots,
+            pool,
+            self.key_coder.coding(device),
+            self.value_coder.coding(device),
+            self.key_map._replace(map_index=index),
+        )
+
+    def _observe(self, query: Tensor) -> None:
+        if self.key_map is None:
+            kv_heads = self.open_keys.shape[1]
+            energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
+            self._energy = energy if self._energy is None else self._energy + energy
+
+    def _fitted(self, keys: Tensor) -> KeyMap:
+        """One map, fitted to all raw keys in hand."""
+        together = keys.transpose(0, 1).flatten(1, 2)[None]
+        seen = torch.ones(1, together.shape[2], dtype=torch.bool, device=keys.device)
+        center, equalize = self.policy.center_keys, self.policy.equalize_keys
+        return estimate_key_map(together, seen, self._energy, center=center, equalize=equalize)
+
+    def _identity(self) -> KeyMap:
+        zero = self.open_keys.new_zeros(1, *self.open_keys.shape[1::2], dtype=torch.float32)
+        return KeyMap(zero, zero + 1)

@@ -1,0 +1,146 @@
+"""What a serving engine does in one step, as kernels take it."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.types import Pages, Pool, Tokens
+from sixfold.packing import PAGE_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of an engine: new tokens of some sequences, one sequence after the other.
+
+    Made once a step, for all layers.
+
+    Attributes:
+        new: New tokens of each sequence, at least one.
+        context: Tokens of each sequence before them.
+        slots: The page table: the block of every page of 64 tokens, up to the one that the last new
+            token is in. Beyond, entries need only exist.
+        rows: Which row its open page is in.
+    """
+
+    new: Sequence[int]
+    context: Sequence[int]
+    slots: Int64[Tensor, "batch pages"]
+    rows: Int64[Tensor, " batch"]
+
+    def __post_init__(self) -> None:
+        batch = len(self.new)
+        shapes = (batch, self.slots.shape[1] if self.slots.ndim == 2 else 0), (batch,)
+        if len(self.context) != batch or (self.slots.shape, self.rows.shape) != shapes:
+            raise ShapeError(
+                f"expected the context of {batch} sequences, slots [{batch}, pages] and rows "
+                f"[{batch}], got {len(self.context)}, {list(self.slots.shape)} and "
+                f"{list(self.rows.shape)}."
+            )
+        if min(self.new, default=1) < 1 or min(self.context, default=0) < 0:
+            raise SixfoldError(
+                f"expected 1 or more new tokens after 0 or more, got {list(self.new)} new ones "
+                f"after {list(self.context)}."
+            )
+        pages = max((-(-end // PAGE_TOKENS) for end in self.ends), default=0)
+        if pages > shapes[0][1]:
+            raise ShapeError(
+                f"slots: expected {pages} pages for {max(self.ends)} tokens, got {shapes[0][1]}."
+            )
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens of each sequence after the step."""
+        return [old + new for old, new in zip(self.context, self.new, strict=True)]
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """Where among all new tokens those of each sequence are."""
+        return [slice(*pair) for pair in pairwise(accumulate(self.new, initial=0))]
+
+    @cached_property
+    def single(self) -> "Part":
+        """The sequences with one new token, together."""
+        return Part.of(self, [b for b, new in enumerate(self.new) if new == 1])
+
+    @cached_property
+    def several(self) -> list["Part"]:
+        """The others, each of its own."""
+        return [Part.of(self, [b]) for b, new in enumerate(self.new) if new > 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Sequences of a step with equally many new tokens, as kernels take them.
+
+    Attributes:
+        tokens: Where their new tokens are among all; None where these are all, in order.
+        slots: Their page table.
+        rows: Rows of their open pages.
+        starts: First token of each page.
+        lengths: Coded tokens of each page.
+        first: First token of the open page.
+        position: First new token.
+        full: Which of them fill their open page with a single new token.
+        context: Tokens before the new ones.
+    """
+
+    tokens: Int64[Tensor, " all_new"] | None
+    slots: Int64[Tensor, "some pages"]
+    rows: Int64[Tensor, " some"]
+    starts: Int64[Tensor, "1 pages"]
+    lengths: Int64[Tensor, "some pages"]
+    first: Int64[Tensor, " some"]
+    position: Int64[Tensor, " some"]
+    full: Int64[Tensor, " full"]
+    context: list[int]
+
+    @classmethod
+    def of(cls, step: Step, which: list[int]) -> "Part":
+        """The part of a step that is about these sequences."""
+        device = step.slots.device
+        context = [step.context[b] for b in which]
+        chosen = torch.tensor(which, dtype=torch.int64, device=device)
+        position = torch.tensor(context, dtype=torch.int64, device=device)
+        first = position // PAGE_TOKENS * PAGE_TOKENS
+        starts = torch.arange(step.slots.shape[1], device=device)[None] * PAGE_TOKENS
+        places = [place for b in which for place in range(step.spans[b].start, step.spans[b].stop)]
+        everything = len(which) == len(step.new)
+        full = [i for i, old in enumerate(context) if (old + 1) % PAGE_TOKENS == 0]
+        return cls(
+            None if everything else torch.tensor(places, dtype=torch.int64, device=device),
+            step.slots[chosen],
+            step.rows[chosen],
+            starts,
+            (first[:, None] - starts).clamp(0, PAGE_TOKENS),
+            first,
+            position,
+            torch.tensor(full, dtype=torch.int64, device=device),
+            context,
+        )
+
+    @property
+    def batch(self) -> int:
+        """How many sequences."""
+        return len(self.context)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Theirs, [batch, heads, new, dim], of packed tokens [all, heads, dim]."""
+        own: Tensor = x if self.tokens is None else x[self.tokens]
+        return own.reshape(self.batch, -1, *own.shape[1:]).transpose(1, 2)
+
+    def pages(self, pool: Pool) -> list[Pages]:
+        """What of them is coded."""
+        if max(self.context) < PAGE_TOKENS:
+            return []
+        return [Pages(pool, self.slots, self.starts, self.lengths, 0, {})]
+
+    def open_page(self, keys: Tensor, values: Tensor, more: int) -> Tokens:
+        """Their open pages, and `more` tokens that were just written to them."""
+        stop = self.position + more
+        return Tokens(keys, values, self.first, self.first, stop, self.rows)

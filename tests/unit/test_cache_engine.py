@@ -1,0 +1,295 @@
+"""A serving engine's layer: any schedule gives every sequence what it gets alone."""
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sixfold.cache import CachePolicy
+from sixfold.cache.engine import EngineLayer
+from sixfold.cache.step import Step
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels.types import KeyMap, Pool
+from sixfold.packing import PAGE_TOKENS
+
+HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 48
+SCALING = DIM**-0.5
+
+
+def policy(bits: float = 8) -> CachePolicy:
+    return CachePolicy(bits, bits, sink_tokens=0, recent_window=0)
+
+
+def engine_layer(rows: int = 8, bits: float = 8, **options: Any) -> EngineLayer:
+    return EngineLayer(
+        policy(bits),
+        KV_HEADS,
+        DIM,
+        VALUE_DIM,
+        rows,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        **options,
+    )
+
+
+@dataclasses.dataclass
+class Request:
+    """A sequence, and how far the engine is with it."""
+
+    query: Tensor  # [tokens, heads, dim]
+    keys: Tensor
+    values: Tensor
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    row: int = 0
+    done: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.query)
+
+
+def request(tokens: int, seed: int) -> Request:
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(heads: int, dim: int) -> Tensor:
+        return torch.randn(tokens, heads, dim, generator=generator)
+
+    offset = 5 * torch.randn(KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    keys = gaussian(KV_HEADS, DIM) + offset
+    return Request(gaussian(HEADS, DIM), keys, gaussian(KV_HEADS, VALUE_DIM))
+
+
+class Engine:
+    """The least that an engine is: blocks that are handed out and taken back, rows likewise."""
+
+    def __init__(self, layer: EngineLayer, blocks: int = 40, seed: int = 0) -> None:
+        self.layer = layer
+        # Blocks of one layer among those of others.
+        memory = torch.full((blocks, 2, KV_HEADS, layer.block_bytes), 0x7E, dtype=torch.uint8)
+        self.pool = layer.pool(memory[:, 1])
+        order = random.Random(seed)
+        self.free = list(range(blocks))
+        order.shuffle(self.free)
+        self.rows = list(range(len(layer.open_keys)))
+        order.shuffle(self.rows)
+
+    def start(self, one: Request) -> None:
+        one.row, one.done = self.rows.pop(), 0
+
+    def stop(self, one: Request) -> None:
+        """Finished, aborted or preempted: what it had is somebody else's."""
+        self.rows.append(one.row)
+        self.free += one.blocks
+        one.blocks, one.done = [], 0
+
+    def step(self, work: list[tuple[Request, int]], **options: Any) -> list[Tensor]:
+        """Run so many tokens of each request; the output of each."""
+        for one, new in work:
+            while len(one.blocks) * PAGE_TOKENS < one.done + new:
+                one.blocks.append(self.free.pop())
+        most = max(len(one.blocks) for one, _ in work)
+        slots = torch.tensor([one.blocks + [0] * (most - len(one.blocks)) for one, _ in work])
+        plan = Step(
+            [new for _, new in work],
+            [one.done for one, _ in work],
+            slots,
+            torch.tensor([one.row for one, _ in work]),
+        )
+        packed = [
+            torch.cat([getattr(one, name)[one.done : one.done + new] for one, new in work])
+            for name in ("query", "keys", "values")
+        ]
+        query, keys, values = packed
+        out = self.layer.attend(query, keys, values, self.pool, plan, scaling=SCALING, **options)
+        for one, new in work:
+            one.done += new
+        return [out[span] for span in plan.spans]
+
+
+def exact(one: Request, sliding_window: int | None = None, softcap: float | None = None) -> Tensor:
+    """Float64 on the exact tokens, [tokens, heads, value_dim]."""
+    groups = HEADS // KV_HEADS
+    query = one.query.double().transpose(0, 1)
+    keys, values = (
+        x.double().transpose(0, 1).repeat_interleave(groups, 0) for x in (one.keys, one.values)
+    )
+    logits = query @ keys.mT * SCALING
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    place = torch.arange(one.tokens)
+    hidden = place > place[:, None]
+    if sliding_window is not None:
+        hidden = hidden | (place <= place[:, None] - sliding_window)
+    return (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def run_alone(one: Request, chunks: list[int], key_map: KeyMap | None, **options: Any) -> Tensor:
+    layer = engine_layer(
+        rows=1,
+        key_map=key_map,
+        **{k: options.pop(k) for k in list(options) if k == "sliding_window"},
+    )
+    engine, found = Engine(layer, seed=5), []
+    engine.start(one)
+    for new in chunks:
+        found += engine.step([(one, new)], **options)
+    engine.stop(one)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("chunk", [1, 7, 48, 64, 200])
+def test_chunks_of_any_size_give_attention(chunk: int, options: dict[str, Any]) -> None:
+    one = request(200, 1)
+    chunks = [min(chunk, 200 - start) for start in range(0, 200, chunk)]
+    assert relative(run_alone(one, chunks, None, **options), exact(one, **options)) < 0.02
+
+
+def test_what_is_not_coded_is_exact() -> None:
+    one = request(PAGE_TOKENS, 2)
+    assert relative(run_alone(one, [20, 1, 1, 42], None), exact(one)) < 1e-6
+
+
+schedules = st.lists(
+    st.tuples(st.integers(1, 200), st.integers(1, 70), st.integers(0, 9)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(schedules=schedules, seed=st.integers(0, 100))
+def test_any_schedule_is_each_sequence_alone(
+    schedules: list[tuple[int, int, int]], seed: int
+) -> None:
+    """Prefills in chunks beside decodes, late arrivals, preemption; one key map for all."""
+    order = random.Random(seed)
+    maps = KeyMap(torch.randn(1, KV_HEADS, DIM), torch.rand(1, KV_HEADS, DIM) + 0.5)
+    engine = Engine(engine_layer(key_map=maps), seed=seed)
+    requests = [request(tokens, seed + i) for i, (tokens, _, _) in enumerate(schedules)]
+    waiting = {i: late for i, (_, _, late) in enumerate(schedules)}
+    running: list[int] = []
+    chunks: dict[int, list[int]] = {}
+    outputs: dict[int, list[Tensor]] = {}
+    for now in range(2000):
+        for i in [i for i, late in waiting.items() if late <= now]:
+            del waiting[i]
+            engine.start(requests[i])
+            running.append(i)
+            chunks[i], outputs[i] = [], []
+        if not running and not waiting:
+            break
+        work: list[tuple[Request, int]] = []
+        chosen = [i for i in running if order.random() < 0.8]
+        for i in chosen:
+            one, most = requests[i], schedules[i][1]
+            # Half of a prompt in chunks, the rest token by token.
+            new = most if one.done < one.tokens // 2 else 1
+            chunks[i].append(min(new, one.tokens - one.done))
+            work.append((one, chunks[i][-1]))
+        if not work:
+            continue
+        for i, out in zip(chosen, engine.step(work), strict=True):
+            outputs[i].append(out)
+        for i in chosen:
+            if requests[i].done == requests[i].tokens:
+                engine.stop(requests[i])
+                running.remove(i)
+            elif order.random() < 0.02:
+                engine.stop(requests[i])
+                running.remove(i)
+                waiting[i] = now + 3
+    assert not running
+    for i, one in enumerate(requests):
+        together = torch.cat(outputs[i])
+        alone = run_alone(one, chunks[i], maps)
+        torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
+        assert relative(together, exact(one)) < 0.03
+
+
+def test_a_shared_prefix_is_read_from_the_same_blocks() -> None:
+    engine = Engine(engine_layer())
+    first, second = request(200, 1), request(200, 1)
+    engine.start(first)
+    engine.step([(first, 150)])
+    engine.start(second)
+    second.blocks, second.done = first.blocks[:2], 128
+    before = [x.clone() for x in engine.pool]
+    (out,) = engine.step([(second, 30)])
+    shared = torch.tensor(first.blocks[:2])
+    for old, new in zip(before, engine.pool, strict=True):
+        assert torch.equal(old[shared], new[shared])
+    assert relative(out, exact(second)[128:158]) < 0.02
+
+
+def test_the_map_is_fitted_once_to_the_first_pages() -> None:
+    layer = engine_layer(bits=4)
+    engine, one = Engine(layer), request(200, 3)
+    engine.start(one)
+    engine.step([(one, PAGE_TOKENS - 1)])
+    assert layer.key_map is None
+    engine.step([(one, 1)])
+    assert layer.key_map is not None
+    mean = one.keys[:PAGE_TOKENS].mean(0)
+    torch.testing.assert_close(layer.key_map.mean[0], mean, rtol=1e-4, atol=1e-4)
+    fitted = layer.key_map
+    engine.step([(one, 100)])
+    assert layer.key_map is fitted
+
+
+def test_blocks_lie_where_they_may() -> None:
+    """Codes in an engine's blocks are those in memory of our own."""
+    layer = engine_layer(bits=3)
+    memory = torch.zeros(6, 3, KV_HEADS, layer.block_bytes, dtype=torch.uint8)
+    ours = layer.pool(torch.zeros(6, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+    theirs = layer.pool(memory[:, 2])
+    one = request(150, 4)
+    for pool in (ours, theirs):
+        step = Step([150], [0], torch.tensor([[5, 0, 3]]), torch.tensor([2]))
+        arguments = one.query, one.keys, one.values, pool, step
+        layer.attend(*arguments, scaling=SCALING)
+    assert isinstance(theirs, Pool)
+    assert all(map(torch.equal, ours, theirs))
+    assert not memory[:, :2].any()
+
+
+class TestRefusals:
+    def test_a_page_that_is_not_in_the_table(self) -> None:
+        with pytest.raises(ShapeError, match="slots: expected 3 pages for 130 tokens, got 2"):
+            Step([1, 2], [0, 128], torch.zeros(2, 2, dtype=torch.int64), torch.arange(2))
+
+    def test_tables_of_other_batches(self) -> None:
+        with pytest.raises(ShapeError, match="context of 1 sequences"):
+            Step([1], [0, 1], torch.zeros(1, 2, dtype=torch.int64), torch.arange(1))
+
+    def test_no_new_token(self) -> None:
+        with pytest.raises(SixfoldError, match="1 or more new tokens"):
+            Step([0], [5], torch.zeros(1, 2, dtype=torch.int64), torch.arange(1))
+
+    def test_other_tokens_than_the_step_has(self) -> None:
+        layer, one = engine_layer(), request(5, 1)
+        step = Step([4], [0], torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
+        pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+        with pytest.raises(ShapeError, match="expected 4 new tokens"):
+            layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+
+    def test_blocks_of_another_width(self) -> None:
+        with pytest.raises(ShapeError, match="blocks: expected uint8"):
+            engine_layer(bits=4).pool(torch.zeros(2, KV_HEADS, 100, dtype=torch.uint8))
+
+    def test_blocks_outside_of_memory(self) -> None:
+        layer, one = engine_layer(), request(70, 1)
+        step = Step([70], [0], torch.tensor([[0, 9]]), torch.arange(1))
+        pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+        layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+        later = Step([1], [130], torch.tensor([[0, 9, 1]]), torch.arange(1))
+        with pytest.raises(ShapeError, match=r"slots: expected.*got 9"):
+            layer.attend(one.query[:1], one.keys[:1], one.values[:1], pool, later, scaling=1.0)
