@@ -1,139 +1,118 @@
 """A cache that holds trellis codes where Sixfold's holds codebook indices: the same bytes.
 
 Windows, sinks, key map, pages and scales are those of `TurboQuantCache`; there is no attention on
-trellis codes yet, so layers are decoded to attend. `TurboQuantMSE` is read in the same way beside
-it, so that nothing but the code differs.
+trellis codes yet, so layers are decoded to attend. The product's code is read in the same way
+beside it, so that nothing but the code differs.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sixfold import TrellisQuantizer, TurboQuantCache
-from sixfold.cache.attend import Mask, fit_mask
-from sixfold.cache.coder import Coder
-from sixfold.cache.dense import DenseTokens
-from sixfold.cache.layer import CompressedLayer
-from sixfold.cache.pages import Run
-from sixfold.cache.prefix import Prefix
+from sixfold.cache import CachePolicy
+from sixfold.cache.code import Code, CodebookCode, MakeCode, attend_decoded, codebook_code
 from sixfold.codes import TrellisCodes
 from sixfold.eval.caches import MakeCache
 from sixfold.integrations.transformers.layer import TurboQuantLayer
-from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Scale
+from sixfold.kernels.types import KeyMap, Pages, Pool
 from sixfold.packing import PAGE_TOKENS
+from sixfold.rotation import Rotation
 from sixfold.trellis import codewords, path_bytes
 
 
-class TrellisCoder(Coder):
+class DecodedCode(CodebookCode):
+    """The product's code, of which attention sees what is decoded."""
+
+    def attend(self, *arguments: Any) -> Tensor:
+        """See `Code.attend`."""
+        return attend_decoded(self, *arguments)
+
+
+def decoded_code(policy: CachePolicy, key_dim: int, value_dim: int) -> DecodedCode:
+    """The same for a policy."""
+    code = codebook_code(policy, key_dim, value_dim)
+    return DecodedCode(code.keys, code.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrellisCode:
     """Paths of a trellis in pages, each vector's after the other's."""
 
-    @property
-    def quantizer(self) -> TrellisQuantizer:
-        """The scales are those that keys and values have in `Coder`."""
-        scale: Scale = "unbiased" if self.layout == "key" else "optimal"
-        return TrellisQuantizer(self.dim, self.bits, scale=scale, seed=self.seed)
+    keys: TrellisQuantizer
+    values: TrellisQuantizer
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one head's codes of a page, without scales."""
-        return PAGE_TOKENS * path_bytes(self.dim, self.bits)
+    def page_bytes(self) -> tuple[int, int]:
+        """See `Code.page_bytes`."""
+        keys, values = (PAGE_TOKENS * path_bytes(x.dim, x.bits) for x in (self.keys, self.values))
+        return keys, values
 
     def tables(self, device: torch.device) -> list[Tensor]:
-        """Every tensor that coding needs beside the pages."""
-        turns, factor, _ = super().tables(device)
-        return [turns, factor, codewords(self.quantizer.states, self.bits, device)]
+        """See `Code.tables`."""
+        found = []
+        for one in (self.keys, self.values):
+            rotation = Rotation(one.dim, one.rotation, one.seed)
+            found += [rotation.turns(device), rotation.factor(device)]
+            found.append(codewords(one.states, one.bits, device))
+        return found
 
-    def _storage(self, run: Run) -> tuple[Tensor, Tensor]:
-        keys, key_scales, values, value_scales = run.slab.pool
-        return (keys, key_scales) if self.layout == "key" else (values, value_scales)
+    def on(self, device: torch.device) -> "TrellisCode":
+        """See `Code.on`."""
+        return self
 
-    def write(self, run: Run, x: Tensor, key_map: KeyMap | None = None) -> None:
-        """Encode whole pages, mapped if there is a map."""
-        x = x.float()
-        if key_map is not None:
-            x = (x - key_map.mean[:, :, None]) * key_map.scale[:, :, None]
-        codes = self.quantizer.encode(x.unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2))
-        pages, scales = self._storage(run)
-        pages[run.slots] = codes.packed.flatten(-2)
-        scales[run.slots] = codes.scales
+    def store(
+        self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool, key_map: KeyMap
+    ) -> None:
+        """See `Code.store`."""
+        mean, scale, _ = key_map.of_sequences()
+        mapped = (keys.float() - mean[:, :, None]) * scale[:, :, None]
+        for quantizer, x, codes, scales in (
+            (self.keys, mapped, pool.key_codes, pool.key_scales),
+            (self.values, values.float(), pool.value_codes, pool.value_scales),
+        ):
+            coded = quantizer.encode(x.unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2))
+            codes[slots] = coded.packed.flatten(-2)
+            scales[slots] = coded.scales
 
-    def read(self, run: Run, dtype: torch.dtype, key_map: KeyMap | None = None) -> Tensor:
-        """Decode a run of whole pages and undo the map."""
-        pages, scales = self._storage(run)
-        rows = pages[run.slots].unflatten(-1, (PAGE_TOKENS, -1))
-        codes = TrellisCodes(self.quantizer, rows, scales[run.slots])
-        x = self.quantizer.decode(codes).transpose(1, 2).flatten(2, 3)
-        if key_map is not None:
-            x = x / key_map.scale[:, :, None] + key_map.mean[:, :, None]
-        return x.to(dtype)
+    def read(self, pages: Pages, dtype: torch.dtype, key_map: KeyMap) -> tuple[Tensor, Tensor]:
+        """See `Code.read`."""
+        pool, slots = pages.pool, pages.slots
+        mean, scale, _ = key_map.of_sequences()
+        keys = _decoded(self.keys, pool.key_codes[slots], pool.key_scales[slots])
+        values = _decoded(self.values, pool.value_codes[slots], pool.value_scales[slots])
+        return (keys / scale[:, :, None] + mean[:, :, None]).to(dtype), values.to(dtype)
 
-
-class DecodedLayer(CompressedLayer):
-    """A layer that attends to what it reads back of its codes, exactly."""
-
-    def attend(
-        self,
-        query: Tensor,
-        *,
-        scaling: float,
-        mask: Mask | None = None,
-        softcap: float | None = None,
-        sink_logits: Tensor | None = None,
-    ) -> Tensor:
-        """See `CompressedLayer.attend`."""
-        options: dict[str, Any] = {"softcap": softcap, "sink_logits": sink_logits}
-        if self.prefix is None:
-            return super().attend(query, scaling=scaling, mask=mask, **options)
-        mask = None if mask is None else fit_mask(mask, self.held)
-        out = exact_attention(query, *self.dequantized(), scaling=scaling, mask=mask, **options)
-        self.compress()
-        return out
+    def attend(self, *arguments: Any) -> Tensor:
+        """See `Code.attend`."""
+        return attend_decoded(self, *arguments)
 
 
-class TrellisLayer(DecodedLayer):
-    """The same with trellis codes."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.key_coder, self.value_coder = (
-            TrellisCoder(one.layout, one.dim, one.bits, one.seed)
-            for one in (self.key_coder, self.value_coder)
-        )
-
-    def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
-        assert isinstance(self.key_coder, TrellisCoder)
-        assert isinstance(self.value_coder, TrellisCoder)
-        self.key_coder.write(run, chunk.keys, prefix.key_map)
-        self.value_coder.write(run, chunk.values)
+def _decoded(quantizer: TrellisQuantizer, pages: Tensor, scales: Tensor) -> Tensor:
+    codes = TrellisCodes(quantizer, pages.unflatten(-1, (PAGE_TOKENS, -1)), scales)
+    return quantizer.decode(codes).transpose(1, 2).flatten(2, 3)
 
 
-class _DecodedCacheLayer(TurboQuantLayer):
-    """Transformers' side of `DecodedLayer`."""
-
-    store_type: ClassVar[Callable[..., CompressedLayer]] = DecodedLayer
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn batch, heads, dims, dtype and device from the first tokens."""
-        self.adopt(self.store_type(key_states, value_states, self.policy, self.sliding_window))
-
-
-class _TrellisCacheLayer(_DecodedCacheLayer):
-    store_type = TrellisLayer
+def trellis_code(policy: CachePolicy, key_dim: int, value_dim: int) -> Code:
+    """A policy's trellis: its scales are those that keys and values have in the product's code."""
+    return TrellisCode(
+        TrellisQuantizer(key_dim, policy.key_bits, scale="unbiased", seed=policy.seed),
+        TrellisQuantizer(value_dim, policy.value_bits, scale="optimal", seed=policy.seed),
+    )
 
 
 def decoded_cache(bits: float, trellis: bool, **options: Any) -> MakeCache:
     """Make `TurboQuantCache`s of trellis codes, or of its own, that attend to what they decode."""
-    kind = _TrellisCacheLayer if trellis else _DecodedCacheLayer
+    make_code: MakeCode = trellis_code if trellis else decoded_code
 
     def make(model: PreTrainedModel) -> TurboQuantCache:
         # Of the same bits for both: codes are compared, not ways to spend them.
         cache = TurboQuantCache.for_model(model, key_bits=bits, value_bits=bits, **options)
         cache.layers = [
-            kind(layer.policy, layer.sliding_window, layer.fused)
+            TurboQuantLayer(layer.policy, layer.sliding_window, layer.fused, make_code)
             for layer in cache.compressed_layers
         ]
         return cache

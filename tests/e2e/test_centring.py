@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.hard import with_outlier_channels
 from sixfold import TurboQuantCache
-from sixfold.cache import layer
+from sixfold.cache import code
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.kernels.cached_attention import cached_attention
 from tests.e2e.decoding import (
@@ -220,7 +220,7 @@ def test_absolute_logits_are_kept(
         zero = key_map._replace(mean=torch.zeros_like(key_map.mean))
         return cached_attention(*rest, zero, **kwargs)
 
-    monkeypatch.setattr(layer, "cached_attention", without_offset)
+    monkeypatch.setattr(code, "cached_attention", without_offset)
     assert absolute_error(name, data, **options) > 0.1
 
 

@@ -83,7 +83,7 @@ class Held:
             **options,
         }
         tokens, pages = arguments.pop("tokens"), arguments.pop("pages")
-        coding = [coder.coding(query.device) for coder in (layer.key_coder, layer.value_coder)]
+        coding = [coder.coding(query.device) for coder in (layer.code.keys, layer.code.values)]
         return cached_attention(query, tokens, pages, *coding, **arguments)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import trellis, trellis_choices
-from benchmarks.trellis_cache import DecodedLayer, TrellisLayer
-from sixfold.cache import CachePolicy
+from benchmarks.trellis_cache import decoded_code, trellis_code
+from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache.code import MakeCode
 from sixfold.packing import Bits
 from tests.vectors import gaussian
 
@@ -17,9 +18,10 @@ def tokens(seed: int, count: int = TOKENS) -> Tensor:
     return gaussian(HEADS * count, DIM, seed).view(1, HEADS, count, DIM)
 
 
-def filled(kind: type[DecodedLayer], bits: Bits) -> DecodedLayer:
+def filled(make_code: MakeCode, bits: Bits) -> CompressedLayer:
     keys, values = 2 + tokens(1), tokens(2)
-    layer = kind(keys, values, CachePolicy(bits, bits, sink_tokens=0, recent_window=0))
+    policy = CachePolicy(bits, bits, sink_tokens=0, recent_window=0)
+    layer = CompressedLayer(keys, values, policy, make_code=make_code)
     layer.append(keys, values)
     layer.attend(tokens(3), scaling=DIM**-0.5)
     return layer
@@ -27,7 +29,7 @@ def filled(kind: type[DecodedLayer], bits: Bits) -> DecodedLayer:
 
 @pytest.mark.parametrize("bits", [2, 2.5])
 def test_the_trellis_takes_the_same_bytes_and_loses_less(bits: Bits) -> None:
-    scalar, coded = filled(DecodedLayer, bits), filled(TrellisLayer, bits)
+    scalar, coded = filled(decoded_code, bits), filled(trellis_code, bits)
     held = [
         [part.nbytes for run in x.history.runs for part in run.slab.pool] for x in (scalar, coded)
     ]
@@ -43,7 +45,7 @@ def test_the_trellis_takes_the_same_bytes_and_loses_less(bits: Bits) -> None:
 
 
 def test_attention_is_exact_over_what_is_decoded() -> None:
-    layer = filled(TrellisLayer, 4)
+    layer = filled(trellis_code, 4)
     keys, values, query = tokens(4, 1), tokens(5, 1), tokens(6, 1)
     layer.append(keys, values)
     all_keys, all_values = layer.dequantized()

@@ -64,7 +64,7 @@ def counted_from_outside(cache: TurboQuantCache) -> int:
     tensors = reachable_tensors(cache)
     for layer in cache.compressed_layers:
         if layer.store is not None and layer.store.prefix is not None:
-            for side in (layer.store.key_coder, layer.store.value_coder):
+            for side in (layer.store.code.keys, layer.store.code.values):
                 tensors += side.coding(torch.device("cpu"))[:3]
     return storage_bytes(tensors)
 
@@ -171,7 +171,7 @@ TARGETS = {4: 3.6, 3: 4.7, 2.5: 5.5, 2: 6.7}
 @pytest.mark.usefixtures("unhooked")
 def test_compression_ratio_at_32k(bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Bytes do not depend on what the codes say, and encoding 134 MB takes a while.
-    monkeypatch.setattr("sixfold.cache.layer.store_pages", lambda *sides: None)
+    monkeypatch.setattr("sixfold.cache.code.store_pages", lambda *sides: None)
     cache, (_, keys, values) = make_cache([None, None], bits=bits), BIG.tokens(1)
     for _ in range(LONG // 4096):
         grow(cache, keys.expand(-1, -1, 4096, -1), values.expand(-1, -1, 4096, -1))
@@ -231,7 +231,7 @@ def bytes_per_appended_token(history: int, monkeypatch: pytest.MonkeyPatch) -> f
     shape = Shape(batch=1, kv_heads=1, dtype=torch.bfloat16)
     layer = shape.layer()
     with monkeypatch.context() as patch:
-        patch.setattr("sixfold.cache.layer.store_pages", lambda *sides: None)
+        patch.setattr("sixfold.cache.code.store_pages", lambda *sides: None)
         for _ in range(history // 2048):
             layer.append(*shape.tokens(2048)[1:])
             layer.compress()

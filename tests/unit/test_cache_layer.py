@@ -396,7 +396,7 @@ def test_a_failing_encoder_loses_no_token(
     new = shape.tokens(100, 1)
     held = [torch.cat(pair, 2) for pair in zip(layer.dequantized(), new[1:], strict=True)]
     with monkeypatch.context() as patch:
-        patch.setattr("sixfold.cache.layer.store_pages", failing)
+        patch.setattr("sixfold.cache.code.store_pages", failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             feed(layer, new)
         assert layer.held == tokens + 100

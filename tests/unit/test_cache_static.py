@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache.code import CodebookCode
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import Slab
 from sixfold.cache.prefix import Prefix
@@ -116,9 +117,11 @@ def faked(x: Any) -> Any:
     """The tensors of a layer without their data, as if on a GPU."""
     if isinstance(x, torch.Tensor):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if type(x) is tuple:
+        return tuple(map(faked, x))
     if isinstance(x, Coding | KeyMap | Pool):
         return type(x)(*map(faked, x))
-    if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens):
+    if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens | CodebookCode):
         twin = copy.copy(x)
         for name, part in vars(x).items():
             object.__setattr__(twin, name, faked(part))

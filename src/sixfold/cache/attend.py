@@ -4,12 +4,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sixfold.cache.code import Mask
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.prefix import Prefix
 from sixfold.kernels.types import Pages, Tokens
-
-Mask = Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
 
 
 def fit_mask(

@@ -4,14 +4,11 @@ import dataclasses
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sixfold.cache.pages import Run
 from sixfold.cache.policy import CachePolicy
 from sixfold.codebooks import centroids
-from sixfold.kernels.decode import decode_pages
-from sixfold.kernels.types import Coding, KeyMap, Scale
+from sixfold.kernels.types import Coding, Scale
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 from sixfold.rotation import Rotation
 
@@ -43,16 +40,6 @@ class Coder:
         coding = self.coding(device)
         return [coding.turns, coding.factor, coding.centroids]
 
-    def read(
-        self, run: Run, dtype: torch.dtype, key_map: KeyMap | None = None
-    ) -> Float[Tensor, "batch kv_heads tokens dim"]:
-        """Decode the valid tokens of `run` and undo the map."""
-        pool = run.slab.pool
-        side = pool[:2] if self.layout == "key" else pool[2:]
-        coding = self.coding(run.slots.device)
-        dense = decode_pages(*side, run.slots, coding, self.layout, dtype, key_map)
-        return dense if dense.shape[2] == run.tokens else dense[:, :, _valid(run.lengths)]
-
 
 @lru_cache(maxsize=64)
 def _coding(dim: int, bits: Bits, seed: int, scale: Scale, device: torch.device) -> Coding:
@@ -67,8 +54,3 @@ def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Co
         Coder("key", key_dim, policy.key_bits, policy.seed),
         Coder("value", value_dim, policy.value_bits, policy.seed),
     )
-
-
-def _valid(lengths: Int64[Tensor, " pages"]) -> Int64[Tensor, " tokens"]:
-    offsets = torch.arange(PAGE_TOKENS, device=lengths.device)
-    return (offsets < lengths[:, None]).flatten().nonzero().flatten()

@@ -5,34 +5,22 @@ tokens, stays in the model's dtype in a row of memory of the layer's; it is enco
 Which block and which row is whose is the engine's business.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sixfold.arguments import shown
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
-from sixfold.cache.coder import coders
+from sixfold.cache.code import Softmax, codebook_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.encode import store_pages
 from sixfold.kernels.types import KeyMap, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 SCALE_BYTES = PAGE_TOKENS * 2
-
-
-class _Softmax(NamedTuple):
-    """What makes weights of logits."""
-
-    scaling: float
-    softcap: float | None
-    sink_logits: Float[Tensor, " heads"] | None
 
 
 class EngineLayer:
@@ -77,7 +65,7 @@ class EngineLayer:
         if not isinstance(policy, CachePolicy):
             raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
-        self.key_coder, self.value_coder = coders(policy, key_dim, value_dim)
+        self.code = codebook_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):
             self.open_keys, self.open_values = (
                 torch.zeros(rows, kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
@@ -88,7 +76,7 @@ class EngineLayer:
     @property
     def block_bytes(self) -> int:
         """Bytes of one head's page in a block: key codes and scales, value codes and scales."""
-        return self.key_coder.page_bytes + self.value_coder.page_bytes + 2 * SCALE_BYTES
+        return sum(self.code.page_bytes) + 2 * SCALE_BYTES
 
     def pool(self, blocks: UInt8[Tensor, "slots kv_heads block_bytes"]) -> Pool:
         """An engine's blocks, at any distance from each other, as a pool.
@@ -102,7 +90,8 @@ class EngineLayer:
                 f"blocks: expected uint8 [slots, {expected[0]}, {expected[1]}], got "
                 f"{blocks.dtype} {list(blocks.shape)}."
             )
-        sizes = [self.key_coder.page_bytes, SCALE_BYTES, self.value_coder.page_bytes, SCALE_BYTES]
+        key_bytes, value_bytes = self.code.page_bytes
+        sizes = [key_bytes, SCALE_BYTES, value_bytes, SCALE_BYTES]
         keys, key_scales, values, value_scales = blocks.split(sizes, 2)
         half = torch.float16
         return Pool(keys, key_scales.view(half), values, value_scales.view(half))
@@ -143,7 +132,7 @@ class EngineLayer:
                 f"{len(keys)} keys and {len(values)} values."
             )
         self._observe(query)
-        softmax, out = _Softmax(scaling, softcap, sink_logits), None
+        softmax, out = Softmax(scaling, None, self.sliding_window, softcap, sink_logits), None
         for part in (step.single, *step.several):
             if not part.batch:
                 continue
@@ -163,7 +152,7 @@ class EngineLayer:
         values: Tensor,
         pool: Pool,
         part: Part,
-        softmax: _Softmax,
+        softmax: Softmax,
     ) -> Tensor:
         """Write one token a sequence to its open page, attend, encode the pages that are full."""
         offset = part.position - part.first
@@ -184,7 +173,7 @@ class EngineLayer:
         values: Tensor,
         pool: Pool,
         part: Part,
-        softmax: _Softmax,
+        softmax: Softmax,
     ) -> Tensor:
         """Attend with several tokens of one sequence, encode whole pages, keep the rest."""
         (context,), rows = part.context, part.rows
@@ -194,8 +183,7 @@ class EngineLayer:
             before = [part.open_page(self.open_keys, self.open_values, 0)] if held else []
             out = self._attention(query, [*before, own], pool, part, softmax)
         else:
-            window = self.sliding_window
-            out = exact_attention(query, keys, values, sliding_window=window, **softmax._asdict())
+            out = exact_attention(query, keys, values, **vars(softmax))
         # Of both: what was open before, and what is new.
         raw = [
             torch.cat([old[rows, :, :held], fresh.to(old.dtype)], 2)
@@ -212,42 +200,28 @@ class EngineLayer:
         return out
 
     def _attention(
-        self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: _Softmax
+        self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: Softmax
     ) -> Tensor:
-        device = query.device
         # Before there is a map no page is coded: one that changes nothing stands in.
         key_map = self.key_map or self._identity()
-        index = torch.zeros(part.batch, dtype=torch.int64, device=device)
-        out: Tensor = cached_attention(
+        index = torch.zeros(part.batch, dtype=torch.int64, device=query.device)
+        return self.code.attend(
             query,
             tokens,
             part.pages(pool),
-            self.key_coder.coding(device),
-            self.value_coder.coding(device),
             key_map._replace(map_index=index),
-            position=part.position,
-            start=torch.zeros_like(part.position),
-            sliding_window=self.sliding_window,
-            **softmax._asdict(),
+            part.position,
+            torch.zeros_like(part.position),
+            softmax,
         )
-        return out
 
     def _store(self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool) -> None:
         """Encode whole pages [sequences, kv_heads, pages·64, dim] of raw tokens."""
         if self.key_map is None:
             self.key_map = self._fitted(keys)
             self._energy = None
-        device = keys.device
-        index = torch.zeros(len(keys), dtype=torch.int64, device=device)
-        store_pages(
-            keys,
-            values,
-            slots,
-            pool,
-            self.key_coder.coding(device),
-            self.value_coder.coding(device),
-            self.key_map._replace(map_index=index),
-        )
+        index = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
+        self.code.store(keys, values, slots, pool, self.key_map._replace(map_index=index))
 
     def _observe(self, query: Tensor) -> None:
         if self.key_map is None:

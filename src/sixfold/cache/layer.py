@@ -12,18 +12,16 @@ from sixfold.arguments import FLOATS, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
-from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
-from sixfold.cache.coder import coders
+from sixfold.cache.attend import coded_parts, dense_parts, fit_mask
+from sixfold.cache.code import MakeCode, Mask, Softmax, codebook_code
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
-from sixfold.cache.pages import PagedHistory, Run
+from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.encode import store_pages
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -37,6 +35,7 @@ class CompressedLayer:
 
     Attributes:
         policy: What is kept and at how many bits.
+        code: How pages are coded.
         sliding_window: Tokens a query sees, itself included; None for all.
         window: Tokens in the model's dtype that have not been compressed.
         history: Compressed tokens.
@@ -53,6 +52,7 @@ class CompressedLayer:
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
         policy: CachePolicy,
         sliding_window: int | None = None,
+        make_code: MakeCode = codebook_code,
     ) -> None:
         """An empty history for vectors shaped like `keys` and `values`, which are not stored."""
         check_tokens(keys, values)
@@ -62,11 +62,9 @@ class CompressedLayer:
             sliding_window = whole("sliding_window", sliding_window, 1)
         self.policy = policy
         self.sliding_window = sliding_window
-        self.key_coder, self.value_coder = coders(policy, keys.shape[3], values.shape[3])
+        self.code = make_code(policy, keys.shape[3], values.shape[3])
         self.window = DenseTokens(keys, values).copy_slice(0, 0)
-        self.history = PagedHistory(
-            keys.shape[1], self.key_coder.page_bytes, self.value_coder.page_bytes
-        )
+        self.history = PagedHistory(keys.shape[1], *self.code.page_bytes)
         self.prefix: Prefix | None = None
         self.padding = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
         self.query_energy: QueryEnergy | None = None
@@ -167,21 +165,14 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            device = query.device
-            out = cached_attention(
+            out = self.code.attend(
                 query,
                 dense_parts(self.prefix, self.window, self.history.tokens),
                 coded_parts(self.history),
-                self.key_coder.coding(device),
-                self.value_coder.coding(device),
                 self.prefix.key_map,
-                position=torch.full_like(self.padding, self.held - query.shape[2]),
-                start=self.prefix.end,
-                scaling=scaling,
-                mask=mask,
-                sliding_window=self.sliding_window,
-                softcap=softcap,
-                sink_logits=sink_logits,
+                torch.full_like(self.padding, self.held - query.shape[2]),
+                self.prefix.end,
+                Softmax(scaling, mask, self.sliding_window, softcap, sink_logits),
             )
         if self.detached and torch.is_grad_enabled():
             out = refuse_gradient(out)
@@ -204,12 +195,13 @@ class CompressedLayer:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         if self.prefix is None:
             return self.window.keys, self.window.values
-        dtype = self.window.keys.dtype
-        runs = self.history.runs
-        keys = [self.key_coder.read(run, dtype, self.prefix.key_map) for run in runs]
-        values = [self.value_coder.read(run, dtype) for run in runs]
-        all_keys = torch.cat([*keys, self.window.keys], 2)
-        all_values = torch.cat([*values, self.window.values], 2)
+        dtype, key_map = self.window.keys.dtype, self.prefix.key_map
+        read = [
+            run.valid(self.code.read(part, dtype, key_map))
+            for run, part in zip(self.history.runs, coded_parts(self.history), strict=True)
+        ]
+        all_keys = torch.cat([*(keys for keys, _ in read), self.window.keys], 2)
+        all_values = torch.cat([*(values for _, values in read), self.window.values], 2)
         self.prefix.overwrite(all_keys, self.prefix.sinks.keys)
         self.prefix.overwrite(all_values, self.prefix.sinks.values)
         return all_keys, all_values
@@ -235,24 +227,13 @@ class CompressedLayer:
         prefix = self.prefix or self._fixed_prefix()
         runs = self.history.reserve(len(self.padding), pages, self.padding.device)
         for run, stop in zip(runs, accumulate(run.tokens for run in runs), strict=True):
-            self._write(run, self.window.slice(stop - run.tokens, stop), prefix)
+            part = self.window.slice(stop - run.tokens, stop)
+            self.code.store(part.keys, part.values, run.slots, run.slab.pool, prefix.key_map)
         rest = self.window.copy_slice(pages * PAGE_TOKENS, self.window.tokens)
         # Nothing above changed the history: an error on the way loses no token.
         for run in runs:
             self.history.push(run)
         self.window, self.prefix, self.query_energy = rest.unmasked(), prefix, None
-
-    def _write(self, run: Run, chunk: DenseTokens, prefix: Prefix) -> None:
-        device = run.slots.device
-        store_pages(
-            chunk.keys,
-            chunk.values,
-            run.slots,
-            run.slab.pool,
-            self.key_coder.coding(device),
-            self.value_coder.coding(device),
-            prefix.key_map,
-        )
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens; codes that stay are not touched.
@@ -349,8 +330,7 @@ class CompressedLayer:
             held.append(self.query_energy.squares)
         if self.prefix is not None:
             held += self.prefix.tensors()
-            held += self.key_coder.tables(self.padding.device)
-            held += self.value_coder.tables(self.padding.device)
+            held += self.code.tables(self.padding.device)
         return held + self.history.tensors()
 
     def _check_query(self, query: Any) -> None:

@@ -98,6 +98,15 @@ class Run:
         """Where in the slab each sequence's pages are."""
         return self.lease.slots
 
+    def valid(self, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of keys and values of all its pages, 64 tokens each, those of valid tokens."""
+        keys, values = vectors
+        if keys.shape[2] == self.tokens:
+            return keys, values
+        offsets = torch.arange(PAGE_TOKENS, device=self.lengths.device)
+        valid = (offsets < self.lengths[:, None]).flatten().nonzero().flatten()
+        return keys[:, :, valid], values[:, :, valid]
+
     def pages(self, first: int) -> Pages:
         """What kernels take, the first page's first token having position `first`."""
         if self._pages is None or self._pages.first != first:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sixfold.cache.affine import QueryEnergy
+from sixfold.cache.code import CodebookCode
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.layer import CompressedLayer
@@ -32,6 +33,10 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         FormatError: It holds numbers that no reader would take, such as NaN.
     """
+    if not isinstance(layer.code, CodebookCode):
+        raise FormatError(
+            f"a file holds codebook symbols, and this layer codes by {type(layer.code).__name__}."
+        )
     window = layer.window
     tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
     if window.attended is not None:

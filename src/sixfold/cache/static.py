@@ -9,13 +9,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.arguments import shown, whole
+from sixfold.cache.code import Softmax
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.encode import store_pages
 from sixfold.kernels.types import Pages, Tokens
 from sixfold.packing import PAGE_TOKENS
 
@@ -64,10 +63,8 @@ class StaticLayer:
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
         self.prefix = layer.prefix
         device = layer.padding.device
-        self.key_coder, self.value_coder = layer.key_coder, layer.value_coder
-        # Made once: what makes them cannot be traced.
-        self.key_coding = layer.key_coder.coding(device)
-        self.value_coding = layer.value_coder.coding(device)
+        # What makes its tables cannot be traced.
+        self.code = layer.code.on(device)
         room = max(max_tokens - layer.history.tokens - layer.policy.recent_window, 0)
         self._take_pages(layer.history, len(layer.padding), -(-room // PAGE_TOKENS), device)
         size = layer.policy.recent_window + PAGE_TOKENS
@@ -169,18 +166,14 @@ class StaticLayer:
             first,
             end.expand(batch).contiguous(),
         )
-        out = cached_attention(
+        out = self.code.attend(
             query,
             [*prefix.part(), window],
             [Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0, {})],
-            self.key_coding,
-            self.value_coding,
             prefix.key_map,
-            position=end.expand(batch) - 1,
-            start=first,
-            scaling=scaling,
-            softcap=softcap,
-            sink_logits=sink_logits,
+            end.expand(batch) - 1,
+            first,
+            Softmax(scaling, softcap=softcap, sink_logits=sink_logits),
         )
         self._compress()
         return out
@@ -192,15 +185,7 @@ class StaticLayer:
         own = self.table.index_select(1, page) if self.table.shape[1] else self.spare
         slots = torch.where(full, own, self.spare)
         oldest = self.window.slice(0, PAGE_TOKENS)
-        store_pages(
-            oldest.keys,
-            oldest.values,
-            slots,
-            self.slab.pool,
-            self.key_coding,
-            self.value_coding,
-            self.prefix.key_map,
-        )
+        self.code.store(oldest.keys, oldest.values, slots, self.slab.pool, self.prefix.key_map)
         for window in (self.window_keys, self.window_values):
             moved = torch.roll(window, -PAGE_TOKENS, 2)
             window.copy_(torch.where(full, moved, window))
@@ -228,8 +213,7 @@ class StaticLayer:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, shared coding tables included."""
-        coders, device = (self.key_coder, self.value_coder), self.table.device
-        tables = [x for coder in coders for x in coder.tables(device)]
+        tables = self.code.tables(self.table.device)
         return self._own() + self.prefix.tensors() + tables
 
     def _own(self) -> list[Tensor]:

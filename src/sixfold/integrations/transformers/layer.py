@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sixfold.arguments import whole
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
+from sixfold.cache.code import MakeCode, codebook_code
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
@@ -25,13 +26,20 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, policy: CachePolicy, sliding_window: int | None, fused: bool) -> None:
+    def __init__(
+        self,
+        policy: CachePolicy,
+        sliding_window: int | None,
+        fused: bool,
+        make_code: MakeCode = codebook_code,
+    ) -> None:
         # Not the parent's: it would set `keys` and `values`, which are read from the codes.
         self.is_initialized = False
         self.policy = policy
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.fused = fused
+        self.make_code = make_code
         self.record_past = False
         self.store: CompressedLayer | None = None
 
@@ -47,7 +55,8 @@ class TurboQuantLayer(CacheLayerMixin):
                 "keys beside them), which Sixfold cannot compress yet: leave such layers as they "
                 "are with skip_layers=[...], or use transformers' DynamicCache."
             )
-        self.adopt(CompressedLayer(key_states, value_states, self.policy, self.sliding_window))
+        like, kind = (key_states, value_states), (self.policy, self.sliding_window)
+        self.adopt(CompressedLayer(*like, *kind, self.make_code))
 
     def adopt(self, store: CompressedLayer) -> None:
         """Hold `store`, which may have been filled elsewhere."""

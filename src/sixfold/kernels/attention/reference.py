@@ -51,7 +51,7 @@ def page_attention(
         grouped = query[:, :, rows].reshape(batch, kv_heads, -1, keys.dim)
         state = _empty(grouped, values.dim)
         for tile in tiles:
-            positions = _positions(pages, tile)
+            positions = page_positions(pages, tile)
             where = pages.slots[:, tile], positions
             dense = _tokens(pool.key_codes, pool.key_scales, *where, keys, "key")
             logits = (grouped @ dense.mT).view(batch, heads, -1, dense.shape[2])
@@ -89,8 +89,8 @@ def _tokens(
     return expanded.transpose(1, 2).flatten(2, 3)
 
 
-def _positions(pages: Pages, tile: slice) -> Int[Tensor, "#batch tokens"]:
-    """Positions of a tile's tokens; -1 for the unused rest of a page."""
+def page_positions(pages: Pages, tile: slice = slice(None)) -> Int[Tensor, "#batch tokens"]:
+    """Positions of the tokens of some pages, 64 a page; -1 for the unused rest of a page."""
     starts, lengths = pages.starts[:, tile, None] + pages.first, pages.lengths[:, tile, None]
     offsets = torch.arange(PAGE_TOKENS, device=starts.device)
     return torch.where(offsets < lengths, starts + offsets, -1).flatten(1)

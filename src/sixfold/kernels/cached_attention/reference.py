@@ -42,7 +42,7 @@ def cached_attention(
     parts = [
         dense_attention(
             query,
-            *_vectors(part),
+            *visible_tokens(part),
             own,
             scaling=scaling,
             mask=mask,
@@ -76,7 +76,7 @@ def cached_attention(
     return narrow(with_sinks(merge_partials(parts), sink_logits).out, query.dtype)
 
 
-def _vectors(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"]]:
+def visible_tokens(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"]]:
     """Keys, values and positions; of hidden tokens, which may hold anything, 0, 0 and -1."""
     keys, values = part.keys, part.values
     if part.slots is not None:

@@ -1,0 +1,206 @@
+"""How the tokens of a layer become pages of codes, and what is done with the pages: a value.
+
+A layer knows nothing of codes but what `Code` says, so that another code (of a study, or a better
+one) is passed to it and nothing is patched.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sixfold.cache.coder import Coder, coders
+from sixfold.cache.policy import CachePolicy
+from sixfold.kernels._narrow import narrow
+from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
+from sixfold.kernels.attention.reference import page_positions
+from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.cached_attention.reference import visible_tokens
+from sixfold.kernels.decode import decode_pages
+from sixfold.kernels.encode import store_pages
+from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
+
+Mask: TypeAlias = (
+    Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """What makes weights of logits.
+
+    Attributes:
+        scaling: Factor of the logits.
+        mask: Attended tokens; columns are positions. Causal without.
+        sliding_window: Without a mask, only the last so many positions are attended.
+        softcap: Logits become ``softcap·tanh(logit/softcap)``.
+        sink_logits: A learned logit a head without a value (GPT-OSS).
+    """
+
+    scaling: float
+    mask: Mask | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sink_logits: Float[Tensor, " heads"] | None = None
+
+
+@runtime_checkable
+class Code(Protocol):
+    """What a layer asks of a code."""
+
+    @property
+    def page_bytes(self) -> tuple[int, int]:
+        """Bytes of one head's codes of a page, of keys and of values, without scales."""
+
+    def tables(self, device: torch.device) -> list[Tensor]:
+        """Every tensor that coding needs beside the pages."""
+
+    def on(self, device: torch.device) -> "Code":
+        """The same with its tables at hand: for callers that are traced."""
+
+    def store(
+        self,
+        keys: Float[Tensor, "batch kv_heads tokens key_dim"],
+        values: Float[Tensor, "batch kv_heads tokens value_dim"],
+        slots: Int64[Tensor, "batch pages"],
+        pool: Pool,
+        key_map: KeyMap,
+    ) -> None:
+        """Encode whole pages, keys mapped before, and write them where `slots` says."""
+
+    def read(
+        self, pages: Pages, dtype: torch.dtype, key_map: KeyMap
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads tokens key_dim"],
+        Float[Tensor, "batch kv_heads tokens value_dim"],
+    ]:
+        """Decode pages, 64 tokens each, and undo the map."""
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads queries key_dim"],
+        tokens: Sequence[Tokens],
+        pages: Sequence[Pages],
+        key_map: KeyMap,
+        position: Int64[Tensor, " batch"],
+        start: Int64[Tensor, " batch"],
+        softmax: Softmax,
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
+        """See `sixfold.kernels.cached_attention`."""
+
+
+MakeCode: TypeAlias = Callable[[CachePolicy, int, int], Code]
+"""From a policy and the dimensions of keys and values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookCode:
+    """Symbols of a codebook, a coordinate or a pair of them each: the code of the product.
+
+    Attributes:
+        keys: How keys are coded.
+        values: How values are coded.
+        made: Their tables, where what makes them cannot be traced.
+    """
+
+    keys: Coder
+    values: Coder
+    made: tuple[Coding, Coding] | None = None
+
+    @property
+    def page_bytes(self) -> tuple[int, int]:
+        """See `Code.page_bytes`."""
+        return self.keys.page_bytes, self.values.page_bytes
+
+    def tables(self, device: torch.device) -> list[Tensor]:
+        """See `Code.tables`."""
+        return self.keys.tables(device) + self.values.tables(device)
+
+    def on(self, device: torch.device) -> "CodebookCode":
+        """See `Code.on`."""
+        return dataclasses.replace(self, made=self._codings(device))
+
+    def _codings(self, device: torch.device) -> tuple[Coding, Coding]:
+        return self.made or (self.keys.coding(device), self.values.coding(device))
+
+    def store(
+        self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool, key_map: KeyMap
+    ) -> None:
+        """See `Code.store`."""
+        store_pages(keys, values, slots, pool, *self._codings(keys.device), key_map)
+
+    def read(self, pages: Pages, dtype: torch.dtype, key_map: KeyMap) -> tuple[Tensor, Tensor]:
+        """See `Code.read`."""
+        pool, slots = pages.pool, pages.slots
+        keys, values = self._codings(slots.device)
+        return (
+            decode_pages(*pool[:2], slots, keys, "key", dtype, key_map),
+            decode_pages(*pool[2:], slots, values, "value", dtype),
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        tokens: Sequence[Tokens],
+        pages: Sequence[Pages],
+        key_map: KeyMap,
+        position: Tensor,
+        start: Tensor,
+        softmax: Softmax,
+    ) -> Tensor:
+        """See `Code.attend`: on the codes."""
+        out: Tensor = cached_attention(
+            query,
+            tokens,
+            pages,
+            *self._codings(query.device),
+            key_map,
+            position=position,
+            start=start,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
+            sink_logits=softmax.sink_logits,
+        )
+        return out
+
+
+def attend_decoded(
+    code: Code,
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    pages: Sequence[Pages],
+    key_map: KeyMap,
+    position: Int64[Tensor, " batch"],
+    start: Int64[Tensor, " batch"],
+    softmax: Softmax,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
+    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
+    held = [visible_tokens(part) for part in tokens]
+    for part in pages:
+        found = page_positions(part)
+        found = found.masked_fill(found < start[:, None], -1)
+        held.append((*code.read(part, torch.float32, key_map), found))
+    parts = [
+        dense_attention(
+            query,
+            *vectors,
+            own,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
+        )
+        for vectors in held
+    ]
+    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
+
+
+def codebook_code(policy: CachePolicy, key_dim: int, value_dim: int) -> CodebookCode:
+    """The code of a policy."""
+    return CodebookCode(*coders(policy, key_dim, value_dim))
