@@ -129,6 +129,6 @@ def test_tables_that_lead_outside_are_shape_errors(backend: str) -> None:
         layer.attend(query, **options)
     run.slots[0, 0] = 0
     cut = run.slab.pool._replace(key_codes=run.slab.pool.key_codes[..., :-4].contiguous())
-    layer.history.runs[0] = Run.of(Slab.full(cut), run.slots, run.lengths)
+    layer.history.runs = (Run.of(Slab.full(cut), run.slots, run.lengths),)
     with pytest.raises(ShapeError, match="key_codes"):
         layer.attend(query, **options)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sixfold.cache import CachePolicy, CompressedLayer
-from sixfold.cache.attend import coded_parts, dense_parts
 from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.types import Tokens
 from tests.layers import pages as layer_pages
 
 pytestmark = pytest.mark.skipif(
@@ -73,9 +73,11 @@ class Held:
         """As `CompressedLayer.attend` does; the queries are those of the last tokens held."""
         layer, prefix = self.layer, self.layer.prefix
         assert prefix is not None
+        first = torch.full_like(prefix.end, layer.history.tokens)
+        window = Tokens(layer.window.keys, layer.window.values, first, prefix.end)
         arguments: dict[str, Any] = {
-            "tokens": dense_parts(prefix, layer.window, layer.history.tokens),
-            "pages": coded_parts(layer.history),
+            "tokens": [*prefix.part, window],
+            "pages": layer.history.parts,
             "key_map": prefix.key_map,
             "position": torch.full_like(layer.padding, layer.held - query.shape[2]),
             "start": prefix.end,
@@ -221,7 +223,7 @@ def test_gradients_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tables_that_lead_outside_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held.of(300)
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
-    query, pages = held.queries(1), coded_parts(held.layer.history)
+    query, pages = held.queries(1), held.layer.history.parts
     pool = pages[0].pool
     beyond = pages[0].slots.clone()
     beyond[0, 0] = len(pool.key_codes)

@@ -16,7 +16,7 @@ from sixfold.cache.pages import Slab
 from sixfold.cache.prefix import Prefix
 from sixfold.cache.static import StaticLayer
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.types import Coding, KeyMap, Pool
+from sixfold.kernels.types import Coding, KeyMap, Pool, Tokens
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -119,7 +119,7 @@ def faked(x: Any) -> Any:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
     if type(x) is tuple:
         return tuple(map(faked, x))
-    if isinstance(x, Coding | KeyMap | Pool):
+    if isinstance(x, Coding | KeyMap | Pool | Tokens):
         return type(x)(*map(faked, x))
     if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens | CodebookCode):
         twin = copy.copy(x)

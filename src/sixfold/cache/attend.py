@@ -1,14 +1,10 @@
-"""What of a compressed layer its attention kernel sees."""
+"""Masks of a host, over the tokens that a layer holds."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sixfold.cache.code import Mask
-from sixfold.cache.dense import DenseTokens
-from sixfold.cache.pages import PagedHistory
-from sixfold.cache.prefix import Prefix
-from sixfold.kernels.types import Pages, Tokens
 
 
 def fit_mask(
@@ -20,18 +16,3 @@ def fit_mask(
         return mask[..., -missing:]
     hidden = False if mask.dtype == torch.bool else -torch.inf
     return torch.nn.functional.pad(mask, (missing, 0), value=hidden)
-
-
-def dense_parts(prefix: Prefix, window: DenseTokens, first: int) -> list[Tokens]:
-    """The sinks, and the window, whose first token has position `first`."""
-    origin = torch.full_like(prefix.end, first)
-    return [*prefix.part(), Tokens(window.keys, window.values, origin, prefix.end)]
-
-
-def coded_parts(history: PagedHistory) -> list[Pages]:
-    """Every run of pages."""
-    parts, first = [], 0
-    for run in history.runs:
-        parts.append(run.pages(first))
-        first += run.tokens
-    return parts

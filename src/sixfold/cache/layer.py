@@ -12,7 +12,7 @@ from sixfold.arguments import FLOATS, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
-from sixfold.cache.attend import coded_parts, dense_parts, fit_mask
+from sixfold.cache.attend import fit_mask
 from sixfold.cache.code import MakeCode, Mask, Softmax, codebook_code
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
@@ -22,6 +22,7 @@ from sixfold.cache.prefix import Prefix, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
+from sixfold.kernels.types import Tokens
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -62,7 +63,8 @@ class CompressedLayer:
             sliding_window = whole("sliding_window", sliding_window, 1)
         self.policy = policy
         self.sliding_window = sliding_window
-        self.code = make_code(policy, keys.shape[3], values.shape[3])
+        self._make_code = make_code
+        self.code = make_code(policy, keys.shape[3], values.shape[3]).on(keys.device)
         self.window = DenseTokens(keys, values).copy_slice(0, 0)
         self.history = PagedHistory(keys.shape[1], *self.code.page_bytes)
         self.prefix: Prefix | None = None
@@ -165,13 +167,16 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
+            window, coded, prefix = self.window, self.history.tokens, self.prefix
+            held_tokens = coded + window.keys.shape[2]
+            first = torch.full_like(prefix.end, coded)
             out = self.code.attend(
                 query,
-                dense_parts(self.prefix, self.window, self.history.tokens),
-                coded_parts(self.history),
-                self.prefix.key_map,
-                torch.full_like(self.padding, self.held - query.shape[2]),
-                self.prefix.end,
+                [*prefix.part, Tokens(window.keys, window.values, first, prefix.end)],
+                self.history.parts,
+                prefix.key_map,
+                torch.full_like(prefix.end, held_tokens - query.shape[2]),
+                prefix.end,
                 Softmax(scaling, mask, self.sliding_window, softcap, sink_logits),
             )
         if self.detached and torch.is_grad_enabled():
@@ -198,7 +203,7 @@ class CompressedLayer:
         dtype, key_map = self.window.keys.dtype, self.prefix.key_map
         read = [
             run.valid(self.code.read(part, dtype, key_map))
-            for run, part in zip(self.history.runs, coded_parts(self.history), strict=True)
+            for run, part in zip(self.history.runs, self.history.parts, strict=True)
         ]
         all_keys = torch.cat([*(keys for keys, _ in read), self.window.keys], 2)
         all_values = torch.cat([*(values for _, values in read), self.window.values], 2)
@@ -321,6 +326,8 @@ class CompressedLayer:
         if self.prefix is not None:
             moved.prefix = self.prefix.to(device, dtype)
         moved.history.to(device)
+        keys, values = moved.window.keys, moved.window.values
+        moved.code = self._make_code(self.policy, keys.shape[3], values.shape[3]).on(device)
         self.__dict__.update(moved.__dict__)
 
     def tensors(self) -> list[Tensor]:
@@ -334,9 +341,10 @@ class CompressedLayer:
         return held + self.history.tensors()
 
     def _check_query(self, query: Any) -> None:
-        floating("query", query)
         keys = self.window.keys
         batch, heads, _, dim = keys.shape
+        if type(query) is not Tensor or query.dtype not in FLOATS:
+            floating("query", query)
         shape = query.shape
         fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
         if not fits or shape[1] % heads or not 0 < shape[2] <= self.held:

@@ -1,7 +1,8 @@
 """Pages of codes: storage that grows without moving, and tables that say whose page is where."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -149,21 +150,30 @@ class PagedHistory:
 
     Appending writes new pages only; forks, beams and repeated sequences share pages through their
     tables, and a slot nobody refers to any more is used again.
+
+    Attributes:
+        tokens: Compressed tokens a sequence.
+        parts: The runs as kernels take them.
     """
 
     def __init__(self, kv_heads: int, key_bytes: int, value_bytes: int) -> None:
         self.kv_heads = kv_heads
         self.key_bytes = key_bytes
         self.value_bytes = value_bytes
-        self.runs: list[Run] = []
+        self.runs = ()
 
     @property
-    def tokens(self) -> int:
-        """Compressed tokens a sequence."""
-        tokens = 0
-        for run in self.runs:
-            tokens += run.tokens
-        return tokens
+    def runs(self) -> tuple[Run, ...]:
+        """What there is, oldest first; never changed, only replaced."""
+        return self._runs
+
+    @runs.setter
+    def runs(self, runs: Iterable[Run]) -> None:
+        self._runs = tuple(runs)
+        firsts = [0, *accumulate(run.tokens for run in self._runs)]
+        # What every step asks for.
+        self.tokens = firsts[-1]
+        self.parts = [run.pages(first) for run, first in zip(self._runs, firsts, strict=False)]
 
     def reserve(self, batch: int, pages: int, device: torch.device) -> list[Run]:
         """Room for `pages` full pages a sequence, not yet part of the history: write, then push.
@@ -183,9 +193,9 @@ class PagedHistory:
     def push(self, run: Run) -> None:
         """Append reserved pages that have been written."""
         if self.runs and self.runs[-1].slab is run.slab:
-            self.runs[-1] = self.runs[-1].extend(run)
+            self.runs = (*self.runs[:-1], self.runs[-1].extend(run))
         else:
-            self.runs.append(run)
+            self.runs = (*self.runs, run)
 
     def _new_slab(self, count: int, batch: int, device: torch.device) -> Slab:
         held = sum(run.slots.numel() for run in self.runs)

@@ -22,12 +22,18 @@ class Prefix:
         padding: Left-padding of every sequence, in tokens.
         end: Position after the last sink: earlier ones are never read from codes or window.
         key_map: Centring and equalization.
+        part: The sinks as kernels take them; none if none are kept.
     """
 
     sinks: DenseTokens
     padding: Int64[Tensor, " batch"]
     end: Int64[Tensor, " batch"]
     key_map: KeyMap
+    part: tuple[Tokens, ...] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sinks = Tokens(self.sinks.keys, self.sinks.values, self.padding, self.padding, self.end)
+        object.__setattr__(self, "part", (sinks,) if self.sinks.tokens else ())
 
     @classmethod
     def fix(
@@ -64,13 +70,6 @@ class Prefix:
     def count(self) -> Int64[Tensor, " batch"]:
         """Sinks that exist, fewer than kept only in a sequence that short."""
         return self.end - self.padding
-
-    def part(self) -> list[Tokens]:
-        """The sinks as kernels take them; none if none are kept."""
-        if not self.sinks.tokens:
-            return []
-        keys, values = _for_autograd(self.sinks.keys), _for_autograd(self.sinks.values)
-        return [Tokens(keys, values, self.padding, self.padding, self.end)]
 
     def positions(self) -> Int64[Tensor, "batch sinks"]:
         """Position of every sink; -1 where a short sequence has none."""
@@ -128,8 +127,3 @@ def valid_tokens(
     if itself.dtype != torch.bool:
         itself = itself > torch.finfo(itself.dtype).min / 2
     return itself.expand(batch, -1)
-
-
-def _for_autograd(x: Tensor) -> Tensor:
-    # What inference mode made may not meet a gradient.
-    return x.clone() if torch.is_grad_enabled() and x.is_inference() else x

@@ -63,8 +63,7 @@ class StaticLayer:
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
         self.prefix = layer.prefix
         device = layer.padding.device
-        # What makes its tables cannot be traced.
-        self.code = layer.code.on(device)
+        self.code = layer.code
         room = max(max_tokens - layer.history.tokens - layer.policy.recent_window, 0)
         self._take_pages(layer.history, len(layer.padding), -(-room // PAGE_TOKENS), device)
         size = layer.policy.recent_window + PAGE_TOKENS
@@ -168,7 +167,7 @@ class StaticLayer:
         )
         out = self.code.attend(
             query,
-            [*prefix.part(), window],
+            [*prefix.part, window],
             [Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0, {})],
             prefix.key_map,
             end.expand(batch) - 1,

@@ -75,7 +75,8 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if override:
         return _overridden(operation, override, device)
-    module = _load(operation, _FASTEST.get(device.type, "reference"))
+    backend = _FASTEST.get(device.type, "reference")
+    module = _loaded.get((operation, backend)) or _load(operation, backend)
     fallback = _load(operation, "reference") if isinstance(module, str) else module
     assert isinstance(fallback, ModuleType), fallback
     return fallback

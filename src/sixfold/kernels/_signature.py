@@ -5,54 +5,29 @@ operation that fails is explained here from its signature, so that callers get o
 one that does not fail pays nothing for it.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from sixfold.arguments import FLOATS, choice, dense, flag, real, shown, whole
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.packing import check_bits
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
+def explain(annotations: Mapping[str, Any], given: Mapping[str, Any], error: Exception) -> NoReturn:
+    """Raise what the arguments of a failed call break, or `error` itself if they break nothing.
 
-def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """An operation of the kernels: it runs outside autocast, and fails with a `SixfoldError`.
-
-    What PyTorch, Python or the extension raise for arguments that the signature rules out becomes
-    an error that names the argument. All else that goes wrong (no memory, an interrupt) stays.
+    Raises:
+        SixfoldError: An argument is none of what its annotation allows.
     """
-    signature = inspect.signature(function)
-    run = outside_autocast(function)
-
-    @functools.wraps(function)
-    def explained(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # Tracers neither need nor follow what explains a failure.
-        if torch.compiler.is_compiling():
-            return run(*args, **kwargs)
-        try:
-            # What `run` asks too, asked here: one call less where autocast is off.
-            if not torch._C._is_any_autocast_enabled():
-                return function(*args, **kwargs)
-            return run(*args, **kwargs)
-        except SixfoldError:
-            raise
-        except Exception as error:
-            given = signature.bind(*args, **kwargs).arguments
-            try:
-                _check_all(given, {n: p.annotation for n, p in signature.parameters.items()})
-            except SixfoldError as reason:
-                raise reason from error
-            raise
-
-    return explained
+    try:
+        _check_all(given, annotations)
+    except SixfoldError as reason:
+        raise reason from error
+    raise error
 
 
 class _Call:

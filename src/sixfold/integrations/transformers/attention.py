@@ -145,7 +145,8 @@ def attention_forward(
                 "attention on codes does not do: use TurboQuantCache(model.config, ...) instead."
             )
         # One update gives one handle for keys and values.
-        out = _attend(key, as_autocast(query), options)
+        query = as_autocast(query) if torch._C._is_any_autocast_enabled() else query
+        out = _attend(key, query, options)
     elif not ours:
         return sdpa_attention_forward(
             module,

@@ -69,7 +69,8 @@ class TurboQuantLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Add tokens; returns a handle for the fused attention, or all tokens dequantized."""
-        key_states, value_states = as_autocast(key_states), as_autocast(value_states)
+        if torch._C._is_any_autocast_enabled():
+            key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         store = cast(CompressedLayer, self.store)

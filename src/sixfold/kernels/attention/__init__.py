@@ -3,9 +3,8 @@
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from sixfold.kernels._border import checked_softcap, plain
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import checked_softcap, operation, plain
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 from sixfold.kernels.types import Coding, Pages

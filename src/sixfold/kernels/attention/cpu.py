@@ -6,13 +6,14 @@ from torch import Tensor
 
 from sixfold.kernels._groups import (
     NO_MASK,
+    address,
     check_heads,
     code_group,
     contiguous_pages,
     mask_group,
     pages_group,
 )
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._native import compiled
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.types import Coding, Pages

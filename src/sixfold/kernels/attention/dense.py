@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sixfold.kernels._border import checked_scaling, checked_softcap
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import checked_scaling, checked_softcap, operation
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
 LOGITS_PER_BLOCK = 1 << 22  # 16 MiB of float32: bounds the memory of a long prefill

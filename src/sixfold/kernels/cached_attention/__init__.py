@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sixfold.kernels._border import checked_scaling, checked_softcap, plain, plain_tokens
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._groups import check_heads
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import (
+    checked_scaling,
+    checked_softcap,
+    operation,
+    plain,
+    plain_tokens,
+)
 from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 
 __all__ = ["cached_attention"]
@@ -62,10 +67,11 @@ def cached_attention(
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
     """
-    check_heads(query.shape[1], key_map.mean.shape[1])
+    if query.shape[1] % (key_map.mean.shape[1] or 1):
+        check_heads(query.shape[1], key_map.mean.shape[1])
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
         plain(query),
-        [plain_tokens(x) for x in tokens],
+        plain_tokens(tokens),
         pages,
         keys,
         values,
@@ -73,9 +79,9 @@ def cached_attention(
         position=position,
         start=start,
         scaling=checked_scaling(scaling),
-        mask=plain(mask),
+        mask=mask if mask is None else plain(mask),
         sliding_window=sliding_window,
-        softcap=checked_softcap(softcap),
-        sink_logits=plain(sink_logits),
+        softcap=softcap if softcap is None else checked_softcap(softcap),
+        sink_logits=sink_logits if sink_logits is None else plain(sink_logits),
     )
     return out

@@ -11,6 +11,7 @@ from sixfold.kernels._groups import (
     DTYPES,
     NO_MASK,
     PagesGroup,
+    address,
     contiguous_pages,
     map_group,
     mask_group,
@@ -19,7 +20,7 @@ from sixfold.kernels._groups import (
     side_group,
     tokens_group,
 )
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._native import compiled
 from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
 
@@ -72,7 +73,8 @@ def cached_attention(
         _readable, mask_numbers = mask_group(mask, batch, heads, queries)
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    tokens = [_contiguous(part) for part in tokens]
+    if any([part.keys.stride(3) != 1 or part.values.stride(3) != 1 for part in tokens]):
+        tokens = [Tokens(x.keys.contiguous(), x.values.contiguous(), *x[2:]) for x in tokens]
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
         (batch, heads, kv_heads, queries, DTYPES[dtype], sliding_window or 0),
@@ -103,12 +105,6 @@ def _native(query: Tensor, tokens: Sequence[Tokens]) -> bool:
             if x.dtype is not dtype or (grad and x.requires_grad):
                 return False
     return True
-
-
-def _contiguous(part: Tokens) -> Tokens:
-    if part.keys.stride(-1) == 1 and part.values.stride(-1) == 1:
-        return part
-    return part._replace(keys=part.keys.contiguous(), values=part.values.contiguous())
 
 
 def _pages(part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding) -> PagesGroup:

@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import operation, plain, readable
 from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import Bits, Layout
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._groups import DTYPES, code_group, rotation_group
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._groups import DTYPES, address, code_group, rotation_group
+from sixfold.kernels._native import compiled
 from sixfold.kernels.decode.reference import expand_pages
 from sixfold.kernels.encode.cpu import affine_group, affine_maps, page_group
 from sixfold.kernels.types import Coding, KeyMap

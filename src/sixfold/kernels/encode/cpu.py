@@ -9,12 +9,14 @@ from sixfold.kernels._groups import (
     DTYPES,
     SCALES,
     PoolGroup,
+    address,
     code_group,
+    memory,
     page_sizes,
     pool_group,
     rotation_group,
 )
-from sixfold.kernels._native import address, compiled, memory
+from sixfold.kernels._native import compiled
 from sixfold.kernels._tables import check_table
 from sixfold.kernels.encode import reference
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale

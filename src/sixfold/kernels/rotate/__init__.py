@@ -3,9 +3,8 @@
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.kernels._border import readable
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import operation, readable
 
 
 @operation

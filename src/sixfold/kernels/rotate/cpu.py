@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.kernels._groups import DTYPES, rotation_group
-from sixfold.kernels._native import compiled, memory
+from sixfold.kernels._groups import DTYPES, memory, rotation_group
+from sixfold.kernels._native import compiled
 from sixfold.kernels.rotate import reference
 
 _cpu = compiled()

@@ -3,9 +3,8 @@
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from sixfold.kernels._border import plain, readable
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import operation, plain, readable
 from sixfold.packing import Bits
 
 

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from sixfold.kernels._groups import code_group
-from sixfold.kernels._native import address, compiled
+from sixfold.kernels._groups import address, code_group
+from sixfold.kernels._native import compiled
 from sixfold.kernels.scores import reference
 from sixfold.packing import Bits, n_symbols, row_bytes, symbol_bits
 

@@ -6,9 +6,8 @@ from jaxtyping import Float, Float16, Float32, UInt8
 from torch import Tensor
 
 from sixfold.arguments import choice
-from sixfold.kernels._border import readable
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._signature import operation
+from sixfold.kernels._operation import operation, readable
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 

@@ -1,19 +1,54 @@
-"""What callers pass, made into what kernels read: where an operation begins, nowhere else."""
+"""Where an operation begins: its failures are explained, and its arguments made readable."""
 
+import functools
+import inspect
 import math
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from sixfold.arguments import dense, number_of, real, shown
 from sixfold.errors import SixfoldError
+from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels._signature import explain
 from sixfold.kernels.types import Tokens
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 T = TypeVar("T", Tensor, Tensor | None)
 
 # Below 2**52 no float32 logit is changed by capping it here or higher.
 _NO_SOFTCAP = 2.0**64
+
+
+def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """An operation of the kernels: it runs outside autocast, and fails with a `SixfoldError`.
+
+    What PyTorch, Python or the extension raise for arguments that the signature rules out becomes
+    an error that names the argument. All else that goes wrong (no memory, an interrupt) stays.
+    """
+    signature = inspect.signature(function)
+    run = outside_autocast(function)
+
+    @functools.wraps(function)
+    def explained(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # Tracers neither need nor follow what explains a failure.
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        try:
+            # What `run` asks too, asked here: one call less where autocast is off.
+            if not torch._C._is_any_autocast_enabled():
+                return function(*args, **kwargs)
+            return run(*args, **kwargs)
+        except SixfoldError:
+            raise
+        except Exception as error:
+            given = signature.bind(*args, **kwargs).arguments
+            explain({n: p.annotation for n, p in signature.parameters.items()}, given, error)
+
+    return explained
 
 
 def plain(x: T) -> T:
@@ -30,14 +65,14 @@ def plain(x: T) -> T:
     return x.new_zeros(x.shape) if x._is_zerotensor() else x
 
 
-def plain_tokens(tokens: Tokens) -> Tokens:
+def plain_tokens(tokens: Sequence[Tokens]) -> Sequence[Tokens]:
     """The same with their numbers in memory."""
-    keys, values = tokens.keys, tokens.values
     if torch.compiler.is_compiling():
         return tokens
-    for x in (keys, values):
-        if x.is_neg() or x._is_zerotensor():
-            return tokens._replace(keys=plain(keys), values=plain(values))
+    for part in tokens:
+        for x in part[:2]:
+            if x.is_neg() or x._is_zerotensor():
+                return [Tokens(plain(one.keys), plain(one.values), *one[2:]) for one in tokens]
     return tokens
 
 
