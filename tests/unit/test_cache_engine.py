@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,6 +260,13 @@ def test_blocks_lie_where_they_may() -> None:
     assert isinstance(theirs, Pool)
     assert all(map(torch.equal, ours, theirs))
     assert not memory[:, :2].any()
+
+
+def test_the_document_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    found: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], found)
+    assert found["out"].shape == (101, 8, 64)
 
 
 class TestRefusals:

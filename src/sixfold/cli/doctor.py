@@ -17,6 +17,7 @@ from sixfold.kernels._dispatch import (
     missing_backends,
 )
 from sixfold.kernels._native import extension
+from sixfold.kernels._tables import DEBUG_VARIABLE
 
 # Each with what it changes when set.
 _OVERRIDES = {
@@ -24,6 +25,7 @@ _OVERRIDES = {
     "SIXFOLD_ISA": "overrides the choice of instruction set",
     "SIXFOLD_CPU_EXACT": "chooses exactness over speed in attention on the CPU",
     "SIXFOLD_THREADS": "overrides the choice of threads",
+    DEBUG_VARIABLE: "checks page tables on a GPU, which means to wait for it",
 }
 
 

@@ -80,7 +80,8 @@ class Pages(NamedTuple):
     Attributes:
         pool: Where the pages are.
         slots: The page table: the slot in the pool of every sequence's pages, in order.
-        starts: Each page's first token, counted from `first`.
+        starts: Each page's first token, counted from `first`: they do not fall, and a page begins
+            at most 64 tokens after the one before.
         lengths: Valid tokens of each page, 0 to 64. A sequence that has fewer pages than others
             has pages of 0 tokens, whose slots need only exist.
         first: Position that `starts` count from.
