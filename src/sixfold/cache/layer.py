@@ -343,7 +343,9 @@ class CompressedLayer:
     def _check_query(self, query: Any) -> None:
         keys = self.window.keys
         batch, heads, _, dim = keys.shape
-        if type(query) is not Tensor or query.dtype not in FLOATS:
+        # What `floating` asks first, and nearly always all there is to ask.
+        plain = type(query) is Tensor and query.dtype in FLOATS and query.layout is torch.strided
+        if not plain or query.is_nested or not query.data_ptr():
             floating("query", query)
         shape = query.shape
         fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
