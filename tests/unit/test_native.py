@@ -15,7 +15,7 @@ from sixfold.errors import BackendError, ShapeError
 from sixfold.kernels import _dispatch, _native
 
 ROOT = Path(__file__).resolve().parents[2]
-OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/_cpu.dir/csrc/kernels_*.o"))
+OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/_cpu.dir/csrc/isa/kernels_*.o"))
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_a_translation_unit_shares_no_function(path: Path) -> None:
 
 
 def test_every_flag_is_asked_for() -> None:
-    flags = (ROOT / "csrc/isa.cmake").read_text(encoding="utf-8")
-    source = (ROOT / "csrc/dispatch.cpp").read_text(encoding="utf-8")
+    flags = (ROOT / "csrc/isa/isa.cmake").read_text(encoding="utf-8")
+    source = (ROOT / "csrc/isa/dispatch.cpp").read_text(encoding="utf-8")
     for name in ("avx2", "avx512"):
         compiled = re.search(rf"SIXFOLD_FLAGS_{name}\s([^)]*)\)", flags)
         asked = source.partition(f"missing_for_{name}() {{")[2].partition("return")[0]

@@ -1,4 +1,4 @@
-"""What the compiled extension takes, as csrc/bindings.h groups it: addresses that were checked."""
+"""What the compiled extension takes, as csrc/python/bindings.h groups it: addresses that were checked."""
 
 from functools import lru_cache
 from typing import TypeAlias
@@ -18,7 +18,7 @@ from sixfold.packing import (
     symbol_bits,
 )
 
-# As csrc/vectors.h numbers them.
+# As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {"norm": 0, "optimal": 1, "unbiased": 2}
 _LAYOUTS = {"rows": 0, "key": 1, "value": 2}
