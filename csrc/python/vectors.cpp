@@ -23,13 +23,6 @@ using PageGroup = std::tuple<PoolGroup, PoolGroup, Count, Address, Count, Count,
 // (mean, channel scale)
 using AffineGroup = std::tuple<Address, Address>;
 
-// kernels() reads the environment, which only the GIL keeps others from writing.
-template <class Driver>
-void without_gil(const Driver& driver) {
-    const VectorKernels& table = kernels().vectors;
-    released([&] { driver(table); });
-}
-
 CodeShape shape_of(const CodeGroup& group) {
     const auto [dim, symbol_bits, paired, layout, codebook] = group;
     return {dim, symbol_bits, paired, static_cast<Layout>(layout)};
@@ -85,14 +78,16 @@ void rotate_rows(const RotationGroup& rotation, bool inverse, Address x, int dty
     const Rotation r = rotation_of(rotation);
     const VectorArray from = array_of(x, n, r.dim, dtype);
     const VectorArray to = array_of(out, n, r.dim, static_cast<int>(Dtype::f32));
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         rotate(table, r, inverse, shrink_of(r), from, to, threads);
     });
 }
 
 void encode_rows(const RotationGroup& rotation, const CodeGroup& code, int scale, Address x,
                  int dtype, Address rows, Address scales, Count n, int threads) {
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         const EncodeTask task = encode_task(rotation, code, scale);
         encode(table, task, array_of(x, n, task.shape.dim, dtype),
                {at<std::uint8_t>(rows), at<std::uint16_t>(scales)}, threads);
@@ -101,7 +96,8 @@ void encode_rows(const RotationGroup& rotation, const CodeGroup& code, int scale
 
 void decode_rows(const RotationGroup& rotation, const CodeGroup& code, Address rows,
                  Address scales, Address out, Count n, int threads) {
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         const DecodeTask task = decode_task(rotation, code);
         decode(table, task, {at<std::uint8_t>(rows), at<std::uint16_t>(scales)},
                array_of(out, n, task.shape.dim, static_cast<int>(Dtype::f32)), threads);
@@ -110,7 +106,8 @@ void decode_rows(const RotationGroup& rotation, const CodeGroup& code, Address r
 
 void score_rows(const CodeGroup& code, Address rows, Address scales, Count batch, Count n,
                 Address queries, Count n_queries, Address out, int threads) {
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         const ScoresTask task{shape_of(code), book_of(code)};
         scores(table, task, {at<std::uint8_t>(rows), at<std::uint16_t>(scales)}, batch, n,
                at<const float>(queries), n_queries, at<float>(out), threads);
@@ -120,7 +117,8 @@ void score_rows(const CodeGroup& code, Address rows, Address scales, Count batch
 void encode_into_pages(const RotationGroup& rotation, const CodeGroup& code, int scale,
                        const AffineGroup& maps, const PagedGroup& x, const PageGroup& pages,
                        int threads) {
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         encode_pages(table, encode_task(rotation, code, scale), affine_of(maps), paged_of(x),
                      pages_of(pages), threads);
     });
@@ -129,7 +127,8 @@ void encode_into_pages(const RotationGroup& rotation, const CodeGroup& code, int
 void decode_from_pages(const RotationGroup& rotation, const CodeGroup& code,
                        const AffineGroup& maps, const PageGroup& pages, const PagedGroup& out,
                        int threads) {
-    without_gil([&](const VectorKernels& table) {
+    const VectorKernels& table = kernels().vectors;
+    released([&] {
         decode_pages(table, decode_task(rotation, code), affine_of(maps), pages_of(pages),
                      paged_of(out), threads);
     });
