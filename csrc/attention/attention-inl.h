@@ -103,7 +103,7 @@ void prepare_queries(const AttentionWork& work, const Scratch& scratch) {
     const Codec& codec = *task.keys.codec;
     const int length = 4 * codec.steps / codec.parts;
     const int padded_length = static_cast<int>(rounded_up(length, kLanes));
-    const int first_axis = codec.axes == 2 ? (codec.dim + 1) / 2 : codec.dim;
+    const int first_axis = symbols_of(codec.dim, codec.axes);
     for (int i = 0; i < padded_length; ++i) scratch.padded[i] = 0.0f;
     for (int r = 0; r < work.heads * work.rows; ++r) {
         const float* query = task.query + source_row(work, r) * codec.dim;
@@ -175,7 +175,7 @@ struct Method {
     Multiply direct;
 
     Method(const Codec& codec_, int rows)
-        : codec(codec_), unpack(nullptr), direct(direct_multiplier(codec, rows)) {
+        : codec(codec_), unpack(nullptr), direct(direct_multiplier<kDirect>(codec, rows)) {
         if (!direct) unpack = unpacker(codec);
     }
     // What to multiply with: the tile, filled, or the page.

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/codec-inl.h"
+#include "attention/codec.h"
 #include "runtime/kept.h"
 #include "runtime/pool.h"
 
@@ -98,7 +98,7 @@ void finish_row(const AttentionTask& task, const AttentionState* states, std::in
     task.lse[target] =
         total == 0 ? -kInfinity : static_cast<float>(anchor * std::log(2.0) + std::log(total));
     if (total == 0) return;
-    const int first = codec.axes == 2 ? (codec.dim + 1) / 2 : codec.dim;
+    const int first = symbols_of(codec.dim, codec.axes);
     for (std::int64_t s = 0; s < splits; ++s) {
         const float weight = static_cast<float>(std::exp2(states[s].maximum[row] - anchor) / total);
         const float factor = codec.arithmetic == Arithmetic::floats ? weight : weight * codec.scale;

@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "common/paged.h"
+#include "common/planes.h"
 
 namespace sixfold {
 
@@ -58,14 +59,15 @@ struct Codec {
     bool values;
     Arithmetic arithmetic;
     int parts;  // 64-byte pieces of the tile a unit gives: 1 (bytes), 2 (words) or 4 (floats)
-    int blocks, units, planes;
+    Planes planes;
+    int blocks, units;
     int strips, steps;
     std::int64_t strip_stride, step_stride;                // bytes of the tile
     std::int64_t block_stride, unit_stride, part_stride;   // likewise
     std::int64_t plane_offset[3], plane_stride[3];         // bytes of the page: start, a block
     std::int64_t page_bytes, tile_bytes;
     float scale;        // centroid ~ scale * level
-    const Unit* table;  // [units, planes]
+    const Unit* table;  // [units, planes.count]
     // By index (a symbol's planes, the first in the lowest bits), over and over.
     alignas(64) std::uint8_t low[2][256];   // levels: all of 8 bits, or the low byte
     alignas(64) std::uint8_t high[2][256];  // high byte of 16-bit levels

@@ -1,15 +1,10 @@
-// How pages of given bits, dimension and codebook are read: made once, then found in a cache.
-// Included by attention.cpp alone.
-#pragma once
+#include "attention/codec.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <vector>
-
-#include "attention/attention.h"
 
 namespace sixfold {
 namespace {
@@ -19,22 +14,19 @@ struct OwnedCodec : Codec {
     std::vector<float> centroids;  // [symbols, axes]
 };
 
-std::vector<int> plane_widths(int symbol_bits) {
-    static const std::vector<int> widths[9] = {{},  {1},    {2},    {2, 1},   {4},
-                                               {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-    return widths[symbol_bits];
-}
-
-// `before`: bits of an index that come from earlier planes.
-Unit make_unit(const Codec& codec, int unit, int words, int plane_words, int width, int before) {
+// Where the words of `unit`, of all `words`, lie in plane `plane`.
+Unit make_unit(const Codec& codec, int unit, int words, int plane) {
     Unit made{};
+    const Planes& planes = codec.planes;
+    const int plane_words = planes.bytes[plane] / 4;
     const int piece = codec.values ? kLanes : kUnitBytes;  // bytes of one word
     for (int i = 0; i < 4; ++i) {
         // Words beyond the last repeat it: they are read, and what they give is dropped.
         const int word = codec.values ? std::min(4 * unit + i, words - 1) : unit;
         made.offset[i] = word % plane_words * piece;
         for (int lane = 4 * i; lane < 4 * i + 4; ++lane)
-            made.rotation[lane] = (word / plane_words * width - before) & 31;
+            made.rotation[lane] =
+                (word / plane_words * planes.width[plane] - planes.before[plane]) & 31;
     }
     made.contiguous = !codec.values;
     if (codec.values)
@@ -45,26 +37,19 @@ Unit make_unit(const Codec& codec, int unit, int words, int plane_words, int wid
 }
 
 void lay_out_page(OwnedCodec& codec) {
-    const int symbols = codec.axes == 2 ? (codec.dim + 1) / 2 : codec.dim;
-    const int words = (symbols + 3) / 4;
-    const std::vector<int> widths = plane_widths(codec.symbol_bits);
-    codec.planes = static_cast<int>(widths.size());
+    const int symbols = symbols_of(codec.dim, codec.axes), words = (symbols + 3) / 4;
+    const Planes& planes = codec.planes = planes_of(symbols, codec.symbol_bits);
     codec.blocks = codec.values ? 16 : 4;
     codec.units = codec.values ? (words + 3) / 4 : words;
-    codec.units_storage.resize(static_cast<std::size_t>(codec.units) * widths.size());
-    std::int64_t offset = 0;
-    int before = 0;
-    for (int p = 0; p < codec.planes; ++p) {
-        const int plane_words = (symbols * widths[p] + 31) / 32;
-        codec.plane_offset[p] = offset;
-        codec.plane_stride[p] = 4LL * plane_words * (kPageTokens / codec.blocks);
-        offset += 4LL * plane_words * kPageTokens;
-        for (int unit = 0; unit < codec.units; ++unit)
-            codec.units_storage[static_cast<std::size_t>(unit) * widths.size() + p] =
-                make_unit(codec, unit, words, plane_words, widths[p], before);
-        before += widths[p];
+    for (int unit = 0; unit < codec.units; ++unit)
+        for (int p = 0; p < planes.count; ++p)
+            codec.units_storage.push_back(make_unit(codec, unit, words, p));
+    codec.page_bytes = 0;
+    for (int p = 0; p < planes.count; ++p) {
+        codec.plane_offset[p] = codec.page_bytes;
+        codec.plane_stride[p] = std::int64_t{planes.bytes[p]} * (kPageTokens / codec.blocks);
+        codec.page_bytes += std::int64_t{planes.bytes[p]} * kPageTokens;
     }
-    codec.page_bytes = offset;
     codec.table = codec.units_storage.data();
 }
 
@@ -85,12 +70,12 @@ void lay_out_tile(Codec& codec) {
 // the first, widest plane is shifted to the right only, which costs less than a rotation.
 std::vector<int> lookup_order(int symbol_bits) {
     std::vector<int> index(std::size_t{1} << symbol_bits);
-    int below = symbol_bits, before = 0;
-    for (int width : plane_widths(symbol_bits)) {
-        below -= width;
+    const Planes planes = planes_of(1, symbol_bits);
+    for (int p = 0; p < planes.count; ++p) {
+        const int width = planes.width[p], before = planes.before[p];
         for (std::size_t s = 0; s < index.size(); ++s)
-            index[s] |= (static_cast<int>(s) >> below & ((1 << width) - 1)) << before;
-        before += width;
+            index[s] |= (static_cast<int>(s) >> (symbol_bits - before - width) & ((1 << width) - 1))
+                        << before;
     }
     return index;
 }
@@ -203,8 +188,9 @@ bool matches(const OwnedCodec& codec, const CodecKey& key) {
                        codec.centroids.size() * sizeof(float)) == 0;
 }
 
-// Compares contents: an address may be reused for another codebook.
-std::shared_ptr<const OwnedCodec> find_codec(const CodecKey& key) {
+}  // namespace
+
+std::shared_ptr<const Codec> find_codec(const CodecKey& key) {
     static std::mutex mutex;
     static std::vector<std::shared_ptr<const OwnedCodec>> known;
     static std::size_t oldest = 0;
@@ -218,5 +204,4 @@ std::shared_ptr<const OwnedCodec> find_codec(const CodecKey& key) {
     return made;
 }
 
-}  // namespace
 }  // namespace sixfold

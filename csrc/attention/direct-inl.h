@@ -101,7 +101,7 @@ Multiply direct_of_rows(const Codec& codec, Words words) {
     if (!codec.values) return multiply_key_codes<Levels<kBits>, kBits, kAxes, kRows>;
     if (words == Words::together)
         return multiply_value_codes<Levels<kBits>, kBits, kAxes, Words::together, kRows>;
-    if constexpr (plane_width(kBits, 1) > 0)
+    if constexpr (planes_of(1, kBits).count > 1)
         if (words == Words::repeated)
             return multiply_value_codes<Levels<kBits>, kBits, kAxes, Words::repeated, kRows>;
     return nullptr;
@@ -118,22 +118,27 @@ Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
     }
 }
 
-// How to multiply `rows` with the codes of a page, or null if it takes a tile.
+// How to multiply `rows` with the codes of a page, or null if it takes a tile. Where kDirect is not
+// set, nothing of this file is compiled.
+template <bool kDirect>
 Multiply direct_multiplier(const Codec& codec, int rows) {
-    if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
-    const Words words = words_of(codec);
-    switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
-        case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);
-        case 2: return direct_of_bits<ByteLevels, 2, 1>(codec, words, rows);
-        case -5: return direct_of_bits<ByteLevels, 5, 2>(codec, words, rows);
-        case 3: return direct_of_bits<ByteLevels, 3, 1>(codec, words, rows);
-        case -7: return direct_of_bits<ByteLevels, 7, 2>(codec, words, rows);
-        case 4: return direct_of_bits<ByteLevels, 4, 1>(codec, words, rows);
-        case 5: return direct_of_bits<WordLevels, 5, 1>(codec, words, rows);
-        case 6: return direct_of_bits<WordLevels, 6, 1>(codec, words, rows);
-        case 7: return direct_of_bits<WordLevels, 7, 1>(codec, words, rows);
-        default: return direct_of_bits<WordLevels, 8, 1>(codec, words, rows);
+    if constexpr (kDirect) {
+        if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
+        const Words words = words_of(codec);
+        switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
+            case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);
+            case 2: return direct_of_bits<ByteLevels, 2, 1>(codec, words, rows);
+            case -5: return direct_of_bits<ByteLevels, 5, 2>(codec, words, rows);
+            case 3: return direct_of_bits<ByteLevels, 3, 1>(codec, words, rows);
+            case -7: return direct_of_bits<ByteLevels, 7, 2>(codec, words, rows);
+            case 4: return direct_of_bits<ByteLevels, 4, 1>(codec, words, rows);
+            case 5: return direct_of_bits<WordLevels, 5, 1>(codec, words, rows);
+            case 6: return direct_of_bits<WordLevels, 6, 1>(codec, words, rows);
+            case 7: return direct_of_bits<WordLevels, 7, 1>(codec, words, rows);
+            default: return direct_of_bits<WordLevels, 8, 1>(codec, words, rows);
+        }
     }
+    return nullptr;
 }
 
 }  // namespace

@@ -7,16 +7,6 @@
 namespace sixfold {
 namespace {
 
-constexpr int plane_width(int symbol_bits, int plane) {
-    constexpr int widths[9][3] = {{}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-    return plane < 3 ? widths[symbol_bits][plane] : 0;
-}
-
-// Bits of an index that come from earlier planes.
-constexpr int bits_before(int symbol_bits, int plane) {
-    return plane == 0 ? 0 : plane_width(symbol_bits, plane - 1) + bits_before(symbol_bits, plane - 1);
-}
-
 // How the words of a unit lie in a plane: side by side, in two that repeat (pairs of 128 coordinates
 // have 8 bytes of the narrowest plane), or anywhere.
 enum class Words { together, repeated, apart };
@@ -43,7 +33,8 @@ struct UnitSource {
 // The planes of a unit; kWords is that of the last one, the others are together unless it is apart.
 template <int kBits, Words kWords>
 struct UnitPlanes {
-    static constexpr int kPlanes = 1 + (plane_width(kBits, 1) > 0) + (plane_width(kBits, 2) > 0);
+    static constexpr Planes kLayout = planes_of(1, kBits);
+    static constexpr int kPlanes = kLayout.count;
     static constexpr Words words(int plane) {
         return plane == kPlanes - 1 || kWords == Words::apart ? kWords : Words::together;
     }
@@ -67,7 +58,7 @@ struct UnitPlanes {
 
 private:
     static constexpr int mask(int plane) {
-        return ((1 << plane_width(kBits, plane)) - 1) << bits_before(kBits, plane);
+        return ((1 << kLayout.width[plane]) - 1) << kLayout.before[plane];
     }
 };
 
@@ -172,19 +163,20 @@ Unpack unpacker_of(const Codec& codec) {
 
 // How the words of the last plane lie, or of all planes if another's are not together.
 Words words_of(const Codec& codec) {
+    const int planes = codec.planes.count;
     Words found = Words::together;
-    for (int i = 0; i < codec.units * codec.planes; ++i) {
+    for (int i = 0; i < codec.units * planes; ++i) {
         const Unit& unit = codec.table[i];
         const std::int32_t* o = unit.offset;
         if (unit.contiguous) continue;
-        const bool repeated = i % codec.planes == codec.planes - 1 && o[1] == o[0] + 16 &&
-                              o[2] == o[0] && o[3] == o[1];
+        const bool repeated =
+            i % planes == planes - 1 && o[1] == o[0] + 16 && o[2] == o[0] && o[3] == o[1];
         if (!repeated) return Words::apart;
         found = Words::repeated;
     }
     // Units of the same plane that are together do not repeat.
     if (found == Words::repeated)
-        for (int i = codec.planes - 1; i < codec.units * codec.planes; i += codec.planes)
+        for (int i = planes - 1; i < codec.units * planes; i += planes)
             if (codec.table[i].contiguous) return Words::apart;
     return found;
 }

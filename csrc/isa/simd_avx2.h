@@ -18,6 +18,7 @@ constexpr int kAccumulators = 4;  // strips of sums: eight registers
 constexpr int kKeyFlip = 0;
 // vpmaddubsw adds two products in 16 bits with saturation: 2 * 127 * 127 fits.
 constexpr int kByteWeight = 127;
+constexpr bool kDirect = true;
 
 template <class T, class F>
 inline T both(F half) {
@@ -253,9 +254,6 @@ inline F32x16 times_power(F32x16 a, F32x16 x) {
         const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x.v[i])), 23);
         return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v[i]), power));
     });
-}
-inline Lanes less(F32x16 a, F32x16 b) {
-    return both<Lanes>([&](int i) { return _mm256_cmp_ps(a.v[i], b.v[i], _CMP_LT_OQ); });
 }
 inline Lanes equal(F32x16 a, F32x16 b) {
     return both<Lanes>([&](int i) { return _mm256_cmp_ps(a.v[i], b.v[i], _CMP_EQ_OQ); });

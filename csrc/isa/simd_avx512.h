@@ -20,6 +20,7 @@ constexpr int kRowBlock = 8;       // rows multiplied at once
 constexpr int kAccumulators = 16;  // registers for their sums
 constexpr int kKeyFlip = 0x80;     // levels of keys are stored as level + 128: vpdpbusd wants that
 constexpr int kByteWeight = 255;   // largest 8-bit weight
+constexpr bool kDirect = true;     // few rows are multiplied without a tile
 
 inline U8x64 load(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(std::uint8_t* p, U8x64 a) { _mm512_storeu_si512(p, a.v); }
@@ -139,7 +140,6 @@ inline float sum(F32x16 a) { return _mm512_reduce_add_ps(a.v); }
 // x - floor(x), and a * 2^floor(x).
 inline F32x16 fraction(F32x16 x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}; }
 inline F32x16 times_power(F32x16 a, F32x16 x) { return {_mm512_scalef_ps(a.v, x.v)}; }
-inline Lanes less(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Lanes equal(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline F32x16 select(Lanes where, F32x16 a, F32x16 b) {
     return {_mm512_mask_blend_ps(where, b.v, a.v)};

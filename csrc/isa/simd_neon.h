@@ -18,6 +18,7 @@ constexpr int kRowBlock = 4;      // four registers a strip: sixteen of thirty-t
 constexpr int kAccumulators = 4;  // strips of sums
 constexpr int kKeyFlip = 0;
 constexpr int kByteWeight = 127;  // sdot wants signed weights
+constexpr bool kDirect = true;
 
 template <class T, class F>
 inline T quarters(F quarter) {
@@ -225,9 +226,6 @@ inline F32x16 times_power(F32x16 a, F32x16 x) {
         const int32x4_t power = vshlq_n_s32(vcvtmq_s32_f32(x.v[i]), 23);
         return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v[i]), power));
     });
-}
-inline Lanes less(F32x16 a, F32x16 b) {
-    return quarters<Lanes>([&](int i) { return vcltq_f32(a.v[i], b.v[i]); });
 }
 inline Lanes equal(F32x16 a, F32x16 b) {
     return quarters<Lanes>([&](int i) { return vceqq_f32(a.v[i], b.v[i]); });

@@ -26,6 +26,8 @@ constexpr int kAccumulators = 4;
 constexpr int kKeyFlip = 0;
 // Two products are added in 16 bits: 2 * 127 * 127 fits.
 constexpr int kByteWeight = 127;
+// Half of the size of these kernels and of the time to compile them, for processors that few have.
+constexpr bool kDirect = false;
 
 template <class To, class From>
 inline To as(From a) {
@@ -174,7 +176,6 @@ inline F32x16 fraction(F32x16 x) { return sub(x, to_floats(whole(x))); }
 inline F32x16 times_power(F32x16 a, F32x16 x) {
     return {as<F32Vector>(as<I32Vector>(a.v) + (whole(x).v << 23))};
 }
-inline Lanes less(F32x16 a, F32x16 b) { return {a.v < b.v}; }
 inline Lanes equal(F32x16 a, F32x16 b) { return {a.v == b.v}; }
 inline F32x16 select(Lanes where, F32x16 a, F32x16 b) { return {where.v ? a.v : b.v}; }
 

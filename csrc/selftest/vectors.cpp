@@ -110,8 +110,8 @@ std::vector<Bytes> Case::run(const VectorKernels& kernels) const {
     const std::int64_t size = dtype == Dtype::f32 ? 4 : 2, vector = dim * size;
 
     Bytes rotated(n * dim * 4), back(n * dim * 4), decoded(n * dim * 4), products(n * queries * 4);
-    Bytes rows(n * shape.row_bytes), scales(n * 2), decoded_pages(x_paged.size());
-    Bytes pages(kSlots * kHeads * vectors::kPageTokens * shape.row_bytes);
+    Bytes rows(n * shape.planes.row_bytes), scales(n * 2), decoded_pages(x_paged.size());
+    Bytes pages(kSlots * kHeads * vectors::kPageTokens * shape.planes.row_bytes);
     Bytes page_scales(kSlots * kHeads * vectors::kPageTokens * 2);
 
     const VectorArray from{in<char>(x), n, vector, dtype};
@@ -132,7 +132,7 @@ std::vector<Bytes> Case::run(const VectorKernels& kernels) const {
         return PagedVectors{in<char>(of), 0, vector, kHeads * vector, dtype};
     };
     const Affine maps{below(2) ? mean.data() : nullptr, below(2) ? channel_scale.data() : nullptr};
-    const std::int64_t page = vectors::kPageTokens * shape.row_bytes;
+    const std::int64_t page = vectors::kPageTokens * shape.planes.row_bytes;
     const Pages table{{pages.data(), kHeads * page, page},
                       {in<std::uint16_t>(page_scales), kHeads * vectors::kPageTokens,
                        vectors::kPageTokens},

@@ -34,10 +34,10 @@ void pack_plane(const float* symbols, int remaining, int bytes, float* words) {
 template <class V>
 void pack_symbols(const CodeShape& shape, const float* symbols, float* words) {
     int remaining = shape.symbol_bits;
-    for (int plane = 0; plane < shape.planes; ++plane) {
-        const int width = shape.width[plane], bytes = shape.bytes[plane];
+    for (int plane = 0; plane < shape.planes.count; ++plane) {
+        const int width = shape.planes.width[plane], bytes = shape.planes.bytes[plane];
         remaining -= width;
-        const bool whole = shape.planes == 1;
+        const bool whole = shape.planes.count == 1;
         if (width == 1)
             (whole ? pack_plane<V, 1, true> : pack_plane<V, 1, false>)(symbols, remaining, bytes,
                                                                        words);
@@ -74,32 +74,22 @@ SIXFOLD_INLINE void unpack_plane(const float* words, int bytes, int count, const
         }
 }
 
-// Calls sink(symbol, index, lane) for all symbols. kBits: bits of a symbol.
-// `symbols` is overwritten; a sink may write to the row it was called for.
-template <class V, int kBits, class Sink>
+// Calls sink(symbol, index, lane) for all symbols, by the planes from kPlane on. kBits: bits of a
+// symbol. `symbols` is overwritten; a sink may write to the row it was called for.
+template <class V, int kBits, int kPlane = 0, class Sink>
 SIXFOLD_INLINE void unpack_symbols(const CodeShape& shape, const float* words, float* symbols,
                                    Sink sink) {
-    auto keep = [&](int symbol, typename V::i32 x, int lane) {
-        V::store(symbols + symbol * kLanes + lane, bits<typename V::f32>(x));
-    };
-    const int n = shape.symbols;
-    const float* second = words + shape.bytes[0] / 4 * kLanes;
-    const float* third = second + shape.bytes[1] / 4 * kLanes;
-    if constexpr (kBits == 1 || kBits == 2 || kBits == 4 || kBits == 8) {
-        unpack_plane<V, kBits, true>(words, shape.bytes[0], n, symbols, sink);
-    } else if constexpr (kBits == 3) {
-        unpack_plane<V, 2, true>(words, shape.bytes[0], n, symbols, keep);
-        unpack_plane<V, 1, false>(second, shape.bytes[1], n, symbols, sink);
+    constexpr Planes kPlanes = planes_of(1, kBits);
+    constexpr int kWidth = kPlanes.width[kPlane];
+    const int bytes = shape.planes.bytes[kPlane];
+    if constexpr (kPlane + 1 == kPlanes.count) {
+        unpack_plane<V, kWidth, kPlane == 0>(words, bytes, shape.symbols, symbols, sink);
     } else {
-        unpack_plane<V, 4, true>(words, shape.bytes[0], n, symbols, keep);
-        if constexpr (kBits == 5) {
-            unpack_plane<V, 1, false>(second, shape.bytes[1], n, symbols, sink);
-        } else if constexpr (kBits == 6) {
-            unpack_plane<V, 2, false>(second, shape.bytes[1], n, symbols, sink);
-        } else {
-            unpack_plane<V, 2, false>(second, shape.bytes[1], n, symbols, keep);
-            unpack_plane<V, 1, false>(third, shape.bytes[2], n, symbols, sink);
-        }
+        auto keep = [&](int symbol, typename V::i32 x, int lane) {
+            V::store(symbols + symbol * kLanes + lane, bits<typename V::f32>(x));
+        };
+        unpack_plane<V, kWidth, kPlane == 0>(words, bytes, shape.symbols, symbols, keep);
+        unpack_symbols<V, kBits, kPlane + 1>(shape, words + bytes / 4 * kLanes, symbols, sink);
     }
 }
 
@@ -116,17 +106,17 @@ SIXFOLD_INLINE u8x16 swap_tokens_and_bytes(u8x16 x) {
 template <class V>
 void store_codes(const CodeShape& shape, const CodeTile& out, const float* words) {
     if (shape.layout == Layout::rows)
-        return V::template store_tile<false>(as_vectors(out), words, shape.row_bytes / 4, 1);
+        return V::template store_tile<false>(as_vectors(out), words, shape.planes.row_bytes / 4, 1);
     std::uint8_t* plane = out.base;
-    for (int p = 0; p < shape.planes; plane += kPageTokens * shape.bytes[p++]) {
-        std::uint8_t* group = plane + out.group * kLanes * shape.bytes[p];
-        for (int byte = 0; byte < shape.bytes[p]; byte += 4, words += kLanes) {
+    for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
+        std::uint8_t* group = plane + out.group * kLanes * shape.planes.bytes[p];
+        for (int byte = 0; byte < shape.planes.bytes[p]; byte += 4, words += kLanes) {
             if (shape.layout == Layout::key) {
                 __builtin_memcpy(group + byte * kLanes, words, kLanes * 4);
                 continue;
             }
             for (int i = 0; i < kLanes; i += 4)
-                store_unaligned(group + i * shape.bytes[p] + byte * 4,
+                store_unaligned(group + i * shape.planes.bytes[p] + byte * 4,
                                 swap_tokens_and_bytes(load_unaligned<u8x16>(words + i)));
         }
     }
@@ -135,18 +125,18 @@ void store_codes(const CodeShape& shape, const CodeTile& out, const float* words
 template <class V>
 void load_codes(const CodeShape& shape, const CodeTile& in, float* words) {
     if (shape.layout == Layout::rows)
-        return V::load_tile(as_vectors(in), words, shape.row_bytes / 4);
+        return V::load_tile(as_vectors(in), words, shape.planes.row_bytes / 4);
     const std::uint8_t* plane = in.base;
-    for (int p = 0; p < shape.planes; plane += kPageTokens * shape.bytes[p++]) {
-        const std::uint8_t* group = plane + in.group * kLanes * shape.bytes[p];
-        for (int byte = 0; byte < shape.bytes[p]; byte += 4, words += kLanes) {
+    for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
+        const std::uint8_t* group = plane + in.group * kLanes * shape.planes.bytes[p];
+        for (int byte = 0; byte < shape.planes.bytes[p]; byte += 4, words += kLanes) {
             if (shape.layout == Layout::key) {
                 __builtin_memcpy(words, group + byte * kLanes, kLanes * 4);
                 continue;
             }
             for (int i = 0; i < kLanes; i += 4)
                 store_unaligned(words + i, swap_tokens_and_bytes(load_unaligned<u8x16>(
-                                               group + i * shape.bytes[p] + byte * 4)));
+                                               group + i * shape.planes.bytes[p] + byte * 4)));
         }
     }
 }

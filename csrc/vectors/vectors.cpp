@@ -123,16 +123,10 @@ std::int64_t decode_scratch(const DecodeTask& task) {
 
 CodeShape::CodeShape(int dim, int symbol_bits, bool paired, Layout layout)
     : dim(dim), symbol_bits(symbol_bits), paired(paired), layout(layout),
-      symbols(paired ? (dim + 1) / 2 : dim), planes(0), width{}, bytes{}, row_bytes(0),
+      symbols(symbols_of(dim, 1 + paired)), planes(planes_of(symbols, symbol_bits)),
       symbol_rows(symbols) {
-    // Planes are the powers of two that make up the bits, most significant first.
-    for (int bit = 8; bit > 0; bit /= 2) {
-        if (!(symbol_bits & bit)) continue;
-        width[planes] = bit;
-        bytes[planes] = (symbols * bit + 31) / 32 * 4;
-        row_bytes += bytes[planes];
-        symbol_rows = std::max(symbol_rows, bytes[planes++] * 8 / bit);
-    }
+    for (int p = 0; p < planes.count; ++p)
+        symbol_rows = std::max(symbol_rows, planes.bytes[p] * 8 / planes.width[p]);
 }
 
 Codebook::Codebook(const float* table, const CodeShape& shape) {
@@ -199,7 +193,7 @@ void encode(const VectorKernels& kernels, const EncodeTask& task, const VectorAr
     run_tiles(in.count, task.shape.dim, encode_scratch(task), threads,
               [&](std::int64_t first, int count, float* scratch) {
                   kernels.encode(task, {}, tile_of(in, first, count),
-                                 tile_of(out, task.shape.row_bytes, first, count), scratch);
+                                 tile_of(out, task.shape.planes.row_bytes, first, count), scratch);
               });
 }
 
@@ -207,7 +201,7 @@ void decode(const VectorKernels& kernels, const DecodeTask& task, const Rows& in
             const VectorArray& out, int threads) {
     run_tiles(out.count, task.shape.dim, decode_scratch(task), threads,
               [&](std::int64_t first, int count, float* scratch) {
-                  kernels.decode(task, {}, tile_of(in, task.shape.row_bytes, first, count),
+                  kernels.decode(task, {}, tile_of(in, task.shape.planes.row_bytes, first, count),
                                  tile_of(out, first, count), scratch);
               });
 }
@@ -236,7 +230,7 @@ void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in
             const std::int64_t row = item / groups, end = std::min(n, (item % groups + 1) * kScoredTokens);
             for (std::int64_t first = item % groups * kScoredTokens; first < end; first += kLanes) {
                 const int count = static_cast<int>(std::min<std::int64_t>(kLanes, end - first));
-                kernels.scores(task, tile_of(in, task.shape.row_bytes, row * n + first, count),
+                kernels.scores(task, tile_of(in, task.shape.planes.row_bytes, row * n + first, count),
                                queries + row * n_queries * dim, n_queries,
                                out + row * n_queries * n + first, n, scratch);
             }

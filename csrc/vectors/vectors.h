@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "common/paged.h"
+#include "common/planes.h"
 
 namespace sixfold::vectors {
 
@@ -74,8 +75,7 @@ struct CodeShape {
     bool paired;
     Layout layout;
     int symbols;  // a vector
-    int planes, width[3], bytes[3];
-    int row_bytes;
+    Planes planes;
     int symbol_rows;  // `symbols`, rounded up to whole words of every plane
 };
 
