@@ -1,5 +1,4 @@
-// Attention of some rows on a range of pages. Included once by every kernels_<isa>.cpp, after its
-// simd_<isa>.h.
+// Attention of some rows on a range of pages.
 #pragma once
 
 #include "attention/attention.h"
@@ -87,7 +86,7 @@ float quantize_query(const Codec& codec, const float* padded, int length, std::i
         else
             store_bytes(reinterpret_cast<std::uint8_t*>(operands + i / 4), whole);
     }
-    if (!words) *start = -kKeyFlip * static_cast<std::int32_t>(sum(to_floats(sums)));
+    if (!words) *start = -Simd::kKeyFlip * static_cast<std::int32_t>(sum(to_floats(sums)));
     if (!finite) return __builtin_nanf("");
     return inverse > 0.0f ? codec.scale / inverse : 0.0f;
 }
@@ -175,7 +174,7 @@ struct Method {
     Multiply direct;
 
     Method(const Codec& codec_, int rows)
-        : codec(codec_), unpack(nullptr), direct(direct_multiplier<kDirect>(codec, rows)) {
+        : codec(codec_), unpack(nullptr), direct(direct_multiplier<Simd::kDirect>(codec, rows)) {
         if (!direct) unpack = unpacker(codec);
     }
     // What to multiply with: the tile, filled, or the page.
@@ -295,7 +294,7 @@ void attend_pages(const AttentionWork& work) {
         work.state.total[r] = sum(load(scratch.totals + r * kLanes));
 }
 
-constexpr AttentionKernels attention_kernels{attend_pages, attention_scratch_bytes};
+constexpr AttentionKernels kAttentionKernels{attend_pages, attention_scratch_bytes};
 
 }  // namespace
 }  // namespace sixfold

@@ -24,14 +24,10 @@
 
 namespace sixfold {
 
-inline constexpr int kPageTokens = 64;
-// Registers of the kernels hold 16 lanes of 32 bits, on every instruction set (simd_<isa>.h).
-inline constexpr int kLanes = 16;
-inline constexpr int kUnitBytes = 64;
 // Largest 16-bit levels; their product with the sum of all operands stays below 2^31.
-inline constexpr int kWordKey = 8191, kWordValue = 16383;
-inline constexpr int kWordSum[] = {(1 << 18) - 1, (1 << 17) - 1};  // keys, values
-inline constexpr int kWordOperand = 32767;
+constexpr int kWordKey = 8191, kWordValue = 16383;
+constexpr int kWordSum[] = {(1 << 18) - 1, (1 << 17) - 1};  // keys, values
+constexpr int kWordOperand = 32767;
 
 // What is multiplied: 8-bit levels, 16-bit levels, or the centroids themselves.
 enum class Arithmetic { bytes, words, floats };
@@ -131,7 +127,7 @@ struct AttentionWork {
     std::byte* scratch;  // of scratch_bytes, aligned to 64
 };
 
-inline constexpr int kMaxRows = 64;  // heads * rows, at most
+constexpr int kMaxRows = 64;  // heads * rows, at most
 
 struct AttentionKernels {
     // Runs the online softmax of `work.rows` (at most kMaxRows) rows over its pages.

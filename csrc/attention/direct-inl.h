@@ -1,5 +1,5 @@
 // Products with integer levels straight from the codes, without a tile: for few rows, which would
-// not pay for storing it. Included once by every kernels_<isa>.cpp, after its simd_<isa>.h.
+// not pay for storing it.
 #pragma once
 
 #include "attention/attention.h"

@@ -1,5 +1,7 @@
-// exp and tanh of 16 floats, over the primitives of simd_<isa>.h.
+// exp and tanh of 16 floats.
 #pragma once
+
+#include "isa/wide.h"
 
 namespace sixfold {
 namespace {

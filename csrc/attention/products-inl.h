@@ -1,8 +1,8 @@
-// Rows of operands times a tile of levels. Included once by every kernels_<isa>.cpp, after its
-// simd_<isa>.h.
+// Rows of operands times a tile of levels.
 #pragma once
 
 #include "attention/attention.h"
+#include "isa/wide.h"
 
 namespace sixfold {
 namespace {
@@ -28,8 +28,8 @@ struct Products {
 template <Arithmetic kArithmetic, bool kValues>
 inline I32x16 multiply_add(I32x16 sum, U8x64 levels, const std::int32_t* operand) {
     if constexpr (kArithmetic == Arithmetic::floats) {
-        const F32x16 x = as_floats(set1(*operand));
-        return as_ints(fma(as_floats(levels), x, as_floats(sum)));
+        const F32x16 x = as<F32x16>(set1(*operand));
+        return as<I32x16>(fma(as<F32x16>(levels), x, as<F32x16>(sum)));
     } else if constexpr (kArithmetic == Arithmetic::words) {
         return dot_words(sum, levels, set1(*operand));
     } else if constexpr (kValues) {
@@ -41,7 +41,7 @@ inline I32x16 multiply_add(I32x16 sum, U8x64 levels, const std::int32_t* operand
 
 // As many strips at once as registers hold sums for, but no more than a page of keys has.
 constexpr int strips_at_once(int rows) {
-    return kAccumulators / rows >= 4 ? 4 : kAccumulators / rows >= 2 ? 2 : 1;
+    return Simd::kAccumulators / rows >= 4 ? 4 : Simd::kAccumulators / rows >= 2 ? 2 : 1;
 }
 
 // Fetches the next page while the sums of this one are made. Spread evenly: a burst of misses would
@@ -68,7 +68,7 @@ inline void finish_sum(const Products& p, int r, int strip, I32x16 sum) {
         store(p.scores + r * kPageTokens + strip * kLanes, sum);
     } else {
         float* out = p.out + r * p.out_stride + strip * kLanes;
-        const F32x16 x = kArithmetic == Arithmetic::floats ? as_floats(sum) : to_floats(sum);
+        const F32x16 x = kArithmetic == Arithmetic::floats ? as<F32x16>(sum) : to_floats(sum);
         store(out, fma(x, set1(p.step[r]), load(out)));
     }
 }

@@ -1,9 +1,9 @@
-// Scores of a page become weights of its values: one step of the online softmax. Included once by
-// every kernels_<isa>.cpp.
+// Scores of a page become weights of its values: one step of the online softmax.
 #pragma once
 
 #include "attention/attention.h"
 #include "attention/math-inl.h"
+#include "isa/wide.h"
 
 namespace sixfold {
 namespace {
@@ -12,8 +12,8 @@ constexpr int kBlocks = kPageTokens / kLanes;
 // A page with fewer tokens than this in effect gets a second byte of weights, if it has more than
 // one part in kMattering of what the row has seen: errors of rounding to one byte would not average
 // out. Measured: README.md.
-constexpr float kPeakedTokens = kByteWeight == 255 ? 4.0f : 12.0f;
-constexpr float kMattering = kByteWeight == 255 ? 16.0f : 64.0f;
+constexpr float kPeakedTokens = Simd::kByteWeight == 255 ? 4.0f : 12.0f;
+constexpr float kMattering = Simd::kByteWeight == 255 ? 16.0f : 64.0f;
 
 // One page as all rows see it.
 struct PageView {
@@ -78,7 +78,7 @@ inline float page_logits(const PageView& page, const RowView& row, float* scores
     F32x16 top = set1(-kInfinity);
     for (int t = 0; t < kPageTokens; t += kLanes) {
         const F32x16 sums = load(scores + t);
-        const F32x16 dots = kExact ? sums : to_floats(as_ints(sums));
+        const F32x16 dots = kExact ? sums : to_floats(as<I32x16>(sums));
         F32x16 x = fma(dots, mul(load(page.key_scales + t), set1(row.factor)), set1(row.offset));
         if (row.softcap != 0.0f) 
             x = mul(set1(row.softcap * kLog2E), tanh(div(x, set1(row.softcap))));
@@ -136,7 +136,7 @@ inline PageMass page_weights(const PageView& page, float maximum, float* x) {
         F32x16 p = exp2(sub(logits, anchor)), w = mul(p, load(page.value_scales + t));
         if constexpr (kHides) {
             // Not a product: the scale of a hidden token may be NaN.
-            const Lanes hidden = equal(logits, set1(-kInfinity));
+            const I32x16 hidden = equal(logits, set1(-kInfinity));
             p = select(hidden, zero, p);
             w = select(hidden, zero, w);
         }
@@ -173,7 +173,7 @@ constexpr float kLeastWeight = 1e-33f;  // smaller ones change nothing; their in
 
 inline void store_coarse(const RowView& row, const float* weights, float top, int r,
                          Weights& stored) {
-    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (kByteWeight - 0.5f);
+    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (Simd::kByteWeight - 0.5f);
     stored.fine_step[r] = 0.0f;
     I32x16 rounded[kBlocks];
     round_weights(row, weights, stored.step[r], rounded);
@@ -183,8 +183,8 @@ inline void store_coarse(const RowView& row, const float* weights, float top, in
 
 inline void store_fine(const RowView& row, const float* weights, float top, int r,
                        Weights& stored) {
-    constexpr int kRange = kByteWeight + 1, kShift = kRange == 256 ? 8 : 7;
-    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (kByteWeight - 0.5f);
+    constexpr int kRange = Simd::kByteWeight + 1, kShift = kRange == 256 ? 8 : 7;
+    stored.step[r] = (top > kLeastWeight ? top : kLeastWeight) / (Simd::kByteWeight - 0.5f);
     stored.fine_step[r] = stored.step[r] / kRange;
     stored.any_fine = true;
     I32x16 rounded[kBlocks];
@@ -217,7 +217,8 @@ inline void store_weights(const RowView& row, const float* weights, const PageMa
     stored.step[r] = 1.0f;
     if constexpr (kArithmetic == Arithmetic::floats) {
         for (int b = 0; b < kBlocks; ++b)
-            store(stored.operands + r * kPageTokens + b * kLanes, as_ints(load(weights + b * kLanes)));
+            store(stored.operands + r * kPageTokens + b * kLanes,
+                  as<I32x16>(load(weights + b * kLanes)));
     } else if constexpr (kArithmetic == Arithmetic::words) {
         store_wide(row, weights, mass, r, stored);
     } else {
@@ -257,7 +258,7 @@ inline bool weigh_plain(const PageView& page, const RowView* rows, int count, co
         tops[r] = set1(0.0f);
         F32x16 above = set1(0.0f);
         for (int t = 0; t < kPageTokens; t += kLanes) {
-            const F32x16 dots = to_floats(as_ints(load(scores + r * kPageTokens + t)));
+            const F32x16 dots = to_floats(as<I32x16>(load(scores + r * kPageTokens + t)));
             const F32x16 x = fma(dots, mul(load(page.key_scales + t), factor), offset);
             const F32x16 below = sub(x, maximum), p = exp2(below);
             above = larger(below, above);

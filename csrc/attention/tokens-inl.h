@@ -1,4 +1,4 @@
-// The kernel of tokens.h, for the ISA whose lanes_<isa>.h was included before.
+// The kernels of tokens.h, on the Simd and Tiles that were included before.
 #pragma once
 
 #include "attention/tokens.h"
@@ -162,7 +162,7 @@ void attend_tokens(const TokensWork& work) {
         const std::int64_t left = end - start;
         const int count = static_cast<int>(left < kBlockTokens ? left : kBlockTokens);
         for (int t = 0; t < count; t += kLanes) {
-            V::load_tile(tokens(work.keys, work.key_stride, start + t), tile, work.key_dim);
+            Tiles<V>::load(tokens(work.keys, work.key_stride, start + t), tile, work.key_dim);
             for (int r = 0; r < work.rows; ++r)
                 score_tokens<V>(tile, work.query + r * work.key_dim, work.key_dim,
                                 weights + r * kBlockTokens + t);
@@ -203,7 +203,7 @@ void narrow_numbers(const float* in, std::int64_t count, float scale, Dtype dtyp
     __builtin_memcpy(out + i * size, rest, (count - i) * size);
 }
 
-constexpr TokenKernels kTokenKernels{attend_tokens<Lanes>, widen_numbers, narrow_numbers};
+constexpr TokenKernels kTokenKernels{attend_tokens<Simd>, widen_numbers, narrow_numbers};
 
 }  // namespace
 }  // namespace sixfold::vectors

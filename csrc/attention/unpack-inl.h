@@ -1,8 +1,8 @@
-// A page of codes becomes a tile of levels (attention.h). Included once by every
-// kernels_<isa>.cpp, after its simd_<isa>.h.
+// A page of codes becomes a tile of levels (attention.h).
 #pragma once
 
 #include "attention/attention.h"
+#include "isa/wide.h"
 
 namespace sixfold {
 namespace {
@@ -23,7 +23,7 @@ struct UnitSource {
     U8x64 bytes(std::int64_t at) const {
         if constexpr (kWords == Words::together) return load(plane + at);
         if constexpr (kWords == Words::repeated) return load_twice(plane + at);
-        return load4(plane + at, unit->offset);
+        return load_pieces(plane + at, unit->offset);
     }
     // Each byte's bits of the index at their place in it, beside others: of the first plane, of another.
     U8x64 shifted(std::int64_t at) const { return shift_right(bytes(at), count); }
@@ -46,11 +46,11 @@ struct UnitPlanes {
         : first(page, unit),
           second(page + codec.plane_offset[kPlanes > 1], unit + (kPlanes > 1)),
           third(page + codec.plane_offset[kPlanes - 1], unit + kPlanes - 1) {}
-    // The indices of a block, below whatever Lookup ignores.
+    // The indices of a block, below whatever a ByteTable ignores.
     U8x64 indices(const std::int64_t* stride, int block) const {
         if constexpr (kBits == 8) return first.bytes(block * stride[0]);
         U8x64 s = first.shifted(block * stride[0]);
-        if constexpr (!kLookupIgnoresUpperBits) s = keep(s, mask(0));
+        if constexpr (!Simd::kIgnoresUpperBits) s = keep(s, mask(0));
         if constexpr (kPlanes > 1) s = merge(s, second.rotated(block * stride[1]), mask(1));
         if constexpr (kPlanes > 2) s = merge(s, third.rotated(block * stride[2]), mask(2));
         return s;
@@ -74,22 +74,22 @@ template <int kBits>
 struct ByteLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::bytes;
     static constexpr int kParts = 1;
-    Lookup<kBits> table;
+    ByteTable<kBits> table;
 
     ByteLevels(const Codec& codec, int axis)
-        : table(codec.low[axis], codec.values ? 0 : kKeyFlip) {}
-    void look_up(U8x64 indices, U8x64* levels) const { levels[0] = table(indices); }
+        : table(codec.low[axis], codec.values ? 0 : Simd::kKeyFlip) {}
+    void look_up(U8x64 indices, U8x64* levels) const { levels[0] = look_up_bytes(table, indices); }
 };
 
 template <int kBits>
 struct WordLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::words;
     static constexpr int kParts = 2;
-    Lookup<kBits> low, high;
+    ByteTable<kBits> low, high;
 
     WordLevels(const Codec& codec, int axis) : low(codec.low[axis], 0), high(codec.high[axis], 0) {}
     void look_up(U8x64 indices, U8x64* levels) const {
-        const U8x64 l = low(indices), h = high(indices);
+        const U8x64 l = look_up_bytes(low, indices), h = look_up_bytes(high, indices);
         levels[0] = even_words(l, h);
         levels[1] = odd_words(l, h);
     }
@@ -108,7 +108,7 @@ struct FloatLevels {
         store(index, indices);
         for (int part = 0; part < kParts; ++part) {
             for (int i = 0; i < kLanes; ++i) lanes[i] = table[index[4 * i + part]];
-            levels[part] = as_bytes(load(lanes));
+            levels[part] = as<U8x64>(load(lanes));
         }
     }
 };

@@ -5,6 +5,11 @@
 
 namespace sixfold {
 
+constexpr int kPageTokens = 64;
+// Kernels work on 16 lanes of 32 bits, on every instruction set.
+constexpr int kLanes = 16;
+constexpr int kUnitBytes = 64;
+
 // One tensor of a pool, [slots, heads, a page]: a head's page is contiguous, slots and heads are
 // `slot_stride` and `head_stride` elements apart.
 template <class T>

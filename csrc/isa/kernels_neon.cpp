@@ -1,16 +1,12 @@
-#include "isa/kernels.h"
-#include "isa/lanes_neon.h"
 #include "isa/simd_neon.h"
+#include "isa/tiles.h"
 
-#include "attention/attention-inl.h"
-#include "attention/tokens-inl.h"
-#include "vectors/vectors-inl.h"
+#include "isa/kernels-inl.h"
 
 namespace sixfold {
 
 const Kernels& neon_kernels() {
-    static const Kernels table{"neon", vectors::kVectorKernels, attention_kernels,
-                               vectors::kTokenKernels};
+    static constexpr Kernels table = kernels_named("neon");
     return table;
 }
 

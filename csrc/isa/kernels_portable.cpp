@@ -1,16 +1,12 @@
-#include "isa/kernels.h"
-#include "isa/lanes_portable.h"
 #include "isa/simd_portable.h"
+#include "isa/tiles.h"
 
-#include "attention/attention-inl.h"
-#include "attention/tokens-inl.h"
-#include "vectors/vectors-inl.h"
+#include "isa/kernels-inl.h"
 
 namespace sixfold {
 
 const Kernels& portable_kernels() {
-    static const Kernels table{"portable", vectors::kVectorKernels, attention_kernels,
-                               vectors::kTokenKernels};
+    static constexpr Kernels table = kernels_named("portable");
     return table;
 }
 

@@ -79,7 +79,7 @@ Case::Case() {
     channel_scale = normals(kHeads * dim);
     asked = normals(queries * dim);
     vectors = random_vectors(n);
-    paged = random_vectors(2 * kHeads * vectors::kPageTokens);
+    paged = random_vectors(2 * kHeads * kPageTokens);
 }
 
 Bytes Case::random_vectors(int count) const {
@@ -111,8 +111,8 @@ std::vector<Bytes> Case::run(const VectorKernels& kernels) const {
 
     Bytes rotated(n * dim * 4), back(n * dim * 4), decoded(n * dim * 4), products(n * queries * 4);
     Bytes rows(n * shape.planes.row_bytes), scales(n * 2), decoded_pages(x_paged.size());
-    Bytes pages(kSlots * kHeads * vectors::kPageTokens * shape.planes.row_bytes);
-    Bytes page_scales(kSlots * kHeads * vectors::kPageTokens * 2);
+    Bytes pages(kSlots * kHeads * kPageTokens * shape.planes.row_bytes);
+    Bytes page_scales(kSlots * kHeads * kPageTokens * 2);
 
     const VectorArray from{in<char>(x), n, vector, dtype};
     const auto floats = [&](Bytes& to) {
@@ -132,10 +132,10 @@ std::vector<Bytes> Case::run(const VectorKernels& kernels) const {
         return PagedVectors{in<char>(of), 0, vector, kHeads * vector, dtype};
     };
     const Affine maps{below(2) ? mean.data() : nullptr, below(2) ? channel_scale.data() : nullptr};
-    const std::int64_t page = vectors::kPageTokens * shape.planes.row_bytes;
+    const std::int64_t page = kPageTokens * shape.planes.row_bytes;
     const Pages table{{pages.data(), kHeads * page, page},
-                      {in<std::uint16_t>(page_scales), kHeads * vectors::kPageTokens,
-                       vectors::kPageTokens},
+                      {in<std::uint16_t>(page_scales), kHeads * kPageTokens,
+                       kPageTokens},
                       kSlotOfPage, 1, 2, kHeads};
     encode_pages(kernels, {rotation, page_shape, book, scale, stretch, unit}, maps,
                  page_view(x_paged), table, threads);

@@ -106,7 +106,7 @@ SIXFOLD_INLINE u8x16 swap_tokens_and_bytes(u8x16 x) {
 template <class V>
 void store_codes(const CodeShape& shape, const CodeTile& out, const float* words) {
     if (shape.layout == Layout::rows)
-        return V::template store_tile<false>(as_vectors(out), words, shape.planes.row_bytes / 4, 1);
+        return Tiles<V>::template store<false>(as_vectors(out), words, shape.planes.row_bytes / 4, 1);
     std::uint8_t* plane = out.base;
     for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
         std::uint8_t* group = plane + out.group * kLanes * shape.planes.bytes[p];
@@ -125,7 +125,7 @@ void store_codes(const CodeShape& shape, const CodeTile& out, const float* words
 template <class V>
 void load_codes(const CodeShape& shape, const CodeTile& in, float* words) {
     if (shape.layout == Layout::rows)
-        return V::load_tile(as_vectors(in), words, shape.planes.row_bytes / 4);
+        return Tiles<V>::load(as_vectors(in), words, shape.planes.row_bytes / 4);
     const std::uint8_t* plane = in.base;
     for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
         const std::uint8_t* group = plane + in.group * kLanes * shape.planes.bytes[p];

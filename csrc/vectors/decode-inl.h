@@ -70,9 +70,9 @@ void decode_tile(const DecodeTask& task, const Affine& affine, const CodeTile& i
     expand<V>(task.shape, task.book, words, scales, tile);
     rotate_in_place<V>(task.rotation, true, tile, words);
     if (!affine.mean && !affine.scale)
-        return V::template store_tile<true>(out, tile, dim, task.shrink);
+        return Tiles<V>::template store<true>(out, tile, dim, task.shrink);
     unmap_channels<V>(affine, task.shrink, tile, dim);
-    V::template store_tile<false>(out, tile, dim, 1);
+    Tiles<V>::template store<false>(out, tile, dim, 1);
 }
 
 }  // namespace

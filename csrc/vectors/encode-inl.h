@@ -44,11 +44,11 @@ SIXFOLD_INLINE void fold_rows(int dim, int n, float* sums, const Leaf& leaf) {
 template <class V, int kCount, class Leaf>
 SIXFOLD_INLINE void fold_sum(int dim, float* sums, const Leaf& leaf) {
     int n = dim == 1 ? 1 : 2 << (31 - __builtin_clz(static_cast<unsigned>(dim - 1)));
-    if (n < 16) {
+    if (n < 1 << V::kFoldLevels) {
         fold_rows<V, kCount, 0>(dim, n, sums, leaf);
     } else {
-        fold_rows<V, kCount, 4>(dim, n, sums, leaf);
-        n >>= 4;
+        fold_rows<V, kCount, V::kFoldLevels>(dim, n, sums, leaf);
+        n >>= V::kFoldLevels;
     }
     for (int half = n / 2 * kCount * kLanes; n > 1; n /= 2, half /= 2)
         for (int i = 0; i < half; i += V::kWidth)
@@ -133,7 +133,7 @@ SIXFOLD_INLINE typename V::i32 index_of(typename V::f32 u, const Codebook& book)
         return index;
     } else if constexpr (kGrid) {
         constexpr int kCells = grid_cells(kBits);
-        const auto cell = V::grid_cell(u, book);
+        const auto cell = V::grid_cell(u, book.reach, book.cells_a_unit, book.centre);
         return V::count_greater(V::template lookup<kCells>(book.below, cell), u,
                                 V::template lookup<kCells>(book.thresholds, cell));
     } else {
@@ -223,7 +223,7 @@ SIXFOLD_INLINE void quantize_bits(const EncodeTask& task, const Norms& norms, fl
                                   float* sums) {
     const bool squares = task.scale == ScaleKind::optimal;
     auto* chosen = squares ? quantize<V, kBits, false, 2> : quantize<V, kBits, false, 1>;
-    if constexpr (V::kGrid && kBits <= 6)
+    if constexpr (V::kGrid && kBits > V::kCountedBits && kBits <= 6)
         if (task.book.uniform)
             chosen = squares ? quantize<V, kBits, true, 2> : quantize<V, kBits, true, 1>;
     chosen(task, norms, tile, sums);
@@ -301,10 +301,10 @@ void encode_tile(const EncodeTask& task, const Affine& affine, const VectorTile&
                  const CodeTile& out, float* scratch) {
     const int dim = task.shape.dim;
     float *tile = scratch, *words = tile + tile_floats(dim);
-    float *sums = words + tile_floats(dim / 4 + 3), *squares = sums + tile_floats(dim / 4 + 32);
+    float *sums = words + tile_floats(dim / 4 + 3), *squares = sums + tile_floats(dim + 32);
     float* symbols = squares + tile_floats(dim);
     Norms norms;
-    V::load_tile(in, tile, dim);
+    Tiles<V>::load(in, tile, dim);
     prefetch_next(in, dim, 0);
     if (affine.mean || affine.scale) map_channels<V>(affine, tile, dim);
     const Rotation& r = task.rotation;

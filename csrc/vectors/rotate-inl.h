@@ -196,9 +196,9 @@ template <class V>
 void rotate_tile(const Rotation& rotation, bool inverse, float shrink, const VectorTile& in,
                  const VectorTile& out, float* scratch) {
     float* tile = scratch;
-    V::load_tile(in, tile, rotation.dim);
+    Tiles<V>::load(in, tile, rotation.dim);
     rotate_in_place<V>(rotation, inverse, tile, scratch + tile_floats(rotation.dim));
-    V::template store_tile<true>(out, tile, rotation.dim, shrink);
+    Tiles<V>::template store<true>(out, tile, rotation.dim, shrink);
 }
 
 }  // namespace

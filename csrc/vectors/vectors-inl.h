@@ -1,4 +1,4 @@
-// The kernels of vectors.h, for the ISA whose lanes_<isa>.h was included before.
+// The kernels of vectors.h, on the Simd and Tiles that were included before.
 #pragma once
 
 #include "vectors/codes-inl.h"
@@ -11,8 +11,8 @@
 namespace sixfold::vectors {
 namespace {
 
-constexpr VectorKernels kVectorKernels{rotate_tile<Lanes>, encode_tile<Lanes>, decode_tile<Lanes>,
-                                       score_tile<Lanes>};
+constexpr VectorKernels kVectorKernels{rotate_tile<Simd>, encode_tile<Simd>, decode_tile<Simd>,
+                                       score_tile<Simd>};
 
 }  // namespace
 }  // namespace sixfold::vectors

@@ -110,7 +110,7 @@ CodeTile tile_of(const Rows& rows, int row_bytes, std::int64_t first, int count)
 
 std::int64_t encode_scratch(const EncodeTask& task) {
     const int dim = task.shape.dim;
-    return tile_floats(dim) + words_scratch(dim) + tile_floats(dim / 4 + 32) +
+    return tile_floats(dim) + words_scratch(dim) + tile_floats(dim + 32) +
            std::max(2 * tile_floats(dim), rotation_scratch(task.rotation));
 }
 

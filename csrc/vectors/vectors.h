@@ -24,8 +24,6 @@ namespace sixfold::vectors {
 
 // Internal linkage and no member functions below, here and in what the kernels include: the linker
 // must not pick one instruction set's copy of a function for another.
-constexpr int kLanes = 16;
-constexpr int kPageTokens = 64;
 constexpr int kMaxLevels = 256;
 constexpr int kMaxCells = 128;
 
