@@ -22,6 +22,7 @@ struct Registers;
         typedef std::int32_t i32 __attribute__((vector_size(bytes)));                  \
         typedef std::uint32_t u32 __attribute__((vector_size(bytes)));                 \
         typedef std::int16_t i16 __attribute__((vector_size(bytes)));                  \
+        typedef std::uint16_t u16 __attribute__((vector_size(bytes)));                 \
         typedef std::uint8_t u8 __attribute__((vector_size(bytes)));                   \
         typedef std::uint16_t half_u16 __attribute__((vector_size(bytes / 2)));        \
     }

@@ -15,6 +15,7 @@ struct SimdBase : Registers<kBytes> {
     using typename Registers<kBytes>::i32;
     using typename Registers<kBytes>::u32;
     using typename Registers<kBytes>::i16;
+    using typename Registers<kBytes>::u16;
     using typename Registers<kBytes>::u8;
     using typename Registers<kBytes>::half_u16;
 
@@ -107,11 +108,10 @@ struct SimdBase : Registers<kBytes> {
     // 16-bit levels of bytes 0 and 2 (even), or 1 and 3 (odd), of every lane. Little-endian, like
     // the storage format.
     static SIXFOLD_INLINE u8 even_words(u8 low, u8 high) {
-        return bits<u8>((bits<i16>(low) & 0x00ff) | (bits<i16>(high) << 8));
+        return bits<u8>((bits<u16>(low) & 0x00ff) | (bits<u16>(high) << 8));
     }
     static SIXFOLD_INLINE u8 odd_words(u8 low, u8 high) {
-        const i16 upper = bits<i16>(high) & static_cast<std::int16_t>(0xff00);
-        return bits<u8>(((bits<i16>(low) >> 8) & 0x00ff) | upper);
+        return bits<u8>((bits<u16>(low) >> 8) | (bits<u16>(high) & 0xff00));
     }
 
     // Swaps lanes 1 and 2 of every four: the order of 16-bit operands, see even_words.

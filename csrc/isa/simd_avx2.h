@@ -63,9 +63,16 @@ struct Simd : SimdBase<32> {
     }
     static SIXFOLD_INLINE u8 rotate_right(u8 x, i32 count) {
         // A count of 32 shifts everything out: that is the rotation by 0.
-        const __m256i left = (__m256i)(32 - count);
+        const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(32), (__m256i)count);
         return (u8)_mm256_or_si256(_mm256_srlv_epi32((__m256i)x, (__m256i)count),
                                    _mm256_sllv_epi32((__m256i)x, left));
+    }
+    // By intrinsics: GCC makes the masks of vector extensions anew in every step of a loop.
+    static SIXFOLD_INLINE u8 keep(u8 x, int byte) {
+        return (u8)_mm256_and_si256((__m256i)x, _mm256_set1_epi8(static_cast<char>(byte)));
+    }
+    static SIXFOLD_INLINE u8 merge(u8 a, u8 b, int byte) {
+        return (u8)_mm256_or_si256((__m256i)a, (__m256i)keep(b, byte));
     }
 
     static SIXFOLD_INLINE __m256i packed_words(const i32* x) {
@@ -109,16 +116,22 @@ struct ByteTable {
         for (int i = 0; i < kParts; ++i)
             part[i] = _mm256_broadcastsi128_si256(load_unaligned<__m128i>(table + 16 * i));
     }
-    Simd::u8 operator()(Simd::u8 index) const {
-        if constexpr (kParts == 1) return (Simd::u8)_mm256_shuffle_epi8(part[0], (__m256i)index);
-        const __m256i beyond = _mm256_set1_epi8(0x70);
-        __m256i found = _mm256_setzero_si256();
-        for (int p = 0; p < kParts; ++p) {
-            const __m256i first = _mm256_set1_epi8(static_cast<char>(16 * p));
-            const __m256i within = _mm256_adds_epu8(_mm256_sub_epi8((__m256i)index, first), beyond);
-            found = _mm256_or_si256(found, _mm256_shuffle_epi8(part[p], within));
+    // Both registers, part by part: each part is loaded once.
+    SIXFOLD_INLINE void look_up(Simd::u8 (&index)[2]) const {
+        __m256i found[2] = {};
+        for (int p = 0; p < kParts; ++p)
+            for (int i = 0; i < 2; ++i)
+                found[i] = _mm256_or_si256(found[i], entries(p, (__m256i)index[i]));
+        for (int i = 0; i < 2; ++i) index[i] = (Simd::u8)found[i];
+    }
+
+  private:
+    SIXFOLD_INLINE __m256i entries(int p, __m256i index) const {
+        if constexpr (kParts > 1) {
+            index = _mm256_sub_epi8(index, _mm256_set1_epi8(static_cast<char>(16 * p)));
+            index = _mm256_adds_epu8(index, _mm256_set1_epi8(0x70));
         }
-        return (Simd::u8)found;
+        return _mm256_shuffle_epi8(part[p], index);
     }
 };
 

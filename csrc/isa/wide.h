@@ -76,7 +76,12 @@ inline U8x64 odd_words(U8x64 low, U8x64 high) {
 }
 template <int kBits>
 inline U8x64 look_up_bytes(const ByteTable<kBits>& table, U8x64 index) {
-    return each<U8x64>([&](int i) { return table(index.v[i]); });
+    if constexpr (requires { table.look_up(index.v); }) {
+        table.look_up(index.v);
+        return index;
+    } else {
+        return each<U8x64>([&](int i) { return table(index.v[i]); });
+    }
 }
 
 inline I32x16 set1(std::int32_t x) {
