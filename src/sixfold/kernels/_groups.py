@@ -1,4 +1,4 @@
-"""What the compiled extension takes, as csrc/python/bindings.h groups it: addresses that were checked."""
+"""What the compiled extension takes, grouped as in csrc/python/bindings.h: checked addresses."""
 
 from functools import lru_cache
 from typing import TypeAlias
