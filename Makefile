@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake)
+NATIVE := CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cmake)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Plain Python where there is no compiler; where there is one, an error is shown, not survived.
 COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)

@@ -15,7 +15,9 @@ from sixfold.errors import BackendError, ShapeError
 from sixfold.kernels import _dispatch, _native
 
 ROOT = Path(__file__).resolve().parents[2]
-OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/_cpu.dir/csrc/kernels_*.o"))
+ISA = ROOT / "csrc/isa"
+SOURCES = sorted((ROOT / "csrc").glob("*/*.h")) + sorted((ROOT / "csrc").glob("*/*.cpp"))
+OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/_cpu.dir/csrc/isa/kernels_*.o"))
 
 
 @pytest.fixture
@@ -81,9 +83,36 @@ def test_a_translation_unit_shares_no_function(path: Path) -> None:
     assert shared == [f"sixfold::{name}_kernels()"]
 
 
+@pytest.mark.skipif(len(OBJECTS) < 2, reason="no build folder, or one instruction set")
+def test_portable_kernels_are_about_as_large_as_others() -> None:
+    # Few processors run them, every install compiles them.
+    objects = {path.name.removeprefix("kernels_").partition(".")[0]: path for path in OBJECTS}
+    portable = objects.pop("portable").stat().st_size
+    assert portable < 1.25 * max(path.stat().st_size for path in objects.values())
+
+
+def test_planes_are_described_once() -> None:
+    # The programs that test it know them by themselves.
+    files = [path for path in SOURCES if path.parent.name != "selftest"]
+    tables = [path.name for path in files if "{4, 2, 1}" in path.read_text(encoding="utf-8")]
+    assert tables == ["planes.h"]
+
+
+def test_an_instruction_set_only_replaces_primitives() -> None:
+    # One vocabulary: what a kernel calls on `Simd` exists for every instruction set.
+    known = set(re.findall(r"SIXFOLD_INLINE \w+ (\w+)\(", (ISA / "simd.h").read_text("utf-8")))
+    assert len(known) > 30
+    kernels = [path for path in SOURCES if path.name.endswith("-inl.h") or path.name == "wide.h"]
+    text = "".join(path.read_text(encoding="utf-8") for path in kernels)
+    called = set(re.findall(r"\b(?:Simd|V)::(?:template )?([a-z]\w*)(?=[(<])", text))
+    assert len(called) > 30
+    # Where Simd::kGrid says that there is one.
+    assert called - known == {"grid_cell"}
+
+
 def test_every_flag_is_asked_for() -> None:
-    flags = (ROOT / "csrc/isa.cmake").read_text(encoding="utf-8")
-    source = (ROOT / "csrc/dispatch.cpp").read_text(encoding="utf-8")
+    flags = (ISA / "isa.cmake").read_text(encoding="utf-8")
+    source = (ISA / "dispatch.cpp").read_text(encoding="utf-8")
     for name in ("avx2", "avx512"):
         compiled = re.search(rf"SIXFOLD_FLAGS_{name}\s([^)]*)\)", flags)
         asked = source.partition(f"missing_for_{name}() {{")[2].partition("return")[0]

@@ -1,4 +1,4 @@
-"""What the compiled extension takes, as csrc/bindings.h groups it: checked addresses.
+"""What the compiled extension takes, grouped as in csrc/python/bindings.h: checked addresses.
 
 A DLPack exchange costs 2 µs a tensor, an address 0.2 µs, and a decode step passes dozens. The
 extension trusts what it is given, so every address must come from here.
@@ -22,7 +22,7 @@ from sixfold.packing import (
     symbol_bits,
 )
 
-# As csrc/vectors.h numbers them.
+# As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {"norm": 0, "optimal": 1, "unbiased": 2}
 _LAYOUTS = {"rows": 0, "key": 1, "value": 2}

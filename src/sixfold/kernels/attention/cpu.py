@@ -1,4 +1,4 @@
-"""Attention over compressed pages by the compiled extension (csrc/attention.h)."""
+"""Attention over compressed pages by the compiled extension (csrc/attention/attention.h)."""
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int

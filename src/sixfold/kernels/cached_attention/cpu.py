@@ -1,4 +1,4 @@
-"""Attention over a compressed layer in one call of the compiled extension (csrc/cached.h)."""
+"""Attention over a compressed layer in one call of the extension (csrc/attention/cached.h)."""
 
 from collections.abc import Sequence
 from operator import is_

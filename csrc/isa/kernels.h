@@ -1,0 +1,22 @@
+// What one instruction set provides. Every kernels_<isa>.cpp defines one such table.
+#pragma once
+
+#include "attention/attention.h"
+#include "attention/tokens.h"
+#include "vectors/vectors.h"
+
+namespace sixfold {
+
+struct Kernels {
+    const char* isa;
+    VectorKernels vectors;
+    AttentionKernels attention;
+    TokenKernels tokens;
+};
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& neon_kernels();
+
+}  // namespace sixfold

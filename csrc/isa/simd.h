@@ -1,0 +1,155 @@
+// Primitives on one register, for any instruction set. Included by simd_<isa>.h only, whose `Simd`
+// replaces what its instructions do better; wide.h makes sixteen lanes of registers.
+#pragma once
+
+#include "isa/registers.h"
+
+namespace sixfold {
+namespace {
+
+// Lane i of a product of bytes or words is made of bytes 4i to 4i + 3. Registers are memory only by
+// way of loads and stores, which may alias.
+template <int kBytes>
+struct SimdBase : Registers<kBytes> {
+    using typename Registers<kBytes>::f32;
+    using typename Registers<kBytes>::i32;
+    using typename Registers<kBytes>::u32;
+    using typename Registers<kBytes>::i16;
+    using typename Registers<kBytes>::u16;
+    using typename Registers<kBytes>::u8;
+    using typename Registers<kBytes>::half_u16;
+
+    static constexpr int kWidth = kBytes / 4;
+    // Vectors: levels of butterflies done in registers, and of sums; scores done at once; bits of
+    // codebooks where all boundaries are compared; whether lookups are fast enough for
+    // Codebook::thresholds.
+    static constexpr int kRadixBits = 3, kFoldLevels = 3, kQueries = 2, kCountedBits = 1;
+    static constexpr bool kGrid = false;
+    // Attention: rows multiplied at once, strips of sixteen sums that registers have room for, what
+    // levels of keys are stored xor, the largest 8-bit weight, whether few rows are multiplied
+    // straight from codes, and whether a ByteTable looks at the lower bits of an index only.
+    static constexpr int kRowBlock = 4, kAccumulators = 4, kKeyFlip = 0, kByteWeight = 127;
+    static constexpr bool kDirect = true, kIgnoresUpperBits = false;
+
+    static SIXFOLD_INLINE f32 load(const float* p) { return load_aligned<f32>(p); }
+    static SIXFOLD_INLINE void store(float* p, f32 x) { store_aligned(p, x); }
+    static SIXFOLD_INLINE f32 set(float x) { return x - f32{}; }
+    static SIXFOLD_INLINE f32 abs(f32 x) { return bits<f32>(bits<i32>(x) & 0x7fffffff); }
+    static SIXFOLD_INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
+    // `b` where either is NaN.
+    static SIXFOLD_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+    static SIXFOLD_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
+    static SIXFOLD_INLINE f32 sqrt(f32 x) {
+        for (int lane = 0; lane < kWidth; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+        return x;
+    }
+    // a - b, on whatever unit idles while another adds.
+    static SIXFOLD_INLINE f32 subtract(f32 a, f32 b) { return a - b; }
+    // a + b·c for b = +-1, or where rounding is free: fused or not.
+    static SIXFOLD_INLINE f32 multiply_add(f32 a, f32 b, f32 c) { return a + b * c; }
+    // index + (a > b)
+    static SIXFOLD_INLINE i32 count_greater(i32 index, f32 a, f32 b) { return index - (a > b); }
+
+    // table[index] for index < kEntries, a power of two; tables have at least 16 entries.
+    template <int kEntries>
+    static SIXFOLD_INLINE f32 lookup(const float* table, i32 index) {
+        f32 found;
+        for (int lane = 0; lane < kWidth; ++lane) found[lane] = table[index[lane]];
+        return found;
+    }
+
+    static SIXFOLD_INLINE f32 load_half(const std::uint16_t* p) {
+        return half_to_float<f32>(__builtin_convertvector(load_unaligned<half_u16>(p), u32));
+    }
+    // To nearest even; good for |x| < 2^22, which is all that the kernels round.
+    static SIXFOLD_INLINE i32 to_ints(f32 x) {
+        const f32 shift = set(0x1.8p23f);
+        return bits<i32>(x + shift) - bits<i32>(shift);
+    }
+    static SIXFOLD_INLINE f32 nearest(f32 x) { return __builtin_convertvector(to_ints(x), f32); }
+    // x - floor(x), and a * 2^floor(x). A whole number may also count as the one below, with a
+    // fraction of 1.
+    static SIXFOLD_INLINE f32 fraction(f32 x) { return x - nearest(x - 0.5f); }
+    static SIXFOLD_INLINE f32 times_power(f32 a, f32 x) {
+        return bits<f32>(bits<i32>(a) + (to_ints(x - 0.5f) << 23));
+    }
+    static SIXFOLD_INLINE float largest(f32 x) {
+        float top = x[0];
+        for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
+        return top;
+    }
+    static SIXFOLD_INLINE float sum(f32 x) {
+        for (int width = kWidth / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) x[i] += x[i + width];
+        return x[0];
+    }
+
+    // Pieces of 16 bytes, each at an offset of its own.
+    static SIXFOLD_INLINE u8 load_pieces(const std::uint8_t* p, const std::int32_t* offset) {
+        static_assert(kBytes == 16);
+        return load_unaligned<u8>(p + offset[0]);
+    }
+    // 32 bytes, twice: register `number` of those that hold the 64.
+    static SIXFOLD_INLINE u8 load_twice(const std::uint8_t* p, int number) {
+        static_assert(kBytes <= 32);
+        return load_unaligned<u8>(p + number * kBytes % 32);
+    }
+    // Every 32-bit lane by its own count, 0 to 31.
+    static SIXFOLD_INLINE u8 shift_right(u8 x, i32 count) {
+        return bits<u8>(bits<u32>(x) >> bits<u32>(count));
+    }
+    static SIXFOLD_INLINE u8 rotate_right(u8 x, i32 count) {
+        const u32 lanes = bits<u32>(x), right = bits<u32>(count);
+        return bits<u8>((lanes >> right) | (lanes << ((32 - right) & 31)));
+    }
+    static SIXFOLD_INLINE u8 keep(u8 x, int byte) { return x & static_cast<std::uint8_t>(byte); }
+    // Bits of b where `byte` has ones, else of a, which has zeros there unless kIgnoresUpperBits.
+    static SIXFOLD_INLINE u8 merge(u8 a, u8 b, int byte) { return a | keep(b, byte); }
+    // 16-bit levels of bytes 0 and 2 (even), or 1 and 3 (odd), of every lane. Little-endian, like
+    // the storage format.
+    static SIXFOLD_INLINE u8 even_words(u8 low, u8 high) {
+        return bits<u8>((bits<u16>(low) & 0x00ff) | (bits<u16>(high) << 8));
+    }
+    static SIXFOLD_INLINE u8 odd_words(u8 low, u8 high) {
+        return bits<u8>((bits<u16>(low) >> 8) | (bits<u16>(high) & 0xff00));
+    }
+
+    // Swaps lanes 1 and 2 of every four: the order of 16-bit operands, see even_words.
+    static SIXFOLD_INLINE i32 swap_middle(i32 x) {
+        if constexpr (kWidth == 4) return __builtin_shufflevector(x, x, 0, 2, 1, 3);
+        else if constexpr (kWidth == 8)
+            return __builtin_shufflevector(x, x, 0, 2, 1, 3, 4, 6, 5, 7);
+        else
+            return __builtin_shufflevector(x, x, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13,
+                                           15);
+    }
+    // The sixteen lanes of some registers, each fits.
+    static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, const i32* x) {
+        std::int32_t lanes[16];
+        __builtin_memcpy(lanes, x, sizeof lanes);
+        for (int i = 0; i < 16; ++i) p[i] = static_cast<std::uint8_t>(lanes[i]);
+    }
+    static SIXFOLD_INLINE void store_words(std::int16_t* p, const i32* x) {
+        std::int32_t lanes[16];
+        __builtin_memcpy(lanes, x, sizeof lanes);
+        for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(lanes[i]);
+    }
+
+    // sum += levels of a lane times the bytes (16-bit words) of the other. Two products of bytes
+    // are added in 16 bits: 2 * 127 * 127 fits.
+    static SIXFOLD_INLINE i32 dot_keys(i32 sum, u8 levels, i32 query) {
+        const i16 x = bits<i16>(levels), y = bits<i16>(query);
+        const i32 pairs = bits<i32>(((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8));
+        return sum + ((pairs << 16) >> 16) + (pairs >> 16);
+    }
+    static SIXFOLD_INLINE i32 dot_values(i32 sum, u8 levels, i32 weights) {
+        return dot_keys(sum, levels, weights);
+    }
+    static SIXFOLD_INLINE i32 dot_words(i32 sum, u8 levels, i32 operand) {
+        const i32 x = bits<i32>(levels), y = operand;
+        return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+    }
+};
+
+}  // namespace
+}  // namespace sixfold

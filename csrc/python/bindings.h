@@ -1,0 +1,44 @@
+// One function per file of bindings, which module.cpp calls, and the groups of arguments they share:
+// kernels/*/cpu.py have checked what they make of tensors.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "vectors/vectors.h"
+
+namespace sixfold {
+
+void bind_vectors(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);
+
+using Address = std::uintptr_t;  // 0: no such tensor
+using Count = std::int64_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (dim, order, rounds, turns, factor)
+using RotationGroup = std::tuple<int, int, int, Address, Address>;
+// (dim, symbol bits, paired, layout, codebook)
+using CodeGroup = std::tuple<int, int, bool, int, Address>;
+// (address, strides of slots and heads in elements)
+using PoolGroup = std::tuple<Address, Count, Count>;
+
+inline vectors::Rotation rotation_of(const RotationGroup& group) {
+    const auto [dim, order, rounds, turns, factor] = group;
+    return {dim, order, rounds, at<const float>(turns), at<const float>(factor)};
+}
+
+template <class T>
+PoolTensor<T> tensor_of(const PoolGroup& group) {
+    const auto [address, slot_stride, head_stride] = group;
+    return {at<T>(address), slot_stride, head_stride};
+}
+
+}  // namespace sixfold

@@ -1,0 +1,250 @@
+#include "vectors/vectors.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "runtime/pool.h"
+
+namespace sixfold::vectors {
+namespace {
+
+// Vectors that one thread takes at a time; a page of a head.
+constexpr int kGroupTiles = kPageTokens / kLanes;
+// The same for scores, which are four bytes each: threads should not share lines of them.
+constexpr std::int64_t kScoredTokens = 512;
+// Below some 20 us of work a thread costs more than it saves.
+constexpr std::int64_t kCoordinatesAThread = 1 << 15;
+
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+
+// One piece of scratch a worker.
+class Scratch {
+  public:
+    Scratch(std::int64_t floats, int workers) : floats_(floats) {
+        void* memory = std::aligned_alloc(64, floats * workers * sizeof(float));
+        memory_.reset(static_cast<float*>(memory));
+        if (!memory_) throw std::bad_alloc();
+    }
+    float* of(int worker) const { return memory_.get() + worker * floats_; }
+
+  private:
+    std::int64_t floats_;
+    std::unique_ptr<float[], Free> memory_;
+};
+
+// A tile and room to rotate it. A dense rotation has the tile and four rows of factors as doubles.
+std::int64_t rotation_scratch(const Rotation& r) {
+    return r.rounds ? tile_floats(r.order) : 2 * tile_floats(r.dim) + tile_floats(r.dim / 2 + 1);
+}
+
+std::int64_t words_scratch(int dim) { return tile_floats(dim / 4 + 3); }
+
+// body(item, scratch) for all items of `coordinates` each.
+template <class Body>
+void run(std::int64_t items, std::int64_t coordinates, std::int64_t scratch_floats, int threads,
+         const Body& body) {
+    if (items == 0) return;
+    const std::int64_t useful = items * coordinates / kCoordinatesAThread + 1;
+    const int workers = static_cast<int>(std::min<std::int64_t>({items, useful, threads}));
+    const Scratch scratch(scratch_floats, workers);
+    parallel_for(items, workers,
+                 [&](std::int64_t item, int worker) { body(item, scratch.of(worker)); });
+}
+
+// body(first, count, scratch) for all tiles of up to 16 of n vectors.
+template <class Body>
+void run_tiles(std::int64_t n, int dim, std::int64_t scratch_floats, int threads,
+               const Body& body) {
+    constexpr int kGroup = kGroupTiles * kLanes;
+    run((n + kGroup - 1) / kGroup, std::int64_t{kGroup} * dim, scratch_floats, threads,
+        [&](std::int64_t item, float* scratch) {
+            const std::int64_t end = std::min(n, (item + 1) * kGroup);
+            for (std::int64_t first = item * kGroup; first < end; first += kLanes)
+                body(first, static_cast<int>(std::min<std::int64_t>(kLanes, end - first)), scratch);
+        });
+}
+
+// body(map, code tile, vector tile, scratch) for all quarters of pages.
+template <class Body>
+void run_pages(const CodeShape& shape, const Affine& maps, const Pages& pages,
+               const PagedVectors& vectors, std::int64_t scratch_floats, int threads,
+               const Body& body) {
+    run(pages.batch * pages.pages * pages.heads, std::int64_t{kPageTokens} * shape.dim,
+        scratch_floats, threads, [&](std::int64_t item, float* scratch) {
+            const std::int64_t head = item % pages.heads, position = item / pages.heads;
+            const std::int64_t row = position / pages.pages, page = position % pages.pages;
+            const std::int64_t slot = pages.slots[position];
+            const std::int64_t channel = (row * pages.heads + head) * shape.dim;
+            const Affine map{maps.mean ? maps.mean + channel : nullptr,
+                             maps.scale ? maps.scale + channel : nullptr};
+            char* first = vectors.base + row * vectors.batch_stride + head * vectors.head_stride +
+                          page * kPageTokens * vectors.token_stride;
+            for (int group = 0; group < kGroupTiles; ++group) {
+                const int token = group * kLanes;
+                body(map,
+                     CodeTile{page_of(pages.codes, slot, head), 0, kLanes, group,
+                              page_of(pages.scales, slot, head) + token},
+                     VectorTile{first + token * vectors.token_stride, vectors.token_stride, kLanes,
+                                vectors.dtype},
+                     scratch);
+            }
+        });
+}
+
+VectorTile tile_of(const VectorArray& x, std::int64_t first, int count) {
+    return {x.base + first * x.stride, x.stride, count, x.dtype};
+}
+
+CodeTile tile_of(const Rows& rows, int row_bytes, std::int64_t first, int count) {
+    return {rows.codes + first * row_bytes, row_bytes, count, 0, rows.scales + first};
+}
+
+std::int64_t encode_scratch(const EncodeTask& task) {
+    const int dim = task.shape.dim;
+    return tile_floats(dim) + words_scratch(dim) + tile_floats(dim + 32) +
+           std::max(2 * tile_floats(dim), rotation_scratch(task.rotation));
+}
+
+std::int64_t decode_scratch(const DecodeTask& task) {
+    const int dim = task.shape.dim;
+    return tile_floats(dim) + std::max(words_scratch(dim), rotation_scratch(task.rotation));
+}
+
+}  // namespace
+
+CodeShape::CodeShape(int dim, int symbol_bits, bool paired, Layout layout)
+    : dim(dim), symbol_bits(symbol_bits), paired(paired), layout(layout),
+      symbols(symbols_of(dim, 1 + paired)), planes(planes_of(symbols, symbol_bits)),
+      symbol_rows(symbols) {
+    for (int p = 0; p < planes.count; ++p)
+        symbol_rows = std::max(symbol_rows, planes.bytes[p] * 8 / planes.width[p]);
+}
+
+Codebook::Codebook(const float* table, const CodeShape& shape) {
+    const int levels = 1 << shape.symbol_bits;
+    std::fill(std::begin(thresholds), std::end(thresholds),
+              std::numeric_limits<float>::infinity());
+    std::fill(std::begin(below), std::end(below), std::uint8_t{0});
+    if (shape.paired) {
+        for (int i = 0; i < 2 * levels; ++i) points[i % 2][i / 2] = table[i];
+        return;
+    }
+    std::copy(table, table + levels, points[0]);
+    float boundaries[kMaxLevels];
+    for (int i = 0; i + 1 < levels; ++i) boundaries[i] = (table[i + 1] + table[i]) / 2;
+    fill_splits(boundaries, shape.symbol_bits);
+    fill_grid(boundaries, levels - 1, grid_cells(shape.symbol_bits));
+}
+
+void Codebook::fill_splits(const float* boundaries, int bits) {
+    for (int level = 0; level < bits; ++level)
+        for (int path = 0; path < 1 << level; ++path) {
+            const int middle = ((2 * path + 1) << (bits - 1 - level)) - 1;
+            splits[splits_at(level) + path] = boundaries[middle];
+        }
+}
+
+// The cell of u is monotone in u, rounding included: boundaries of cells before u's are below u,
+// those of cells after are not, and only its own is left to compare.
+void Codebook::fill_grid(const float* boundaries, int count, int cells) {
+    reach = std::max(std::abs(boundaries[0]), std::abs(boundaries[count - 1]));
+    if (!(reach > 0)) reach = 1;
+    cells_a_unit = static_cast<float>(cells / 2 - 1) / reach;
+    // In [2^23, 2^24) the last bit of a float32 counts ones.
+    centre = static_cast<float>(0xc00000 + cells / 2);
+    int counts[kMaxCells] = {};
+    uniform = std::isfinite(cells_a_unit);
+    for (int i = 0; i < count && uniform; ++i) {
+        const float value = std::fma(boundaries[i], cells_a_unit, centre);
+        std::uint32_t pattern;
+        std::memcpy(&pattern, &value, sizeof pattern);
+        const std::uint32_t cell = pattern % cells;
+        thresholds[cell] = boundaries[i];
+        uniform = ++counts[cell] == 1;
+    }
+    for (int cell = 1; cell < cells; ++cell)
+        below[cell] = static_cast<std::uint8_t>(below[cell - 1] + counts[cell - 1]);
+}
+
+std::int64_t rotate_scratch(const Rotation& rotation) {
+    return tile_floats(rotation.dim) + rotation_scratch(rotation);
+}
+
+void rotate(const VectorKernels& kernels, const Rotation& rotation, bool inverse, float shrink,
+            const VectorArray& in, const VectorArray& out, int threads) {
+    run_tiles(in.count, rotation.dim, rotate_scratch(rotation), threads,
+              [&](std::int64_t first, int count, float* scratch) {
+                  kernels.rotate(rotation, inverse, shrink, tile_of(in, first, count),
+                                 tile_of(out, first, count), scratch);
+              });
+}
+
+void encode(const VectorKernels& kernels, const EncodeTask& task, const VectorArray& in,
+            const Rows& out, int threads) {
+    run_tiles(in.count, task.shape.dim, encode_scratch(task), threads,
+              [&](std::int64_t first, int count, float* scratch) {
+                  kernels.encode(task, {}, tile_of(in, first, count),
+                                 tile_of(out, task.shape.planes.row_bytes, first, count), scratch);
+              });
+}
+
+void decode(const VectorKernels& kernels, const DecodeTask& task, const Rows& in,
+            const VectorArray& out, int threads) {
+    run_tiles(out.count, task.shape.dim, decode_scratch(task), threads,
+              [&](std::int64_t first, int count, float* scratch) {
+                  kernels.decode(task, {}, tile_of(in, task.shape.planes.row_bytes, first, count),
+                                 tile_of(out, first, count), scratch);
+              });
+}
+
+void encode_pages(const VectorKernels& kernels, const EncodeTask& task, const Affine& maps,
+                  const PagedVectors& in, const Pages& out, int threads) {
+    run_pages(task.shape, maps, out, in, encode_scratch(task), threads,
+              [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                  float* scratch) { kernels.encode(task, map, vectors, codes, scratch); });
+}
+
+void decode_pages(const VectorKernels& kernels, const DecodeTask& task, const Affine& maps,
+                  const Pages& in, const PagedVectors& out, int threads) {
+    run_pages(task.shape, maps, in, out, decode_scratch(task), threads,
+              [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                  float* scratch) { kernels.decode(task, map, codes, vectors, scratch); });
+}
+
+void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in,
+            std::int64_t batch, std::int64_t n, const float* queries, std::int64_t n_queries,
+            float* out, int threads) {
+    const int dim = task.shape.dim;
+    const std::int64_t groups = (n + kScoredTokens - 1) / kScoredTokens;
+    run(batch * groups, kScoredTokens * (n_queries + 4) * dim, tile_floats(dim) + words_scratch(dim),
+        threads, [&](std::int64_t item, float* scratch) {
+            const std::int64_t row = item / groups, end = std::min(n, (item % groups + 1) * kScoredTokens);
+            for (std::int64_t first = item % groups * kScoredTokens; first < end; first += kLanes) {
+                const int count = static_cast<int>(std::min<std::int64_t>(kLanes, end - first));
+                kernels.scores(task, tile_of(in, task.shape.planes.row_bytes, row * n + first, count),
+                               queries + row * n_queries * dim, n_queries,
+                               out + row * n_queries * n + first, n, scratch);
+            }
+        });
+}
+
+void check_slots(const Pages& pages, std::int64_t count) {
+    for (std::int64_t i = 0; i < pages.batch * pages.pages; ++i)
+        if (pages.slots[i] < 0 || pages.slots[i] >= count)
+            throw std::invalid_argument(
+                "slots: expected 0 to " + std::to_string(count - 1) + ", got " +
+                std::to_string(pages.slots[i]) + " for page " + std::to_string(i % pages.pages) +
+                " of sequence " + std::to_string(i / pages.pages) +
+                "; pass the table of the memory that the pages are in");
+}
+
+}  // namespace sixfold::vectors
