@@ -17,15 +17,17 @@ from sixfold.cache.attend import Mask, coded_parts, dense_parts, fit_mask
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
+from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.pages import PagedHistory, Run
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.prefix import Prefix, valid_tokens
+from sixfold.cache.prefix import Prefix, fitted_map, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._border import checked_scaling
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.encode import store_pages
+from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -43,6 +45,7 @@ class CompressedLayer:
         window: Tokens in the model's dtype that have not been compressed.
         history: Compressed tokens.
         prefix: Sinks and key map; None until the first page is written.
+        pinned: The key map of all sequences; None to fit one to each.
         padding: Left-padding tokens of every sequence, as far as masks have shown any.
         evicted: Tokens forgotten because they left the sliding window.
         record_past: Keep tokens that left the window until the next `crop` (assisted generation).
@@ -55,13 +58,30 @@ class CompressedLayer:
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
         policy: CachePolicy,
         sliding_window: int | None = None,
+        key_map: KeyMap | None = None,
     ) -> None:
-        """An empty history for vectors shaped like `keys` and `values`, which are not stored."""
+        """An empty history for vectors shaped like `keys` and `values`, which are not stored.
+
+        Args:
+            keys: Keys.
+            values: Values.
+            policy: What is kept and at how many bits.
+            sliding_window: Tokens a query sees, itself included; None for all.
+            key_map: One map, without an index, for all sequences; fitted to each by default.
+
+        Raises:
+            ShapeError: The tensors, or the map, do not fit each other.
+            SixfoldError: Another argument is none of its kind.
+        """
         check_tokens(keys, values)
         if not isinstance(policy, CachePolicy):
             raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
         if sliding_window is not None:
             sliding_window = whole("sliding_window", sliding_window, 1)
+        if key_map is not None:
+            check_pinned(key_map, keys.shape[1], keys.shape[3])
+            key_map = key_map.to(keys.device)
+        self.pinned = key_map
         self.policy = policy
         self.sliding_window = sliding_window
         self.key_coder, self.value_coder = coders(policy, keys.shape[3], values.shape[3])
@@ -293,7 +313,7 @@ class CompressedLayer:
             )
 
     def reset(self) -> None:
-        """Forget every token, and with them the sinks and the key map."""
+        """Forget every token, and with them the sinks and a key map that was fitted to them."""
         self.window = self.window.copy_slice(0, 0)
         self.history.keep_first(0)
         self.padding = torch.zeros_like(self.padding)
@@ -343,6 +363,8 @@ class CompressedLayer:
             moved.query_energy = QueryEnergy(self.query_energy.squares.to(device))
         if self.prefix is not None:
             moved.prefix = self.prefix.to(device, dtype)
+        if self.pinned is not None:
+            moved.pinned = self.pinned.to(device)
         moved.history.to(device)
         self.__dict__.update(moved.__dict__)
 
@@ -351,6 +373,8 @@ class CompressedLayer:
         held = [*self.window.tensors(), self.padding]
         if self.query_energy is not None:
             held.append(self.query_energy.squares)
+        if self.pinned is not None:
+            held += self.pinned.tensors()
         if self.prefix is not None:
             held += self.prefix.tensors()
             held += self.key_coder.tables(self.padding.device)
@@ -400,6 +424,8 @@ class CompressedLayer:
             self.window = self.window.masked(valid)
             leading = (valid.cumsum(1) == 0).sum(1)
             self.padding = torch.where(self.padding == before, before + leading, self.padding)
+        if self.pinned is not None:
+            return
         energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])
         self.query_energy = energy if self.query_energy is None else self.query_energy + energy
 
@@ -414,11 +440,17 @@ class CompressedLayer:
         seen = self.length - self.padding
         # A row that is all padding may stay so: it must not hold up the others.
         begun = seen[seen > 0]
-        return len(begun) > 0 and int(begun.min()) >= self._sinks + MIN_TOKENS
+        needed = self._sinks + (MIN_TOKENS if self.pinned is None else 0)
+        return len(begun) > 0 and int(begun.min()) >= needed
 
     def _fixed_prefix(self) -> Prefix:
         padding = (self.padding - self.evicted).clamp(min=0)
-        return Prefix.fix(self.window, padding, self.query_energy, self.policy, self._sinks)
+        if self.pinned is None:
+            seen = self.window, padding, self.query_energy
+            key_map = fitted_map(*seen, self.policy, self._sinks)
+        else:
+            key_map = shared(self.pinned, len(padding))
+        return Prefix.fix(self.window, padding, key_map, self._sinks)
 
     def _evict(self) -> None:
         """Let go of tokens that no later query can see: whole pages, then single tokens."""
