@@ -23,7 +23,7 @@ from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.perplexity import compare_caches, fill, windows_of
 
 BITS = (4, 3, 2)
-CHUNKS = (None, 48, 1)
+CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
 FITTED, PINNED = "fitted", "pinned"
 
 
@@ -41,7 +41,7 @@ def codes(cache: TurboQuantCache) -> Tensor:
 
 
 def differing(
-    model: PreTrainedModel, windows: Tensor, chunk: int | None, maps: KeyMaps | None
+    model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps | None
 ) -> float:
     """Share of the bytes of those codes, at 4 bits, that are not what one piece gives."""
     shares = []
@@ -54,13 +54,13 @@ def differing(
     return sum(shares) / len(shares)
 
 
-def study(model: PreTrainedModel, windows: Tensor, prefill: int, chunk: int | None) -> Any:
+def study(model: PreTrainedModel, windows: Tensor, prefill: int, chunk: int) -> Any:
     """One way for prompts to come in; the last window is what pinned maps are made of."""
     *_, other = windows
     scored, pinned = windows[:-1], maps_of(model, other)
     caches = {f"{bits} {FITTED}": compressed(bits) for bits in BITS}
     caches |= {f"{bits} {PINNED}": compressed(bits, key_map=pinned) for bits in BITS}
-    found = compare_caches(model, scored, caches, prefill=prefill, prefill_chunk=chunk)
+    found = compare_caches(model, scored, caches, prefill=prefill, prefill_chunk=chunk or None)
     return {
         "chunk": chunk,
         "differing": {
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="text; default: the package's own prose")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="0: one piece")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen, tokenizer = models(arguments.model)
@@ -95,7 +96,7 @@ def main() -> None:
     windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
     rows = []
     for name, model in chosen.items():
-        for chunk in CHUNKS:
+        for chunk in arguments.chunks:
             row = {"model": name, **study(model, windows, arguments.tokens // 2, chunk)}
             print(json.dumps(row), flush=True)
             rows.append(row)

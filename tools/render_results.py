@@ -84,9 +84,8 @@ def key_map_chunks_table(results: dict[str, Any]) -> str:
     heads = ["model", "prompt", "map", "codes unlike", *(f"{name} bits" for name in names)]
     lines = [_joined(heads), _joined(["---"] * 3 + ["---:"] * (1 + len(names)))]
     for row in results["rows"]:
-        prompt = {None: "one piece", 1: "token by token"}.get(
-            row["chunk"], f"chunks of {row['chunk']}"
-        )
+        chunk = row["chunk"]
+        prompt = {0: "one piece", 1: "token by token"}.get(chunk, f"chunks of {chunk}")
         for kind, share in row["differing"].items():
             cells = [
                 f"{row['kl'][f'{n} {kind}']:.4f} ± {row['standard_error'][f'{n} {kind}']:.4f}"
@@ -317,11 +316,9 @@ BLOCKS = (
     Block(*ARCHITECTURES, "architectures", architecture_table),
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
-    Block(
-        ROOT / "docs/key_map.md",
-        RESULTS / "key_map_chunks.json",
-        "key_map_chunks",
-        key_map_chunks_table,
+    *(
+        Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_chunks_table)
+        for name in ("key_map_chunks", "key_map_chunks_smollm2")
     ),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
     *(block for block in OPTIONAL_BLOCKS if block.results.exists()),
