@@ -62,7 +62,7 @@ def test_the_same_inputs_still_give_the_golden_bytes() -> None:
         torch.testing.assert_close(scale, expected[prefix + "key_map.scale"])
         (run,) = store.history.runs
         names = ("key_codes", "key_scales", "value_codes", "value_scales")
-        for name, tensor in zip(names, run.slab.tensors, strict=True):
+        for name, tensor in zip(names, run.slab.pool, strict=True):
             assert torch.equal(tensor[run.slots], expected[prefix + name]), name
         assert run.lengths.tolist() == layers[index]["page_lengths"]
 
