@@ -12,6 +12,7 @@ from sixfold.cache.state import layer_state, restore_layer
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.types import KeyMap
 from tests.layers import Shape
+from tests.memory import reachable_tensors
 
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
 
@@ -187,10 +188,23 @@ def test_a_static_layer_decodes_alike_over_a_page() -> None:
         torch.testing.assert_close(step(static, new), step(growing, new), rtol=1e-4, atol=1e-4)
 
 
-def test_stored_codes_keep_the_map_they_were_made_with() -> None:
+@pytest.mark.parametrize("field", ["mean", "scale"])
+def test_stored_codes_keep_the_map_they_were_made_with(field: str) -> None:
     description, tensors = layer_state(pinned())
-    other = restore_layer(description, tensors, POLICY, None, given(seed=6))
+    changed = getattr(given(), field).clone()
+    changed[0, 1, 5] += 0.5
+    other = restore_layer(description, tensors, POLICY, None, given()._replace(**{field: changed}))
     key_map = held_map(other).of_sequences()
-    assert torch.equal(key_map.mean, given().mean.expand(3, -1, -1))
+    assert torch.equal(getattr(key_map, field), getattr(given(), field).expand(3, -1, -1))
     assert other.pinned is not None
-    assert torch.equal(other.pinned.mean, given(seed=6).mean)
+    assert torch.equal(getattr(other.pinned, field), changed)
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_the_map_is_counted_before_and_after_the_first_page(count: int) -> None:
+    layer = pinned(SHAPE.tokens(count))
+    expected = {x.untyped_storage().data_ptr() for x in reachable_tensors(layer)}
+    found = {x.untyped_storage().data_ptr() for x in layer.tensors()}
+    assert expected <= found
+    assert layer.pinned is not None
+    assert layer.pinned.mean.untyped_storage().data_ptr() in found
