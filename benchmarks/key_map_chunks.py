@@ -24,7 +24,6 @@ from sixfold.eval.perplexity import compare_caches, fill, windows_of
 
 BITS = (4, 3, 2)
 CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
-FITTED, PINNED = "fitted", "pinned"
 
 
 def maps_of(model: PreTrainedModel, text: Tensor) -> KeyMaps:
@@ -40,9 +39,7 @@ def codes(cache: TurboQuantCache) -> Tensor:
     return torch.cat([run.slab.pool.key_codes[run.slots] for run in runs], 1)
 
 
-def differing(
-    model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps | None
-) -> float:
+def differing(model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps | None) -> float:
     """Share of the bytes of those codes, at 4 bits, that are not what one piece gives."""
     shares = []
     for window in windows:
@@ -54,22 +51,31 @@ def differing(
     return sum(shares) / len(shares)
 
 
-def study(model: PreTrainedModel, windows: Tensor, prefill: int, chunk: int) -> Any:
+def study(
+    model: PreTrainedModel, windows: Tensor, prefill: int, chunk: int
+) -> list[dict[str, Any]]:
     """One way for prompts to come in; the last window is what pinned maps are made of."""
-    *_, other = windows
-    scored, pinned = windows[:-1], maps_of(model, other)
-    caches = {f"{bits} {FITTED}": compressed(bits) for bits in BITS}
-    caches |= {f"{bits} {PINNED}": compressed(bits, key_map=pinned) for bits in BITS}
-    found = compare_caches(model, scored, caches, prefill=prefill, prefill_chunk=chunk or None)
-    return {
-        "chunk": chunk,
-        "differing": {
-            FITTED: differing(model, scored[:, :prefill], chunk, None),
-            PINNED: differing(model, scored[:, :prefill], chunk, pinned),
-        },
-        "kl": {name: result.kl.mean for name, result in found.items()},
-        "standard_error": {name: result.kl.standard_error for name, result in found.items()},
-    }
+    scored = windows[:-1]
+    maps = {"fitted": None, "pinned": maps_of(model, windows[-1])}
+    caches = {(name, bits): compressed(bits, key_map=maps[name]) for name in maps for bits in BITS}
+    found = compare_caches(
+        model,
+        scored,
+        {f"{name} {bits}": make for (name, bits), make in caches.items()},
+        prefill=prefill,
+        prefill_chunk=chunk or None,
+    )
+    kl = {pair: found[f"{pair[0]} {pair[1]}"].kl for pair in caches}
+    return [
+        {
+            "chunk": chunk,
+            "map": name,
+            "differing": differing(model, scored[:, :prefill], chunk, given),
+            "kl": {f"{bits}": kl[name, bits].mean for bits in BITS},
+            "standard_error": {f"{bits}": kl[name, bits].standard_error for bits in BITS},
+        }
+        for name, given in maps.items()
+    ]
 
 
 def models(path: str | None) -> tuple[dict[str, PreTrainedModel], Any]:
@@ -97,9 +103,9 @@ def main() -> None:
     rows = []
     for name, model in chosen.items():
         for chunk in arguments.chunks:
-            row = {"model": name, **study(model, windows, arguments.tokens // 2, chunk)}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+            for row in study(model, windows, arguments.tokens // 2, chunk):
+                rows.append({"model": name, **row})
+                print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         shape = [len(windows) - 1, arguments.tokens]
         document = {"machine": machine.describe(), "windows": shape, "rows": rows}

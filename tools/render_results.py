@@ -80,18 +80,15 @@ def key_map_table(results: dict[str, Any]) -> str:
 
 def key_map_chunks_table(results: dict[str, Any]) -> str:
     """One row for every way a prompt comes in and every map, on every model."""
-    names = list(dict.fromkeys(name.partition(" ")[0] for name in results["rows"][0]["kl"]))
+    names = list(results["rows"][0]["kl"])
     heads = ["model", "prompt", "map", "codes unlike", *(f"{name} bits" for name in names)]
     lines = [_joined(heads), _joined(["---"] * 3 + ["---:"] * (1 + len(names)))]
     for row in results["rows"]:
         chunk = row["chunk"]
         prompt = {0: "one piece", 1: "token by token"}.get(chunk, f"chunks of {chunk}")
-        for kind, share in row["differing"].items():
-            cells = [
-                f"{row['kl'][f'{n} {kind}']:.4f} ± {row['standard_error'][f'{n} {kind}']:.4f}"
-                for n in names
-            ]
-            lines.append(_joined([row["model"], prompt, kind, f"{share:.2%}", *cells]))
+        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
+        share = f"{row['differing']:.2%}"
+        lines.append(_joined([row["model"], prompt, row["map"], share, *cells]))
     windows, tokens = results["windows"]
     lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
     return "\n".join(lines)

@@ -18,16 +18,18 @@ def windows() -> Tensor:
 
 
 def test_chunks_change_the_codes_of_fitted_maps_alone() -> None:
-    row = study(tiny_model(), windows(), 200, 48)
-    assert row["differing"]["pinned"] < 0.01 < 0.1 < row["differing"]["fitted"]
-    assert all(0 < row["kl"][name] < 1 for name in ("4 fitted", "4 pinned"))
-    table = key_map_chunks_table({"windows": [2, 220], "rows": [{"model": "tiny", **row}]})
+    fitted, pinned = study(tiny_model(), windows(), 200, 48)
+    assert (fitted["map"], pinned["map"]) == ("fitted", "pinned")
+    assert pinned["differing"] < 0.01 < 0.1 < fitted["differing"]
+    assert all(0 < row["kl"]["4"] < row["kl"]["2"] for row in (fitted, pinned))
+    rows = [{"model": "tiny", **row} for row in (fitted, pinned)]
+    table = key_map_chunks_table({"windows": [2, 220], "rows": rows})
     assert table.count("| tiny | chunks of 48 |") == 2
     assert "2 windows of 220 tokens" in table
 
 
 def test_one_piece_is_what_others_are_compared_with() -> None:
-    assert study(tiny_model(), windows(), 200, 0)["differing"] == {"fitted": 0, "pinned": 0}
+    assert [row["differing"] for row in study(tiny_model(), windows(), 200, 0)] == [0, 0]
 
 
 @pytest.mark.parametrize(("chunk", "expected"), [(None, [20]), (8, [8, 8, 4])])
