@@ -25,10 +25,11 @@ from tests.e2e.decoding import (
     continue_decoding,
     decode,
     forward,
+    fused_cache,
     relative_error,
     uncompressed_logits,
 )
-from tests.e2e.models import fresh_model, tiny_model
+from tests.e2e.models import ARCHITECTURES, fresh_model, tiny_model
 from tests.memory import storage_bytes
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
@@ -111,6 +112,22 @@ def test_eight_bits_are_those_of_the_uncompressed_model() -> None:
     dequantized = decode(model, TurboQuantCache(model.config, 8, key_map=maps), batch())
     assert relative_error(fused, expected) < 0.02
     assert relative_error(dequantized, expected) < 0.02
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_takes_the_maps_of_its_cache(name: str) -> None:
+    """Fused and dequantized, with sliding windows, latents and states beside the attention."""
+    expected, model = uncompressed_logits(name), tiny_model(name, "eager")
+    fitted = TurboQuantCache(model.config, 8)
+    decode(model, fitted, batch())
+    maps, logits = fitted.key_maps(), []
+    for found in (
+        TurboQuantCache(model.config, 8, key_map=maps),
+        fused_cache(name, key_map=maps),
+    ):
+        logits.append(decode(model, found, batch()))
+        assert list(found.key_maps().layers) == list(ARCHITECTURES[name].compressed)
+    assert all(relative_error(x, expected) < 0.04 for x in logits)
 
 
 def test_a_map_is_counted_once_whatever_the_batch() -> None:
