@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
+from sixfold.cache.pages import PagedHistory
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.types import KeyMap
@@ -166,6 +167,17 @@ def test_one_map_is_held_whatever_the_batch(change: Callable[[CompressedLayer], 
     if isinstance(layer, CompressedLayer):
         assert layer.pinned is not None
         assert layer.pinned.mean.data_ptr() == key_map.mean.data_ptr()
+
+
+def test_another_device_gets_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = pinned()
+    # Pages count their tokens, which tensors without memory cannot.
+    monkeypatch.setattr(PagedHistory, "to", lambda history, device: None)
+    layer.to(torch.device("meta"))
+    assert layer.pinned is not None
+    assert held_map(layer).mean is layer.pinned.mean
+    assert held_map(layer).scale is layer.pinned.scale
+    assert {x.device.type for x in (*layer.pinned[:2], *held_map(layer))} == {"meta"}
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 0, 0, 1], [1, 1]])

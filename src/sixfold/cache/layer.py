@@ -365,6 +365,10 @@ class CompressedLayer:
             moved.prefix = self.prefix.to(device, dtype)
         if self.pinned is not None:
             moved.pinned = self.pinned.to(device)
+            if self.prefix is not None and self.prefix.key_map.mean is self.pinned.mean:
+                # One copy of it there, too.
+                key_map = shared(moved.pinned, len(moved.padding))
+                moved.prefix = dataclasses.replace(moved.prefix, key_map=key_map)
         moved.history.to(device)
         self.__dict__.update(moved.__dict__)
 
