@@ -361,11 +361,11 @@ class CompressedLayer:
         moved.window, moved.padding = self.window.to(device, dtype), self.padding.to(device)
         if self.query_energy is not None:
             moved.query_energy = QueryEnergy(self.query_energy.squares.to(device))
-        if self.prefix is not None:
-            moved.prefix = self.prefix.to(device, dtype)
         if self.pinned is not None:
             moved.pinned = self.pinned.to(device)
-            if self.prefix is not None and self.prefix.key_map.mean is self.pinned.mean:
+        if self.prefix is not None:
+            moved.prefix = self.prefix.to(device, dtype)
+            if self.pinned and moved.pinned and self.prefix.key_map.mean is self.pinned.mean:
                 # One copy of it there, too.
                 key_map = shared(moved.pinned, len(moved.padding))
                 moved.prefix = dataclasses.replace(moved.prefix, key_map=key_map)
