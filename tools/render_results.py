@@ -78,6 +78,22 @@ def key_map_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def key_map_chunks_table(results: dict[str, Any]) -> str:
+    """One row for every way a prompt comes in and every map, on every model."""
+    names = list(results["rows"][0]["kl"])
+    heads = ["model", "prompt", "map", "codes unlike", *(f"{name} bits" for name in names)]
+    lines = [_joined(heads), _joined(["---"] * 3 + ["---:"] * (1 + len(names)))]
+    for row in results["rows"]:
+        chunk = row["chunk"]
+        prompt = {0: "one piece", 1: "token by token"}.get(chunk, f"chunks of {chunk}")
+        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
+        share = f"{row['differing']:.2%}"
+        lines.append(_joined([row["model"], prompt, row["map"], share, *cells]))
+    windows, tokens = results["windows"]
+    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
+    return "\n".join(lines)
+
+
 def rotation_table(results: dict[str, Any]) -> str:
     """One row for every kind of vector, dimension and width; a column for every round."""
     lines = [
@@ -297,6 +313,10 @@ BLOCKS = (
     Block(*ARCHITECTURES, "architectures", architecture_table),
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
+    *(
+        Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_chunks_table)
+        for name in ("key_map_chunks", "key_map_chunks_smollm2")
+    ),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
     *(block for block in OPTIONAL_BLOCKS if block.results.exists()),
 )

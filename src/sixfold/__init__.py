@@ -7,6 +7,7 @@ transformers is imported when `TurboQuantCache` is first asked for.
 from typing import TYPE_CHECKING
 
 from sixfold._version import __version__
+from sixfold.cache import KeyMaps
 from sixfold.errors import SixfoldError
 from sixfold.quantizers import (
     QJL,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QJL",
+    "KeyMaps",
     "OutlierSplit",
     "PolarQuant",
     "SixfoldError",

@@ -1,5 +1,6 @@
 """Layers that hold more than keys and values, and what other code reads of a cache."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_each_kind_is_there(models: dict[str, PreTrainedModel]) -> None:
     assert [type(x).__name__ for x in layers["hybrid"]] == ["HybridTurboQuantLayer"] * 4
     assert [x.is_sliding for x in layers["hybrid_sliding"]] == [False, True] * 2
     assert {type(x).__name__ for x in layers["indexed"]} == {"IndexedTurboQuantLayer"}
+
+
+@every_kind
+@both_modes
+@pytest.mark.filterwarnings("ignore:.*dequantized for it")
+def test_each_kind_takes_key_maps(
+    models: dict[str, PreTrainedModel], kind: str, fused: bool
+) -> None:
+    model, ids = models[kind], tokens(2, 204)
+    fitted = make(model, fused)
+    step(model, fitted, ids[:, :200])
+    maps = fitted.key_maps()
+    pinned = make(model, fused, key_map=maps)
+    step(model, pinned, ids[:, :200])
+    expected = step(model, pinned.fork(), ids[:, 200:])
+    for copy in (pinned, pickle.loads(pickle.dumps(pinned))):
+        for layer in copy.compressed_layers:
+            assert layer.store is not None
+            assert layer.store.prefix is not None
+            assert len(layer.store.prefix.key_map.mean) == 1
+        torch.testing.assert_close(step(model, copy, ids[:, 200:]), expected)
+    assert relative_error(step(model, fitted, ids[:, 200:]), expected) < TOLERANCE
 
 
 Change = Callable[[Cache], Cache]

@@ -24,11 +24,14 @@ def prompt() -> Tensor:
 
 
 @torch.no_grad()
-def largest_difference(compiled: bool) -> float:
+def largest_difference(compiled: bool, pinned: bool = False) -> float:
     """Of the logits of steps that complete a page and of steps that do not."""
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=4)
     model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    if pinned:
+        growing = TurboQuantCache.for_model(model, bits=4, key_map=growing.key_maps())
+        model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
     static = growing.static(PROMPT + STEPS)
     step = model.forward
     if compiled:
@@ -47,8 +50,9 @@ def largest_difference(compiled: bool) -> float:
     return worst
 
 
-def test_a_static_cache_decodes_as_the_growing_one() -> None:
-    assert largest_difference(compiled=False) < 1e-4
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
+    assert largest_difference(compiled=False, pinned=pinned) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -56,9 +60,10 @@ def test_a_static_cache_decodes_as_the_growing_one() -> None:
     # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
     [("reference", 1e-3), pytest.param("triton", 3e-3, marks=pytest.mark.slow)],
 )
-def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float) -> None:
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float, pinned: bool) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
-    code = "from tests.e2e.test_static import largest_difference as d; print(d(compiled=True))"
+    code = f"from tests.e2e.test_static import largest_difference as d; print(d(True, {pinned}))"
     environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": backend}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

@@ -31,11 +31,15 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def prefilled(
-    count: int = 200, sliding_window: int | None = None, padding: int = 0, device: str = "cpu"
+    count: int = 200,
+    sliding_window: int | None = None,
+    padding: int = 0,
+    device: str = "cpu",
+    key_map: KeyMap | None = None,
 ) -> CompressedLayer:
     query, keys, values = (x.to(device) for x in tokens(count, seed=0))
     policy = CachePolicy(key_bits=4, value_bits=3, recent_window=16)
-    layer = CompressedLayer(keys, values, policy, sliding_window)
+    layer = CompressedLayer(keys, values, policy, sliding_window, key_map)
     layer.append(keys, values)
     mask = None
     if padding:
@@ -130,12 +134,15 @@ def faked(x: Any) -> Any:
 
 
 @pytest.mark.parametrize("sliding_window", [None, 100])
+@pytest.mark.parametrize("pinned", [False, True])
 def test_a_step_on_a_gpu_waits_for_nothing(
-    sliding_window: int | None, monkeypatch: pytest.MonkeyPatch
+    sliding_window: int | None, pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that is captured may not. Fake tensors refuse what depends on data."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    growing = prefilled(sliding_window=sliding_window)
+    shape = 1, KV_HEADS, DIM
+    key_map = KeyMap(torch.zeros(shape), torch.ones(shape)) if pinned else None
+    growing = prefilled(sliding_window=sliding_window, key_map=key_map)
     static = StaticLayer(growing, max_tokens=growing.held + 80)
     monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
     with FakeTensorMode():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sixfold.errors import BackendError, ShapeError
-from sixfold.kernels import _dispatch, _native
+from sixfold.kernels import _dispatch, _groups, _native
 
 ROOT = Path(__file__).resolve().parents[2]
 ISA = ROOT / "csrc/isa"
@@ -132,10 +132,10 @@ def test_words_are_really_read(cpu: ModuleType) -> None:
 
 def test_an_address_is_of_the_tensor_that_was_asked_for() -> None:
     x = torch.zeros(2, 4)
-    assert _native.address("x", x, torch.float32, (2, 4)) == x.data_ptr()
+    assert _groups.address("x", x, torch.float32, (2, 4)) == x.data_ptr()
     for wrong in (x.double(), x[:1], x.mT.contiguous().mT, x.to("meta")):
         with pytest.raises(ShapeError, match=r"x: expected a contiguous torch.float32 tensor \[2"):
-            _native.address("x", wrong, torch.float32, (2, 4))
+            _groups.address("x", wrong, torch.float32, (2, 4))
 
 
 def test_without_the_extension_all_runs_on_the_reference_and_says_why() -> None:

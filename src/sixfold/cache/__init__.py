@@ -2,6 +2,7 @@
 
 from sixfold.cache.accounting import LayerShape, cache_nbytes, uncompressed_nbytes
 from sixfold.cache.engine import EngineLayer
+from sixfold.cache.key_maps import KeyMaps
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.static import StaticLayer
@@ -11,6 +12,7 @@ __all__ = [
     "CachePolicy",
     "CompressedLayer",
     "EngineLayer",
+    "KeyMaps",
     "LayerShape",
     "StaticLayer",
     "Step",

@@ -64,8 +64,9 @@ def cache_nbytes(
         element_size: Bytes a value of the model's dtype: windows and sinks are kept in it.
 
     Returns:
-        Exactly `TurboQuantCache.nbytes` of such a cache, its shared tables counted once. (Where
-        attention is not fused no queries are seen, which saves a few bytes before the first page.)
+        Exactly `TurboQuantCache.nbytes` of such a cache, its shared tables counted once, where
+        every sequence has a key map of its own. (Where attention is not fused no queries are seen,
+        which saves a few bytes before the first page.)
     """
     layers = sum(_layer_nbytes(shape, tokens, batch, element_size) for shape in shapes)
     used = {coder for shape in shapes if _pages(shape, tokens) for coder in _coders(shape)}

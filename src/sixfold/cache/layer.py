@@ -1,6 +1,7 @@
 """One attention layer's compressed history: append, attend, compress, and operations on codes."""
 
 import copy
+import dataclasses
 from itertools import accumulate
 from typing import Any
 
@@ -16,13 +17,14 @@ from sixfold.cache.attend import fit_mask
 from sixfold.cache.code import MakeCode, Mask, Softmax, codebook_code
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
+from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.prefix import Prefix, valid_tokens
+from sixfold.cache.prefix import Prefix, fitted_map, valid_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import Tokens
+from sixfold.kernels.types import KeyMap, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -41,6 +43,7 @@ class CompressedLayer:
         window: Tokens in the model's dtype that have not been compressed.
         history: Compressed tokens.
         prefix: Sinks and key map; None until the first page is written.
+        pinned: The key map of all sequences; None to fit one to each.
         padding: Left-padding tokens of every sequence, as far as masks have shown any.
         evicted: Tokens forgotten because they left the sliding window.
         record_past: Keep tokens that left the window until the next `crop` (assisted generation).
@@ -53,14 +56,31 @@ class CompressedLayer:
         values: Float[Tensor, "batch kv_heads tokens value_dim"],
         policy: CachePolicy,
         sliding_window: int | None = None,
+        key_map: KeyMap | None = None,
         make_code: MakeCode = codebook_code,
     ) -> None:
-        """An empty history for vectors shaped like `keys` and `values`, which are not stored."""
+        """An empty history for vectors shaped like `keys` and `values`, which are not stored.
+
+        Args:
+            keys: Keys.
+            values: Values.
+            policy: What is kept and at how many bits.
+            sliding_window: Tokens a query sees, itself included; None for all.
+            key_map: One map, without an index, for all sequences; fitted to each by default.
+
+        Raises:
+            ShapeError: The tensors, or the map, do not fit each other.
+            SixfoldError: Another argument is none of its kind.
+        """
         check_tokens(keys, values)
         if not isinstance(policy, CachePolicy):
             raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
         if sliding_window is not None:
             sliding_window = whole("sliding_window", sliding_window, 1)
+        if key_map is not None:
+            check_pinned(key_map, keys.shape[1], keys.shape[3])
+            key_map = key_map.to(keys.device)
+        self.pinned = key_map
         self.policy = policy
         self.sliding_window = sliding_window
         self._make_code = make_code
@@ -275,7 +295,7 @@ class CompressedLayer:
             )
 
     def reset(self) -> None:
-        """Forget every token, and with them the sinks and the key map."""
+        """Forget every token, and with them the sinks and a key map that was fitted to them."""
         self.window = self.window.copy_slice(0, 0)
         self.history.keep_first(0)
         self.padding = torch.zeros_like(self.padding)
@@ -323,8 +343,14 @@ class CompressedLayer:
         moved.window, moved.padding = self.window.to(device, dtype), self.padding.to(device)
         if self.query_energy is not None:
             moved.query_energy = QueryEnergy(self.query_energy.squares.to(device))
+        if self.pinned is not None:
+            moved.pinned = self.pinned.to(device)
         if self.prefix is not None:
             moved.prefix = self.prefix.to(device, dtype)
+            if self.pinned and moved.pinned and self.prefix.key_map.mean is self.pinned.mean:
+                # One copy of it there, too.
+                key_map = shared(moved.pinned, len(moved.padding))
+                moved.prefix = dataclasses.replace(moved.prefix, key_map=key_map)
         moved.history.to(device)
         keys, values = moved.window.keys, moved.window.values
         moved.code = self._make_code(self.policy, keys.shape[3], values.shape[3]).on(device)
@@ -335,6 +361,8 @@ class CompressedLayer:
         held = [*self.window.tensors(), self.padding]
         if self.query_energy is not None:
             held.append(self.query_energy.squares)
+        if self.pinned is not None:
+            held += self.pinned.tensors()
         if self.prefix is not None:
             held += self.prefix.tensors()
             held += self.code.tables(self.padding.device)
@@ -387,6 +415,8 @@ class CompressedLayer:
             self.window = self.window.masked(valid)
             leading = (valid.cumsum(1) == 0).sum(1)
             self.padding = torch.where(self.padding == before, before + leading, self.padding)
+        if self.pinned is not None:
+            return
         energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])
         self.query_energy = energy if self.query_energy is None else self.query_energy + energy
 
@@ -401,11 +431,17 @@ class CompressedLayer:
         seen = self.length - self.padding
         # A row that is all padding may stay so: it must not hold up the others.
         begun = seen[seen > 0]
-        return len(begun) > 0 and int(begun.min()) >= self._sinks + MIN_TOKENS
+        needed = self._sinks + (MIN_TOKENS if self.pinned is None else 0)
+        return len(begun) > 0 and int(begun.min()) >= needed
 
     def _fixed_prefix(self) -> Prefix:
         padding = (self.padding - self.evicted).clamp(min=0)
-        return Prefix.fix(self.window, padding, self.query_energy, self.policy, self._sinks)
+        if self.pinned is None:
+            seen = self.window, padding, self.query_energy
+            key_map = fitted_map(*seen, self.policy, self._sinks)
+        else:
+            key_map = shared(self.pinned, len(padding))
+        return Prefix.fix(self.window, padding, key_map, self._sinks)
 
     def _evict(self) -> None:
         """Let go of tokens that no later query can see: whole pages, then single tokens."""

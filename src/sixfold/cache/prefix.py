@@ -40,31 +40,15 @@ class Prefix:
         cls,
         tokens: DenseTokens,
         padding: Int64[Tensor, " batch"],
-        queries: QueryEnergy | None,
-        policy: CachePolicy,
+        key_map: KeyMap,
         sink_tokens: int,
     ) -> Self:
-        """Copy the sinks and fit the key map to the tokens seen so far, padding left out."""
+        """Copy the sinks of `tokens`, the first of every sequence, after its padding."""
         last = tokens.tokens - 1
         slots = torch.arange(sink_tokens, device=padding.device)
         count = (tokens.tokens - padding).clamp(0, sink_tokens)
-        positions = torch.arange(tokens.tokens, device=padding.device)
-        begun = tokens.seen & (positions >= padding[:, None])
-        counted = begun & (positions >= (padding + count)[:, None])
-        # Of a sequence that has nothing else the sinks say where its keys are.
-        counted = torch.where(counted.any(1, keepdim=True), counted, begun)
-        return cls(
-            tokens.gather((padding[:, None] + slots).clamp(max=last)),
-            padding,
-            padding + count,
-            estimate_key_map(
-                tokens.keys,
-                counted,
-                queries,
-                center=policy.center_keys,
-                equalize=policy.equalize_keys,
-            ),
-        )
+        sinks = tokens.gather((padding[:, None] + slots).clamp(max=last))
+        return cls(sinks, padding, padding + count, key_map)
 
     @property
     def count(self) -> Int64[Tensor, " batch"]:
@@ -103,9 +87,8 @@ class Prefix:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        key_map = self.key_map
         sinks = self.sinks
-        return [sinks.keys, sinks.values, self.padding, self.end, key_map.mean, key_map.scale]
+        return [sinks.keys, sinks.values, self.padding, self.end, *self.key_map.tensors()]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """The same on another device, sinks in another dtype if one is given."""
@@ -113,8 +96,31 @@ class Prefix:
             self.sinks.to(device, dtype),
             self.padding.to(device),
             self.end.to(device),
-            KeyMap(self.key_map.mean.to(device), self.key_map.scale.to(device)),
+            self.key_map.to(device),
         )
+
+
+def fitted_map(
+    tokens: DenseTokens,
+    padding: Int64[Tensor, " batch"],
+    queries: QueryEnergy | None,
+    policy: CachePolicy,
+    sink_tokens: int,
+) -> KeyMap:
+    """A key map for every sequence, fitted to the tokens seen so far: no padding, no sinks."""
+    positions = torch.arange(tokens.tokens, device=padding.device)
+    begun = tokens.seen & (positions >= padding[:, None])
+    count = (tokens.tokens - padding).clamp(0, sink_tokens)
+    counted = begun & (positions >= (padding + count)[:, None])
+    # Of a sequence that has nothing else the sinks say where its keys are.
+    counted = torch.where(counted.any(1, keepdim=True), counted, begun)
+    return estimate_key_map(
+        tokens.keys,
+        counted,
+        queries,
+        center=policy.center_keys,
+        equalize=policy.equalize_keys,
+    )
 
 
 def valid_tokens(

@@ -10,6 +10,7 @@ from sixfold.cache.affine import QueryEnergy
 from sixfold.cache.code import CodebookCode
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
+from sixfold.cache.key_maps import shared
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import Run, Slab
 from sixfold.cache.policy import CachePolicy
@@ -96,8 +97,16 @@ def restore_layer(
     tensors: Mapping[str, Tensor],
     policy: CachePolicy,
     sliding_window: int | None,
+    pinned: KeyMap | None = None,
 ) -> CompressedLayer:
     """The layer that `layer_state` described; shapes and dtypes have been checked.
+
+    Args:
+        description: As `layer_state` gave it.
+        tensors: Likewise.
+        policy: Of the layer.
+        sliding_window: Likewise.
+        pinned: The map of all sequences, if it was given. Codes keep the map they were made with.
 
     Raises:
         FormatError: The tensors hold numbers that no layer holds.
@@ -109,7 +118,7 @@ def restore_layer(
         tensors["window.values"],
         None if attended is None else attended.bool(),
     )
-    layer = CompressedLayer(window.keys, window.values, policy, sliding_window)
+    layer = CompressedLayer(window.keys, window.values, policy, sliding_window, pinned)
     layer.window = window
     layer.padding = tensors["padding"]
     layer.evicted = description["evicted"]
@@ -120,12 +129,19 @@ def restore_layer(
             DenseTokens(tensors["sinks.keys"], tensors["sinks.values"]),
             tensors["padding"],
             tensors["padding"] + tensors["sinks.count"],
-            KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]),
+            _once(KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]), layer.pinned),
         )
     lengths = torch.tensor(description["page_lengths"], dtype=torch.int64)
     if len(lengths):
         layer.history.runs = [_run(tensors, lengths)]
     return layer
+
+
+def _once(stored: KeyMap, pinned: KeyMap | None) -> KeyMap:
+    """The stored maps, in the memory of the pinned one where they are all that one."""
+    if pinned is None or (stored.mean != pinned.mean).any() or (stored.scale != pinned.scale).any():
+        return stored
+    return shared(pinned, len(stored.mean))
 
 
 def _run(tensors: Mapping[str, Tensor], lengths: Tensor) -> Run:
@@ -213,11 +229,12 @@ def _expected_pages(description: Mapping[str, Any], policy: CachePolicy) -> dict
 
 
 def _prefix_tensors(prefix: Prefix) -> dict[str, Tensor]:
+    key_map = prefix.key_map.of_sequences()
     return {
         "sinks.keys": prefix.sinks.keys,
         "sinks.values": prefix.sinks.values,
         "padding": prefix.padding,
         "sinks.count": prefix.count,
-        "key_map.mean": prefix.key_map.mean,
-        "key_map.scale": prefix.key_map.scale,
+        "key_map.mean": key_map.mean,
+        "key_map.scale": key_map.scale,
     }

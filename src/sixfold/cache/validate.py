@@ -60,14 +60,22 @@ def check_finite(name: str, x: Tensor) -> None:
     _require(torch.linalg.vector_norm(x.flatten().float(), torch.inf) <= LARGEST, name)
 
 
+def check_map(mean: Tensor, scale: Tensor) -> None:
+    """Check the numbers of a key map.
+
+    Raises:
+        FormatError: One is not finite or too large, or a scale is not positive.
+    """
+    _require(mean.abs() <= LARGEST, "key_map.mean")
+    usable = (scale >= 1 / LARGEST_CHANNEL_SCALE) & (scale <= LARGEST_CHANNEL_SCALE)
+    _require(usable, "key_map.scale")
+
+
 def _check_prefix(tensors: Mapping[str, Tensor], count: Tensor) -> None:
     slots = torch.arange(tensors["sinks.keys"].shape[2], device=count.device)
     for name in ("sinks.keys", "sinks.values"):
         _require((slots >= count[:, None]) | _bounded(tensors[name]), name)
-    _require(tensors["key_map.mean"].abs() <= LARGEST, "key_map.mean")
-    scale = tensors["key_map.scale"]
-    usable = (scale >= 1 / LARGEST_CHANNEL_SCALE) & (scale <= LARGEST_CHANNEL_SCALE)
-    _require(usable, "key_map.scale")
+    check_map(tensors["key_map.mean"], tensors["key_map.scale"])
 
 
 def _check_pages(

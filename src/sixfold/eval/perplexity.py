@@ -106,6 +106,7 @@ def compare_caches(
     caches: Mapping[str, MakeCache],
     *,
     prefill: int,
+    prefill_chunk: int | None = None,
     chunk: int = 64,
     progress: Progress = no_progress,
 ) -> dict[str, CacheComparison]:
@@ -115,7 +116,8 @@ def compare_caches(
         model: A causal language model.
         windows: Token ids; every window is a text of its own.
         caches: What to measure, by name.
-        prefill: First tokens of a window, processed at once and not scored.
+        prefill: First tokens of a window, which are not scored.
+        prefill_chunk: Tokens a forward pass of those; all at once by default.
         chunk: Tokens a forward pass after that. Those of one chunk see each other exactly.
         progress: Called after every chunk.
 
@@ -136,7 +138,7 @@ def compare_caches(
     for index, window in enumerate(windows):
         exact, held = uncompressed(model), {name: make(model) for name, make in caches.items()}
         for cache in (exact, *held.values()):
-            _fill(model, window[:prefill], cache)
+            fill(model, window[:prefill], cache, prefill_chunk)
         progress(index * steps + 1, len(windows) * steps)
         for step, start in enumerate(starts, 2):
             ids, targets = window[:-1][start:][:chunk], window[1:][start:][:chunk]
@@ -201,9 +203,15 @@ class _Tally:
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache) -> None:
-    """Prefill through the base model: no logits over the vocabulary are computed."""
-    model.base_model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+def fill(
+    model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache, chunk: int | None = None
+) -> None:
+    """Prefill through the base model, `chunk` tokens a forward pass, by default all of them.
+
+    No logits over the vocabulary are computed.
+    """
+    for part in ids[None].to(model.device).split(chunk or len(ids), 1):
+        model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Sequences of a batch may differ in length; a rectangular batch is the special ca
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
@@ -52,6 +53,15 @@ class KeyMap(NamedTuple):
         if self.map_index is not None:
             return self._replace(map_index=self.map_index[rows])
         return KeyMap(self.mean[rows], self.scale[rows])
+
+    def to(self, device: torch.device) -> "KeyMap":
+        """The same on another device."""
+        index = None if self.map_index is None else self.map_index.to(device)
+        return KeyMap(self.mean.to(device), self.scale.to(device), index)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [x for x in self if x is not None]
 
     def of_sequences(self) -> "KeyMap":
         """The same with a map for every sequence, in order."""

@@ -19,7 +19,7 @@ from sixfold.arguments import FLOATS, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
-from sixfold.cache import CachePolicy
+from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
@@ -42,6 +42,7 @@ from sixfold.integrations.transformers.layers import (
     static_layer,
     uncompressed_bytes,
 )
+from sixfold.integrations.transformers.maps import check_maps, maps_in_use, pin
 from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
@@ -75,9 +76,12 @@ class TurboQuantCache(Cache):
         per_layer: `CachePolicy` fields that differ for some layers, such as
             ``{0: {"key_bits": 8}}``.
         seed: Seed of the rotation.
+        key_map: Maps of every compressed layer for all sequences (docs/key_map.md): nothing is
+            estimated then, and `center_keys` and `equalize_keys` mean nothing.
 
     Raises:
         UnsupportedModelError: The model has no key-value cache that can be compressed.
+        ShapeError: `key_map` is for another model.
         SixfoldError: An option is out of range.
 
     Source: arXiv:2504.19874; centring and equalization: docs/format.md and cache/affine.py.
@@ -97,6 +101,7 @@ class TurboQuantCache(Cache):
         skip_layers: Sequence[int] = (),
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
+        key_map: KeyMaps | None = None,
     ) -> None:
         policy = CachePolicy.spending(
             bits,
@@ -122,6 +127,7 @@ class TurboQuantCache(Cache):
             if kind != CROSS_ATTENTION and grows(layer)
         ]
         self._pass = ForwardPass(growing)
+        pin(self.layers, key_map)
 
     @classmethod
     def for_model(cls, model: torch.nn.Module, bits: Bits = 4, **options: Any) -> Self:
@@ -143,6 +149,7 @@ class TurboQuantCache(Cache):
         """
         model = unwrapped(model)
         cache = cls(model.config, bits, **options)
+        check_maps(cache.layers, model)
         fusable = fusable_layers(model, len(cache))
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, TurboQuantLayer):
@@ -339,7 +346,10 @@ class TurboQuantCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor held: codes, scales, windows, maps, tables, slack; each once."""
+        """Bytes of every tensor held: codes, scales, windows, maps, tables, slack; each once.
+
+        A pinned key map is held once for all sequences; caches that share it count it each.
+        """
         storages = [x.untyped_storage() for x in self.tensors()]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
@@ -352,6 +362,17 @@ class TurboQuantCache(Cache):
     def compression_ratio(self) -> float:
         """16-bit bytes of the same tokens ÷ bytes held; 1 while empty."""
         return self.uncompressed_nbytes / self.nbytes if self.nbytes else 1.0
+
+    def key_maps(self) -> KeyMaps:
+        """The key maps in use, one a layer, to pin with `key_map` or keep in a file.
+
+        Given ones as they are, fitted ones averaged over the sequences of the batch
+        (`KeyMaps.of`): `fork` the cache and `batch_select_indices` some of them to choose.
+
+        Raises:
+            SixfoldError: A layer has no map yet.
+        """
+        return KeyMaps.of(maps_in_use(self.layers))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held by any layer."""
@@ -465,6 +486,7 @@ class TurboQuantCache(Cache):
         model: torch.nn.Module,
         *,
         check_weights: bool = True,
+        key_map: KeyMaps | None = None,
     ) -> Self:
         """Read a cache that `save` wrote, for attention on its codes by `model`.
 
@@ -474,6 +496,8 @@ class TurboQuantCache(Cache):
             check_weights: Refuse a model of the same shape with other weights or adapters. Every
                 byte of them is read: 0.2 s for 135 million weights, 0.9 s for 1.5 billion in
                 bfloat16, measured on a CPU.
+            key_map: As for a new cache, of layers that hold no codes yet, and of all after a
+                `reset`. What has been coded keeps the map it was coded with.
 
         Raises:
             FormatError: Not such a file, another model's, cut short, or damaged; or it holds
@@ -484,7 +508,7 @@ class TurboQuantCache(Cache):
         policies, layers, tensors = load_layers(path, model, check_weights)
         fields = {index: p.to_dict() for index, p in enumerate(policies) if p is not None}
         skipped = [index for index, p in enumerate(policies) if p is None]
-        cache = cls.for_model(model, per_layer=fields, skip_layers=skipped)
+        cache = cls.for_model(model, per_layer=fields, skip_layers=skipped, key_map=key_map)
         for index, (layer, description) in enumerate(zip(cache.layers, layers, strict=True)):
             prefix = f"layers.{index}."
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -82,7 +82,7 @@ def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
 
 def _compressed(layer: Any, empty: TurboQuantLayer, mask: Tensor | None) -> CompressedLayer:
     keys, values = layer.keys, layer.values
-    store = CompressedLayer(keys, values, empty.policy, empty.sliding_window)
+    store = CompressedLayer(keys, values, empty.policy, empty.sliding_window, empty.key_map)
     store.append(keys.detach(), values.detach())
     # What a sliding layer has let go of was seen all the same.
     store.evicted = layer.get_seq_length() - keys.shape[2]

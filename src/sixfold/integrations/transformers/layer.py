@@ -15,6 +15,7 @@ from sixfold.cache.code import MakeCode, codebook_code
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
+from sixfold.kernels.types import KeyMap
 
 # A batch is never so large: a mistake that would be noticed by the memory it takes.
 MOST_REPEATS = 2**20
@@ -40,6 +41,8 @@ class TurboQuantLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.fused = fused
         self.make_code = make_code
+        # Of all sequences; None to fit one to each.
+        self.key_map: KeyMap | None = None
         self.record_past = False
         self.store: CompressedLayer | None = None
 
@@ -56,7 +59,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 "are with skip_layers=[...], or use transformers' DynamicCache."
             )
         like, kind = (key_states, value_states), (self.policy, self.sliding_window)
-        self.adopt(CompressedLayer(*like, *kind, self.make_code))
+        self.adopt(CompressedLayer(*like, *kind, self.key_map, self.make_code))
 
     def adopt(self, store: CompressedLayer) -> None:
         """Hold `store`, which may have been filled elsewhere."""
@@ -242,23 +245,33 @@ class TurboQuantLayer(CacheLayerMixin):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        # By value, as in a file: processes would share tensors, and write to each other's.
+        store = None
         if self.store is not None:
-            # By value, as in a file: processes would share tensors, and write to each other's.
-            file = io.BytesIO()
-            torch.save((*layer_state(self.store), self.store.detached), file)
-            state["store"] = file.getvalue()
-        return state
+            store = _saved((*layer_state(self.store), self.store.detached))
+        key_map = None if self.key_map is None else _saved(self.key_map[:2])
+        return {**self.__dict__, "store": store, "key_map": key_map}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, store=None)
+        key_map = state.get("key_map")
+        self.__dict__.update(state, store=None, key_map=key_map and KeyMap(*_loaded(key_map)))
         if state["store"] is not None:
-            file = io.BytesIO(state["store"])
-            description, tensors, detached = torch.load(file, weights_only=True)
-            store = restore_layer(description, tensors, self.policy, self.sliding_window)
+            description, tensors, detached = _loaded(state["store"])
+            spec = self.policy, self.sliding_window, self.key_map
+            store = restore_layer(description, tensors, *spec)
             store.detached = detached
             self.adopt(store)
             self.move(tensors["padding"].device)
+
+
+def _saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _loaded(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), weights_only=True)
 
 
 def forked(layer: Any) -> Any:

@@ -23,6 +23,7 @@ class StaticTurboQuantLayer(TurboQuantLayer):
             SixfoldError: They cannot be held by a `StaticLayer`, or are not attended on codes.
         """
         super().__init__(layer.policy, layer.sliding_window, layer.fused)
+        self.key_map = layer.key_map
         if layer.store is None or not layer.fused:
             raise SixfoldError(
                 "a static cache attends on codes: make the cache with TurboQuantCache.for_model, "

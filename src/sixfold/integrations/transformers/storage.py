@@ -91,8 +91,8 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
     """
     if isinstance(layer, TurboQuantLayer):
         if "batch" in description:
-            args = description, tensors, layer.policy, layer.sliding_window
-            layer.adopt(restore_layer(*args))
+            spec = layer.policy, layer.sliding_window, layer.key_map
+            layer.adopt(restore_layer(description, tensors, *spec))
         others = {name: tensors[name] for name in description.get("tensors", {})}
         for name, tensor in others.items():
             check_finite(name, tensor)

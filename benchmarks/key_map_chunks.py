@@ -1,0 +1,116 @@
+"""How far the key map depends on how a prompt comes in: ``python -m benchmarks.key_map_chunks``.
+
+The same prompts, prefilled in one piece, in short chunks and token by token, into caches that fit
+their key maps and into caches with maps pinned beforehand, taken from another text. Mean KL to the
+uncompressed model in nats, windows and sinks as shipped, on the embedded model, plain and with
+outlier channels; ``--model`` measures a checkpoint instead.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.hard import with_outlier_channels
+from sixfold import KeyMaps, TurboQuantCache
+from sixfold.eval import machine
+from sixfold.eval.caches import compressed
+from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.eval.perplexity import compare_caches, fill, windows_of
+
+BITS = (4, 3, 2)
+CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
+
+
+def maps_of(model: PreTrainedModel, text: Tensor) -> KeyMaps:
+    """The maps that a cache fits to `text` [tokens] in one piece."""
+    cache = TurboQuantCache.for_model(model)
+    fill(model, text, cache)
+    return cache.key_maps()
+
+
+def codes(cache: TurboQuantCache) -> Tensor:
+    """Key codes of the first layer, whose keys depend on no chunk, nor on codes."""
+    runs = cache.compressed_layers[0].store.history.runs  # type: ignore[union-attr]
+    return torch.cat([run.slab.pool.key_codes[run.slots] for run in runs], 1)
+
+
+def differing(model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps | None) -> float:
+    """Share of the bytes of those codes, at 4 bits, that are not what one piece gives."""
+    shares = []
+    for window in windows:
+        caches = [TurboQuantCache.for_model(model, 4, key_map=maps) for _ in range(2)]
+        fill(model, window, caches[0])
+        fill(model, window, caches[1], chunk)
+        one, other = map(codes, caches)
+        shares.append(float((one != other).float().mean()))
+    return sum(shares) / len(shares)
+
+
+def study(
+    model: PreTrainedModel, windows: Tensor, prefill: int, chunk: int
+) -> list[dict[str, Any]]:
+    """One way for prompts to come in; the last window is what pinned maps are made of."""
+    scored = windows[:-1]
+    maps = {"fitted": None, "pinned": maps_of(model, windows[-1])}
+    caches = {(name, bits): compressed(bits, key_map=maps[name]) for name in maps for bits in BITS}
+    found = compare_caches(
+        model,
+        scored,
+        {f"{name} {bits}": make for (name, bits), make in caches.items()},
+        prefill=prefill,
+        prefill_chunk=chunk or None,
+    )
+    kl = {pair: found[f"{pair[0]} {pair[1]}"].kl for pair in caches}
+    return [
+        {
+            "chunk": chunk,
+            "map": name,
+            "differing": differing(model, scored[:, :prefill], chunk, given),
+            "kl": {f"{bits}": kl[name, bits].mean for bits in BITS},
+            "standard_error": {f"{bits}": kl[name, bits].standard_error for bits in BITS},
+        }
+        for name, given in maps.items()
+    ]
+
+
+def models(path: str | None) -> tuple[dict[str, PreTrainedModel], Any]:
+    """What to measure, by name, and the tokenizer."""
+    if path is None:
+        plain, tokenizer = load_embedded()
+        return {"plain": plain, "outliers": with_outlier_channels(plain)}, tokenizer
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return {Path(path).name: model}, AutoTokenizer.from_pretrained(path)
+
+
+def main() -> None:
+    """Measure every way on every model; print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a checkpoint's folder; default: the embedded models")
+    parser.add_argument("--file", type=Path, help="text; default: the package's own prose")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="0: one piece")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    chosen, tokenizer = models(arguments.model)
+    text = arguments.file.read_text(encoding="utf-8") if arguments.file else haystack()
+    windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
+    rows = []
+    for name, model in chosen.items():
+        for chunk in arguments.chunks:
+            for row in study(model, windows, arguments.tokens // 2, chunk):
+                rows.append({"model": name, **row})
+                print(json.dumps(rows[-1]), flush=True)
+    if arguments.json:
+        shape = [len(windows) - 1, arguments.tokens]
+        document = {"machine": machine.describe(), "windows": shape, "rows": rows}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

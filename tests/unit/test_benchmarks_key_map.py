@@ -1,0 +1,43 @@
+"""The study of chunks and key maps, at sizes that take no time."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from benchmarks.key_map_chunks import study
+from sixfold.eval.perplexity import fill
+from tests.tiny import tiny_model
+from tools.render_results import key_map_chunks_table
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+
+def windows() -> Tensor:
+    return torch.randint(2, 384, (3, 220), generator=torch.Generator().manual_seed(0))
+
+
+def test_chunks_change_the_codes_of_fitted_maps_alone() -> None:
+    fitted, pinned = study(tiny_model(), windows(), 200, 48)
+    assert (fitted["map"], pinned["map"]) == ("fitted", "pinned")
+    assert pinned["differing"] < 0.01 < 0.1 < fitted["differing"]
+    assert all(0 < row["kl"]["4"] < row["kl"]["2"] for row in (fitted, pinned))
+    rows = [{"model": "tiny", **row} for row in (fitted, pinned)]
+    table = key_map_chunks_table({"windows": [2, 220], "rows": rows})
+    assert table.count("| tiny | chunks of 48 |") == 2
+    assert "2 windows of 220 tokens" in table
+
+
+def test_one_piece_is_what_others_are_compared_with() -> None:
+    assert [row["differing"] for row in study(tiny_model(), windows(), 200, 0)] == [0, 0]
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [(None, [20]), (8, [8, 8, 4])])
+def test_a_prompt_is_filled_in_chunks(chunk: int | None, expected: list[int]) -> None:
+    model, lengths = tiny_model(), []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    fill(model, windows()[0, :20], DynamicCache(config=model.config), chunk)
+    hook.remove()
+    assert lengths == expected
