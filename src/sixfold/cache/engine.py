@@ -12,6 +12,7 @@ from torch import Tensor
 from sixfold.arguments import shown
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Softmax, codebook_code
+from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
@@ -60,10 +61,17 @@ class EngineLayer:
             dtype: The model's.
             device: Where the engine's blocks are.
             sliding_window: Tokens a query sees, itself included; None for all.
-            key_map: A map [1, kv_heads, key_dim] to use from the first page on.
+            key_map: A map to use from the first page on, such as `KeyMaps.load(path)[layer]`.
+
+        Raises:
+            SixfoldError: `policy` or `key_map` is none.
+            ShapeError: The map is for other keys.
         """
         if not isinstance(policy, CachePolicy):
             raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
+        if key_map is not None:
+            check_pinned(key_map, kv_heads, key_dim)
+            key_map = key_map.to(device)
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = codebook_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):
@@ -204,12 +212,11 @@ class EngineLayer:
     ) -> Tensor:
         # Before there is a map no page is coded: one that changes nothing stands in.
         key_map = self.key_map or self._identity()
-        index = torch.zeros(part.batch, dtype=torch.int64, device=query.device)
         return self.code.attend(
             query,
             tokens,
             part.pages(pool),
-            key_map._replace(map_index=index),
+            shared(key_map, part.batch),
             part.position,
             torch.zeros_like(part.position),
             softmax,
@@ -220,8 +227,7 @@ class EngineLayer:
         if self.key_map is None:
             self.key_map = self._fitted(keys)
             self._energy = None
-        index = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-        self.code.store(keys, values, slots, pool, self.key_map._replace(map_index=index))
+        self.code.store(keys, values, slots, pool, shared(self.key_map, len(keys)))
 
     def _observe(self, query: Tensor) -> None:
         if self.key_map is None:
