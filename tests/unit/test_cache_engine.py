@@ -178,6 +178,7 @@ def test_any_schedule_is_each_sequence_alone(
     requests = [request(tokens, seed + i) for i, (tokens, _, _) in enumerate(schedules)]
     waiting = {i: late for i, (_, _, late) in enumerate(schedules)}
     running: list[int] = []
+    preempted: set[int] = set()
     chunks: dict[int, list[int]] = {}
     outputs: dict[int, list[Tensor]] = {}
     for now in range(2000):
@@ -204,7 +205,8 @@ def test_any_schedule_is_each_sequence_alone(
             if requests[i].done == requests[i].tokens:
                 engine.stop(requests[i])
                 running.remove(i)
-            elif order.random() < 0.02:
+            elif i not in preempted and order.random() < 0.05:
+                preempted.add(i)
                 engine.stop(requests[i])
                 running.remove(i)
                 waiting[i] = now + 3
