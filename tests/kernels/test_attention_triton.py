@@ -100,7 +100,7 @@ def test_gradients_come_from_the_reference() -> None:
 def test_wrong_pages_are_refused() -> None:
     case = make_case()
     case.values.bits = 3
-    with pytest.raises(ShapeError, match="value_pages: expected pages of"):
+    with pytest.raises(ShapeError, match="value_codes: expected pages of"):
         case.run()
     case = make_case()
     case.query = case.query[:, :3]

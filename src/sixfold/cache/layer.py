@@ -14,7 +14,7 @@ from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
 from sixfold.cache.attend import fit_mask
-from sixfold.cache.code import MakeCode, Mask, Softmax, codebook_code
+from sixfold.cache.code import Code, MakeCode, Mask, Softmax, codebook_code
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.key_maps import check_pinned, shared
@@ -84,7 +84,7 @@ class CompressedLayer:
         self.policy = policy
         self.sliding_window = sliding_window
         self._make_code = make_code
-        self.code = make_code(policy, keys.shape[3], values.shape[3]).on(keys.device)
+        self.code = make_code(policy, keys.shape[3], values.shape[3])
         self.window = DenseTokens(keys, values).copy_slice(0, 0)
         self.history = PagedHistory(keys.shape[1], *self.code.page_bytes)
         self.prefix: Prefix | None = None
@@ -259,6 +259,8 @@ class CompressedLayer:
         for run in runs:
             self.history.push(run)
         self.window, self.prefix, self.query_energy = rest.unmasked(), prefix, None
+        # Its tables at hand from now on, and counted as held.
+        self.code = self.code.on(self.padding.device)
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens; codes that stay are not touched.
@@ -300,6 +302,7 @@ class CompressedLayer:
         self.history.keep_first(0)
         self.padding = torch.zeros_like(self.padding)
         self.prefix, self.query_energy, self.evicted, self.detached = None, None, 0, False
+        self.code = self._new_code()
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep, repeat or reorder sequences of the batch: codes are shared, not copied.
@@ -352,8 +355,7 @@ class CompressedLayer:
                 key_map = shared(moved.pinned, len(moved.padding))
                 moved.prefix = dataclasses.replace(moved.prefix, key_map=key_map)
         moved.history.to(device)
-        keys, values = moved.window.keys, moved.window.values
-        moved.code = self._make_code(self.policy, keys.shape[3], values.shape[3]).on(device)
+        moved.code = self._new_code()
         self.__dict__.update(moved.__dict__)
 
     def tensors(self) -> list[Tensor]:
@@ -367,6 +369,10 @@ class CompressedLayer:
             held += self.prefix.tensors()
             held += self.code.tables(self.padding.device)
         return held + self.history.tensors()
+
+    def _new_code(self) -> Code:
+        window = self.window
+        return self._make_code(self.policy, window.keys.shape[3], window.values.shape[3])
 
     def _check_query(self, query: Any) -> None:
         keys = self.window.keys

@@ -63,7 +63,8 @@ class StaticLayer:
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
         self.prefix = layer.prefix
         device = layer.padding.device
-        self.code = layer.code
+        # What makes its tables cannot be traced.
+        self.code = layer.code.on(device)
         room = max(max_tokens - layer.history.tokens - layer.policy.recent_window, 0)
         self._take_pages(layer.history, len(layer.padding), -(-room // PAGE_TOKENS), device)
         size = layer.policy.recent_window + PAGE_TOKENS
