@@ -40,6 +40,8 @@ SPILLS = {
     "attend_pages 4 and 3 bits, dim 64, 8 rows": 3,
 }
 
+# Strides of whole vectors, pages, heads and slots, by what their names begin with.
+_ALIGNED = ("x", "page", "scale", "key", "value")
 _VARIANTS = ("tests.kernels.triton_variants_vectors", "tests.kernels.triton_variants")
 _TENSOR_CORES = re.compile(r"^\s*(?:@%\w+ )?(mma\.sync|wgmma\.mma|tcgen05\.mma)", re.MULTILINE)
 # What would give other bits than separately rounded operations: fused ones, ones of a compiler's
@@ -82,7 +84,7 @@ def compiled(variant: Any, capability: int, fuse: bool = False) -> dict[str, Any
         {
             (position[name],): [["tt.divisibility", 16]]
             for name, kind in variant.types.items()
-            if kind.startswith("*") or name.split("_")[0] in ("x", "page", "scale")
+            if kind.startswith("*") or name.split("_")[0] in _ALIGNED
         },
     )
     options = {

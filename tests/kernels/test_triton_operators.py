@@ -16,9 +16,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from sixfold import TurboQuantMSE
 from sixfold.cache import CachePolicy
 from sixfold.cache.static import StaticLayer
+from sixfold.kernels._triton import together
 from sixfold.kernels.decode import triton as decode_triton
 from sixfold.kernels.encode import reference as encode_reference
-from sixfold.kernels.encode import together
 from sixfold.kernels.encode import triton as encode_triton
 from sixfold.kernels.rotate import triton as rotate_triton
 from sixfold.kernels.scores import triton as scores_triton

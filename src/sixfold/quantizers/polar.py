@@ -13,10 +13,10 @@ from sixfold.codes import PolarCodes, checked
 from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import lookup
-from sixfold.kernels._normalize import normalize
 from sixfold.kernels._tiles import tiles
 from sixfold.packing import decode_scale, encode_scale, pack, row_bytes, unpack
 from sixfold.quantizers._checks import check_queries, check_vectors
+from sixfold.quantizers._normalize import normalize
 from sixfold.rotation import Rotation
 
 

@@ -14,11 +14,11 @@ from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.codes import QJLCodes, checked
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import expand
-from sixfold.kernels._normalize import normalize
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels.scores import scores
 from sixfold.packing import decode_scale, encode_scale, pack
 from sixfold.quantizers._checks import check_queries, check_vectors
+from sixfold.quantizers._normalize import normalize
 from sixfold.rotation import gaussian, haar
 
 Projection: TypeAlias = Literal["orthogonal", "gaussian"]

@@ -1,1 +1,1 @@
-"""Device functions that several Triton kernels share."""
+"""Triton kernels and the device functions they share; kernels/*/triton.py launch them."""

@@ -9,8 +9,8 @@ from sixfold.kernels._tables import check_table
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
 from sixfold.kernels._triton.operators import in_place, operator
+from sixfold.kernels._triton.together import store_together, together
 from sixfold.kernels.encode import reference
-from sixfold.kernels.encode.together import store_together, together
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import Bits, Layout, n_symbols, row_bytes, symbol_bits
 

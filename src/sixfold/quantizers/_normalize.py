@@ -1,4 +1,4 @@
-"""Vectors to norms and directions, shared by every encoder."""
+"""Vectors to norms and directions."""
 
 import torch
 from jaxtyping import Float, Float32, Float64
