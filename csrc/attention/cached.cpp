@@ -21,6 +21,7 @@ using vectors::rotate_scratch;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // About what waking a thread costs, in multiplications.
 constexpr std::int64_t kProductsPerThread = 1 << 17;
+constexpr std::size_t kKeptBytes = std::size_t{8} << 20;
 
 std::int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -43,6 +44,10 @@ class Floats {
         memory_ = storage_.data() + (64 - address % 64) % 64 / sizeof(float);
         used_ = 0;
         plan(*this);
+    }
+
+    void trim() {
+        if (storage_.size() * sizeof(float) > kKeptBytes) storage_ = {};
     }
 
   private:
@@ -338,6 +343,7 @@ void attend(const Kernels& kernels, const CachedTask& task, int threads) {
     if (task.batch == 0 || task.kv_heads == 0 || task.rows() == 0) return;
     Kept<Floats> floats;
     Call(kernels, task, threads, *floats)();
+    floats->trim();
 }
 
 }  // namespace sixfold

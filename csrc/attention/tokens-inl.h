@@ -142,6 +142,16 @@ void widen_rows(const VectorTile& in, float* rows, int dim) {
     }
 }
 
+// A token that has no weight in any row may hold anything: 0 times NaN would be NaN.
+void forget_hidden(const TokensWork& work, const float* weights, std::int64_t width, float* tile) {
+    for (int i = 0; i < kLanes; ++i) {
+        bool seen = false;
+        for (int r = 0; r < work.rows; ++r) seen |= weights[r * kBlockTokens + i] != 0.0f;
+        if (!seen)
+            for (std::int64_t d = 0; d < width; ++d) tile[i * width + d] = 0;
+    }
+}
+
 template <class V>
 void attend_tokens(const TokensWork& work) {
     const std::int64_t width = padded_dim(work.value_dim);
@@ -175,6 +185,7 @@ void attend_tokens(const TokensWork& work) {
         }
         for (int t = 0; t < count; t += kLanes) {
             widen_rows(tokens(work.values, work.value_stride, start + t), tile, work.value_dim);
+            forget_hidden(work, weights + t, width, tile);
             for (int r = 0; r < work.rows; ++r)
                 add_values<V>(tile, weights + r * kBlockTokens + t, width, work.out + r * width);
         }

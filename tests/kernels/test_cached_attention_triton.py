@@ -48,7 +48,7 @@ def test_kernel_is_the_reference(
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are not looked at, as those on a GPU."""
-    monkeypatch.setattr(_tables, "_readable", lambda _: False)
+    monkeypatch.setattr(_tables, "readable", lambda _: False)
 
 
 @pytest.mark.usefixtures("_on_triton", "trusted")

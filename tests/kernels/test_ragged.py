@@ -317,6 +317,76 @@ def test_foreign_memory_is_written_where_it_is() -> None:
     assert torch.equal(*decoded)
 
 
+def test_what_is_hidden_may_hold_anything() -> None:
+    """Before `start`, under a mask, outside of a window: NaN there reaches no result."""
+    lengths = 200, 150
+    sequences = [sequence(n, 1, n, torch.float32) for n in lengths]
+    mask = torch.ones(2, 1, 1, 200, dtype=torch.bool)
+    mask[..., :64] = False
+    mask[..., 140:145] = False
+    for options in ({"sliding_window": 60}, {"mask": mask}):
+        batch = Batch.of(sequences)
+        expected = batch.attend(**options)
+        (pages,) = batch.arguments["pages"]
+        for name in ("key_scales", "value_scales"):
+            getattr(batch.pool, name)[pages.slots[:, 0]] = torch.nan
+        window = batch.arguments["tokens"][1]
+        for b in range(2):
+            first = int(window.first[b])
+            hidden = slice(max(140 - first, 0), max(145 - first, 0))
+            if "mask" in options:
+                window.keys[window.slots[b], :, hidden] = torch.nan
+                window.values[window.slots[b], :, hidden] = torch.nan
+        assert torch.equal(batch.attend(**options), expected)
+
+
+def test_tables_may_be_views_and_of_any_whole_numbers() -> None:
+    batch = Batch.of([sequence(n, 1, n, torch.float32) for n in (150, 20, 200)])
+    expected = batch.attend()
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 1], -1)[..., 0].int()
+
+    arguments = batch.arguments
+    arguments["tokens"] = [
+        Tokens(x.keys, x.values, *(y if y is None else strided(y) for y in x[2:]))
+        for x in arguments["tokens"]
+    ]
+    key_map = arguments["key_map"]
+    arguments["key_map"] = key_map._replace(map_index=strided(key_map.map_index))
+    (pages,) = arguments["pages"]
+    slots, lengths = strided(pages.slots), strided(pages.lengths)
+    arguments["pages"] = [pages._replace(slots=slots, lengths=lengths)]
+    for name in ("position", "start"):
+        arguments[name] = strided(arguments[name])
+    torch.testing.assert_close(batch.attend(), expected)
+
+
+def test_a_table_that_is_written_to_is_read_anew() -> None:
+    """What a backend remembers of pages is never their numbers."""
+    batch = Batch.of([sequence(n, 1, n, torch.float32) for n in (150, 200)])
+    (pages,) = batch.arguments["pages"]
+    wide = torch.full((2, 9), 10**6)
+    wide[:, :3] = pages.slots
+    batch.arguments["pages"] = [pages._replace(slots=wide[:, :3], memo={})]
+    first = batch.attend()
+    wide[:, :3] = pages.slots.flip(0)
+    assert not torch.allclose(batch.attend(), first)
+    wide[:, :3] = 10**6
+    with pytest.raises(ShapeError, match=r"pages\.slots"):
+        batch.attend()
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_nothing_to_compute(empty: int) -> None:
+    batch = Batch.of([sequence(100, 1, 1, torch.float32)])
+    shape = [1, HEADS, 1, KEY_DIM]
+    shape[empty] = 0
+    none = torch.zeros(0, dtype=torch.int64) if empty == 0 else torch.zeros(1, dtype=torch.int64)
+    out = batch.attend(query=torch.zeros(shape), tokens=[], pages=[], position=none, start=none)
+    assert out.shape == (*shape[:3], VALUE_DIM)
+
+
 class TestRefusals:
     """Tables that lead outside are refused before anything is read."""
 
@@ -355,6 +425,48 @@ class TestRefusals:
         batch.arguments["key_map"].map_index[0] = number
         with pytest.raises(ShapeError, match=rf"key_map\.map_index: expected.*got {number}"):
             batch.attend()
+
+    def test_pools_of_different_sizes(self, batch: Batch) -> None:
+        (pages,) = batch.arguments["pages"]
+        pool = pages.pool._replace(value_codes=pages.pool.value_codes[:2])
+        batch.arguments["pages"] = [pages._replace(pool=pool)]
+        with pytest.raises(ShapeError, match="value_codes|pages: expected pools"):
+            batch.attend()
+
+    def test_maps_that_are_too_few(self, batch: Batch) -> None:
+        key_map = batch.arguments["key_map"]
+        batch.arguments["key_map"] = KeyMap(key_map.mean[:1], key_map.scale[:1])
+        with pytest.raises(ShapeError, match="key_map"):
+            batch.attend()
+
+    def test_nothing_is_written_if_values_do_not_fit(self, batch: Batch) -> None:
+        one, before = sequence(PAGE_TOKENS, 1, 1, torch.float32), [x.clone() for x in batch.pool]
+        for values in (one.values[..., :-1], one.values[:, :, :-1]):
+            with pytest.raises(ShapeError, match="values"):
+                store_pages(one.keys, values, torch.tensor([[0]]), batch.pool, *CODINGS)
+        assert all(
+            map(torch.equal, [x.nan_to_num() for x in batch.pool], [x.nan_to_num() for x in before])
+        )
+
+    @pytest.mark.parametrize("index", [-1, 3])
+    def test_maps_when_pages_are_written(self, batch: Batch, index: int) -> None:
+        one = sequence(PAGE_TOKENS, 1, 1, torch.float32)
+        key_map = maps()._replace(map_index=torch.tensor([index]))
+        with pytest.raises(ShapeError, match="key_map"):
+            store_pages(one.keys, one.values, torch.tensor([[0]]), batch.pool, *CODINGS, key_map)
+
+    @pytest.mark.parametrize("name", ["position", "first", "start", "stop"])
+    def test_positions_before_0(self, batch: Batch, name: str) -> None:
+        if name == "position":
+            batch.arguments[name][1] = -1
+        else:
+            getattr(batch.arguments["tokens"][1], name)[1] = -1
+        with pytest.raises(ShapeError, match="expected positions from 0"):
+            batch.attend()
+
+    def test_a_mask_without_columns(self, batch: Batch) -> None:
+        with pytest.raises(ShapeError, match="mask: expected a column"):
+            batch.attend(mask=torch.ones(3, 1, 1, 100, dtype=torch.bool))
 
     def test_pages_that_overlap_others_when_written(self, batch: Batch) -> None:
         slots = torch.tensor([[0, len(batch.pool.key_codes)]])

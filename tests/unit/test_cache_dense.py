@@ -1,5 +1,6 @@
 """Raw tokens that grow in place: what was written once is never written again."""
 
+import copy
 import threading
 
 import pytest
@@ -127,3 +128,28 @@ def test_a_step_joins_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.attend(query, scaling=shape.scaling)
         if (layer.window.tokens + 1) % 64 == 0:
             break
+
+
+def test_growth_spoils_no_graph_of_what_was_handed_out() -> None:
+    with torch.no_grad():
+        held = tokens(3).append(tokens(1, 1))
+    weight = torch.ones_like(held.keys).requires_grad_()
+    loss = (held.keys * weight).sum()
+    with torch.no_grad():
+        held.append(tokens(1, 2))
+    loss.backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, held.keys)
+
+
+@torch.no_grad()
+def test_what_a_window_left_behind_is_let_go() -> None:
+    held = tokens(10).append(tokens(5000, 1)).without_first(4947)
+    assert sum(x.untyped_storage().nbytes() for x in (held.keys, held.values)) < 8 * 80 * 2 * 4 * 2
+
+
+def test_tokens_of_inference_mode_grow_outside_of_it() -> None:
+    with torch.inference_mode():
+        held = copy.deepcopy(tokens(3).append(tokens(1, 1)))
+    with torch.no_grad():
+        assert_holds(held.append(tokens(1, 2)), tokens(3), tokens(1, 1), tokens(1, 2))

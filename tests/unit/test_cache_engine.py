@@ -284,22 +284,90 @@ class TestRefusals:
         with pytest.raises(SixfoldError, match="1 or more new tokens"):
             Step([0], [5], torch.zeros(1, 2, dtype=torch.int64), torch.arange(1))
 
-    def test_other_tokens_than_the_step_has(self) -> None:
-        layer, one = engine_layer(), request(5, 1)
-        step = Step([4], [0], torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
+    def test_tokens_that_do_not_fit(self) -> None:
+        layer, one = engine_layer(), request(1, 1)
+        step = Step([1], [0], torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        with pytest.raises(ShapeError, match="expected 4 new tokens"):
-            layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+        good = {"query": one.query, "keys": one.keys, "values": one.values}
+        for name, x in (
+            ("query", one.query.repeat(2, 1, 1)),
+            ("query", one.query[:, :3]),
+            ("keys", one.keys[:, :1]),
+            ("keys", one.keys[..., :1]),
+            ("values", one.values[:, :1, :1]),
+            ("values", one.values.half()),
+        ):
+            given = good | {name: x}
+            with pytest.raises(ShapeError, match="query: expected|keys: expected|values: expected"):
+                layer.attend(*given.values(), pool, step, scaling=1.0)
+        assert not layer.open_keys.any()
 
     def test_blocks_of_another_width(self) -> None:
         with pytest.raises(ShapeError, match="blocks: expected uint8"):
             engine_layer(bits=4).pool(torch.zeros(2, KV_HEADS, 100, dtype=torch.uint8))
 
-    def test_blocks_outside_of_memory(self) -> None:
+    @pytest.mark.parametrize(
+        ("slots", "rows"), [([[0, 9]], [0]), ([[0, -1]], [0]), ([[0, 1]], [-1]), ([[0, 1]], [8])]
+    )
+    @pytest.mark.parametrize(("new", "context"), [(1, 100), (70, 0), (3, 100)])
+    def test_tables_that_lead_outside(
+        self, slots: list[list[int]], rows: list[int], new: int, context: int
+    ) -> None:
         layer, one = engine_layer(), request(70, 1)
-        step = Step([70], [0], torch.tensor([[0, 9]]), torch.arange(1))
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
-        later = Step([1], [130], torch.tensor([[0, 9, 1]]), torch.arange(1))
-        with pytest.raises(ShapeError, match=r"slots: expected.*got 9"):
-            layer.attend(one.query[:1], one.keys[:1], one.values[:1], pool, later, scaling=1.0)
+        step = Step([new], [context], torch.tensor(slots), torch.tensor(rows))
+        own = (x[:new] for x in (one.query, one.keys, one.values))
+        with pytest.raises(ShapeError, match="(slots|rows): expected slots 0 to"):
+            layer.attend(*own, pool, step, scaling=1.0)
+        assert not layer.open_keys.any()
+        assert layer.key_map is None
+
+    def test_two_sequences_in_one_row(self) -> None:
+        layer, one = engine_layer(), request(2, 1)
+        pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+        step = Step([1, 1], [0, 0], torch.tensor([[0], [1]]), torch.tensor([3, 3]))
+        with pytest.raises(ShapeError, match="a row of its own"):
+            layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+
+
+def test_a_step_that_was_refused_can_be_repeated() -> None:
+    """One sequence of it has a block that does not exist: nothing of the others is stored."""
+    layer = engine_layer(
+        key_map=KeyMap(torch.zeros(1, KV_HEADS, DIM), torch.ones(1, KV_HEADS, DIM))
+    )
+    engine, one, other = Engine(layer), request(82, 1), request(100, 2)
+    engine.start(one)
+    engine.step([(one, 30)])
+    row = (one.row + 1) % 8
+    one.blocks += [engine.free.pop()]
+    packed = [
+        torch.cat([getattr(one, name)[30:80], getattr(other, name)])
+        for name in ("query", "keys", "values")
+    ]
+    for blocks in ([99, 4], [engine.free[0], engine.free[1]]):
+        slots = torch.tensor([one.blocks, blocks])
+        step = Step([50, 100], [30, 0], slots, torch.tensor([one.row, row]))
+        if 99 in blocks:
+            with pytest.raises(ShapeError, match="slots"):
+                layer.attend(*packed, engine.pool, step, scaling=SCALING)
+        else:
+            out = layer.attend(*packed, engine.pool, step, scaling=SCALING)
+    assert relative(out[:50], exact(one)[30:80]) < 0.02
+    assert relative(out[50:], exact(other)) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_blocks_that_left_a_window_may_hold_anything(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", backend)
+    layer, one = engine_layer(sliding_window=40), request(201, 1)
+    engine = Engine(layer)
+    engine.start(one)
+    engine.step([(one, 200)])
+    for x in engine.pool:
+        x[torch.tensor(one.blocks[:2])] = torch.tensor(
+            torch.nan if x.dtype.is_floating_point else 255
+        ).to(x.dtype)
+    (out,) = engine.step([(one, 1)])
+    assert relative(out, exact(one, 40)[200:]) < 0.02

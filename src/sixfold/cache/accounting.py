@@ -59,7 +59,7 @@ def cache_nbytes(
     Args:
         shapes: The model's attention layers.
         tokens: Tokens a sequence; they arrive in one chunk, so no slab has slack. Growing
-            adds at most 1/16 of the codes.
+            adds at most 1/16 of the codes, and room for up to 15 tokens in full precision.
         batch: Sequences.
         element_size: Bytes a value of the model's dtype: windows and sinks are kept in it.
 

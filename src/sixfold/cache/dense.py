@@ -63,6 +63,8 @@ class Room:
                 x.new_empty(*x.shape[:2], capacity, x.shape[3])
                 for x in (tokens.keys.detach(), tokens.values.detach())
             )
+        # Written through these: graphs that hold views of what was written before need not know.
+        self._written = self.keys.data, self.values.data
         # The end, for one to take: a single step of a dictionary needs no lock.
         self._ends = {0: True}
         self.add(0, tokens)
@@ -70,10 +72,12 @@ class Room:
     def add(self, end: int, tokens: "DenseTokens") -> bool:
         """Write `tokens` from position `end` on; False where somebody has, or there is no room."""
         stop = end + tokens.keys.shape[2]
-        if stop > self.keys.shape[2] or self._ends.pop(end, None) is None:
+        keys, values = self._written
+        closed = keys.is_inference() and not torch.is_inference_mode_enabled()
+        if stop > keys.shape[2] or closed or self._ends.pop(end, None) is None:
             return False
-        self.keys[:, :, end:stop] = tokens.keys
-        self.values[:, :, end:stop] = tokens.values
+        keys[:, :, end:stop] = tokens.keys
+        values[:, :, end:stop] = tokens.values
         self._ends[stop] = True
         return True
 
@@ -142,7 +146,7 @@ class DenseTokens:
 
     def without_first(self, count: int) -> Self:
         """The tokens but for the first `count`, whose memory goes when these have grown."""
-        if self.room is None:
+        if self.room is None or self.first + count > GROWTH:
             return self.copy_slice(count, self.tokens)
         rest = self.slice(count, self.tokens)
         return dataclasses.replace(rest, room=self.room, first=self.first + count)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sixfold.arguments import shown
+from sixfold.arguments import FLOATS, shown, whole
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Softmax, codebook_code
 from sixfold.cache.key_maps import check_pinned, shared
@@ -17,6 +17,7 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels._groups import check_heads
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS
@@ -72,6 +73,10 @@ class EngineLayer:
         if key_map is not None:
             check_pinned(key_map, kv_heads, key_dim)
             key_map = key_map.to(device)
+        if sliding_window is not None:
+            sliding_window = whole("sliding_window", sliding_window, 1)
+        if dtype not in FLOATS:
+            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = codebook_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):
@@ -133,48 +138,22 @@ class EngineLayer:
         Raises:
             ShapeError: There are not as many tokens as the step has, or tensors do not fit.
         """
-        expected = sum(step.new)
-        if not len(query) == len(keys) == len(values) == expected:
-            raise ShapeError(
-                f"expected {expected} new tokens, as the step says, got {len(query)} queries, "
-                f"{len(keys)} keys and {len(values)} values."
-            )
+        self._check(query, keys, values, pool, step)
         self._observe(query)
-        softmax, out = Softmax(scaling, None, self.sliding_window, softcap, sink_logits), None
-        for part in (step.single, *step.several):
-            if not part.batch:
-                continue
-            new = part.take(query), part.take(keys), part.take(values)
-            do = self._one_each if new[0].shape[2] == 1 else self._chunk
-            found = do(*new, pool, part, softmax).transpose(1, 2).flatten(0, 1)
-            if part.tokens is None:
-                return found
-            out = query.new_empty(*query.shape[:2], values.shape[2]) if out is None else out
-            out[part.tokens] = found
-        return query.new_empty(0, query.shape[1], values.shape[2]) if out is None else out
-
-    def _one_each(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        pool: Pool,
-        part: Part,
-        softmax: Softmax,
-    ) -> Tensor:
-        """Write one token a sequence to its open page, attend, encode the pages that are full."""
-        offset = part.position - part.first
-        self.open_keys[part.rows, :, offset] = keys[:, :, 0]
-        self.open_values[part.rows, :, offset] = values[:, :, 0]
-        window = part.open_page(self.open_keys, self.open_values, 1)
-        out = self._attention(query, [window], pool, part, softmax)
-        if len(part.full):
-            rows, page = part.rows[part.full], part.first[part.full] // PAGE_TOKENS
-            slots = part.slots[part.full].gather(1, page[:, None])
-            self._store(self.open_keys[rows], self.open_values[rows], slots, pool)
+        softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
+        parts = [part for part in (step.single, *step.several) if part.batch]
+        new = [(part.take(keys), part.take(values)) for part in parts]
+        out = query.new_empty(*query.shape[:2], values.shape[2])
+        for part, vectors in zip(parts, new, strict=True):
+            found = self._attend_part(part.take(query), *vectors, pool, part, softmax)
+            part.put(out, found.transpose(1, 2).flatten(0, 1))
+        # Until here a step can be repeated: nothing was written but what it writes again.
+        rest = [self._encode(*x, pool, part) for part, x in zip(parts, new, strict=True)]
+        for part, left in zip(parts, rest, strict=True):
+            self._keep(part, *left)
         return out
 
-    def _chunk(
+    def _attend_part(
         self,
         query: Tensor,
         keys: Tensor,
@@ -183,29 +162,66 @@ class EngineLayer:
         part: Part,
         softmax: Softmax,
     ) -> Tensor:
-        """Attend with several tokens of one sequence, encode whole pages, keep the rest."""
+        if part.new == 1:
+            offset = part.position - part.first
+            self.open_keys[part.rows, :, offset] = keys[:, :, 0]
+            self.open_values[part.rows, :, offset] = values[:, :, 0]
+            window = part.open_page(self.open_keys, self.open_values, 1)
+            return self._attention(query, [window], pool, part, softmax)
+        (context,) = part.context
+        if context == 0:
+            return exact_attention(query, keys, values, **vars(softmax))
+        own = Tokens(keys, values, part.position, part.position)
+        before = [part.open_page(self.open_keys, self.open_values, 0)]
+        return self._attention(query, [*before, own], pool, part, softmax)
+
+    def _encode(self, keys: Tensor, values: Tensor, pool: Pool, part: Part) -> tuple[Tensor, ...]:
+        """Encode the pages that new tokens fill; returns what of a chunk is left over."""
+        if part.new == 1:
+            if len(part.full):
+                rows, page = part.rows[part.full], part.first[part.full] // PAGE_TOKENS
+                slots = part.slots[part.full].gather(1, page[:, None])
+                self._store(self.open_keys[rows], self.open_values[rows], slots, pool)
+            return ()
         (context,), rows = part.context, part.rows
-        held, new = context % PAGE_TOKENS, keys.shape[2]
-        if context:
-            own = Tokens(keys, values, part.position, part.position)
-            before = [part.open_page(self.open_keys, self.open_values, 0)] if held else []
-            out = self._attention(query, [*before, own], pool, part, softmax)
-        else:
-            out = exact_attention(query, keys, values, **vars(softmax))
+        first, held = divmod(context, PAGE_TOKENS)
         # Of both: what was open before, and what is new.
         raw = [
-            torch.cat([old[rows, :, :held], fresh.to(old.dtype)], 2)
+            torch.cat([old[rows, :, :held], fresh], 2)
             for old, fresh in ((self.open_keys, keys), (self.open_values, values))
         ]
-        pages, rest = divmod(held + new, PAGE_TOKENS)
-        coded = pages * PAGE_TOKENS
+        pages = (held + part.new) // PAGE_TOKENS
         if pages:
-            first = context // PAGE_TOKENS
-            slots = part.slots[:, first : first + pages]
-            self._store(raw[0][:, :, :coded], raw[1][:, :, :coded], slots, pool)
-        for target, x in zip((self.open_keys, self.open_values), raw, strict=True):
-            target[rows, :, :rest] = x[:, :, coded:]
-        return out
+            full_keys, full_values = (x[:, :, : pages * PAGE_TOKENS] for x in raw)
+            self._store(full_keys, full_values, part.slots[:, first : first + pages], pool)
+        return tuple(x[:, :, pages * PAGE_TOKENS :] for x in raw)
+
+    def _keep(self, part: Part, *rest: Tensor) -> None:
+        """Open a page with what is left over."""
+        for target, x in zip((self.open_keys, self.open_values), rest, strict=False):
+            target[part.rows, :, : x.shape[2]] = x
+
+    def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
+        """Refuse what does not fit, before anything is read or written."""
+        tokens, kv_heads, dtype = sum(step.new), self.open_keys.shape[1], self.open_keys.dtype
+        for name, x, heads, dim in (
+            ("query", query, query.shape[1] if query.ndim == 3 else 0, self.open_keys.shape[3]),
+            ("keys", keys, kv_heads, self.open_keys.shape[3]),
+            ("values", values, kv_heads, self.open_values.shape[3]),
+        ):
+            if x.shape != (tokens, heads, dim) or x.dtype is not dtype:
+                raise ShapeError(
+                    f"{name}: expected the {tokens} new tokens of the step, {dtype} "
+                    f"[{tokens}, {heads or 'heads'}, {dim}], got {x.dtype} {list(x.shape)}."
+                )
+        check_heads(query.shape[1], kv_heads)
+        expected = self.code.page_bytes
+        if (pool.key_codes.shape[2], pool.value_codes.shape[2]) != expected:
+            raise ShapeError(
+                f"pool: expected pages of {expected} bytes of keys and of values, got "
+                f"{[list(x.shape) for x in pool]}; make it with EngineLayer.pool."
+            )
+        step.check(len(pool.key_codes), len(self.open_keys))
 
     def _attention(
         self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: Softmax

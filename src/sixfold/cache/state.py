@@ -34,11 +34,12 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     Raises:
         FormatError: It holds numbers that no reader would take, such as NaN.
     """
-    if not isinstance(layer.code, CodebookCode):
+    window, code = layer.window, layer.code
+    own = coders(layer.policy, window.keys.shape[3], window.values.shape[3])
+    if not isinstance(code, CodebookCode) or (code.keys, code.values) != own:
         raise FormatError(
-            f"a file holds codebook symbols, and this layer codes by {type(layer.code).__name__}."
+            f"a file holds the codebook symbols of {layer.policy}, and this layer codes by {code}."
         )
-    window = layer.window
     tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
     if window.attended is not None:
         tensors["window.attended"] = window.attended.to(torch.uint8)

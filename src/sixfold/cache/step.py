@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._tables import check_table, readable
 from sixfold.kernels.types import Pages, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS
 
@@ -42,6 +43,9 @@ class Step:
                 f"[{batch}], got {len(self.context)}, {list(self.slots.shape)} and "
                 f"{list(self.rows.shape)}."
             )
+        for name, x in (("slots", self.slots), ("rows", self.rows)):
+            if x.is_floating_point() or x.dtype is torch.bool:
+                raise SixfoldError(f"{name}: expected whole numbers, got {x.dtype}.")
         if min(self.new, default=1) < 1 or min(self.context, default=0) < 0:
             raise SixfoldError(
                 f"expected 1 or more new tokens after 0 or more, got {list(self.new)} new ones "
@@ -52,6 +56,26 @@ class Step:
             raise ShapeError(
                 f"slots: expected {pages} pages for {max(self.ends)} tokens, got {shapes[0][1]}."
             )
+
+    def check(self, blocks: int, rows: int) -> None:
+        """Refuse tables that lead outside of so many blocks and rows, or two sequences in one row.
+
+        Tables on a GPU are looked at under `SIXFOLD_DEBUG=1` alone.
+
+        Raises:
+            ShapeError: They do.
+        """
+        if (blocks, rows) in self._checked:
+            return
+        check_table("slots", self.slots, blocks)
+        check_table("rows", self.rows, rows)
+        if readable(self.rows) and self.rows.unique().numel() < len(self.rows):
+            raise ShapeError(f"rows: expected a row of its own for each, got {self.rows.tolist()}.")
+        self._checked.add((blocks, rows))
+
+    @cached_property
+    def _checked(self) -> set[tuple[int, int]]:
+        return set()
 
     @property
     def ends(self) -> list[int]:
@@ -88,6 +112,7 @@ class Part:
         position: First new token.
         full: Which of them fill their open page with a single new token.
         context: Tokens before the new ones.
+        new: New tokens of each.
     """
 
     tokens: Int64[Tensor, " all_new"] | None
@@ -99,6 +124,7 @@ class Part:
     position: Int64[Tensor, " some"]
     full: Int64[Tensor, " full"]
     context: list[int]
+    new: int
 
     @classmethod
     def of(cls, step: Step, which: list[int]) -> "Part":
@@ -114,20 +140,28 @@ class Part:
         full = [i for i, old in enumerate(context) if (old + 1) % PAGE_TOKENS == 0]
         return cls(
             None if everything else torch.tensor(places, dtype=torch.int64, device=device),
-            step.slots[chosen],
-            step.rows[chosen],
+            step.slots[chosen].long(),
+            step.rows[chosen].long(),
             starts,
             (first[:, None] - starts).clamp(0, PAGE_TOKENS),
             first,
             position,
             torch.tensor(full, dtype=torch.int64, device=device),
             context,
+            step.new[which[0]] if which else 0,
         )
 
     @property
     def batch(self) -> int:
         """How many sequences."""
         return len(self.context)
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """Write theirs, packed, to where it belongs among all."""
+        if self.tokens is None:
+            target.copy_(x)
+        else:
+            target[self.tokens] = x.to(target.dtype)
 
     def take(self, x: Tensor) -> Tensor:
         """Theirs, [batch, heads, new, dim], of packed tokens [all, heads, dim]."""

@@ -182,11 +182,16 @@ def contiguous_pages(part: Pages) -> Pages:
     starts, lengths = part.starts, part.lengths
     if len(starts) != len(lengths):
         starts, lengths = torch.broadcast_tensors(starts, lengths)
-    slots, starts, lengths = (_int64(x) for x in (part.slots, starts, lengths))
+    slots, starts, lengths = (
+        _int64(f"pages.{name}", x)
+        for name, x in (("slots", part.slots), ("starts", starts), ("lengths", lengths))
+    )
     return part._replace(slots=slots, starts=starts, lengths=lengths)
 
 
-def _int64(x: Tensor) -> Tensor:
+def _int64(name: str, x: Tensor) -> Tensor:
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
+        raise ShapeError(f"{name}: expected whole numbers, got {x.dtype}.")
     return x.to(torch.int64).contiguous()
 
 
@@ -211,7 +216,12 @@ def vectors_group(
 
 
 def tokens_group(
-    part: Tokens, batch: int, heads: int, dims: tuple[int, int], dtype: torch.dtype
+    part: Tokens,
+    batch: int,
+    heads: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    kept: list[Tensor],
 ) -> tuple[Any, ...]:
     """Uncompressed tokens; rows outside of them are the extension's to refuse.
 
@@ -225,7 +235,7 @@ def tokens_group(
         vectors_group("tokens.values", values, dtype, (rows, heads, count, dims[1])),
         rows,
         count,
-        *numbers_group(batch, _TOKENS, (first, start, stop, slots)),
+        *numbers_group(batch, _TOKENS, (first, start, stop, slots), kept),
     )
 
 
@@ -233,9 +243,14 @@ _TOKENS = "tokens.first", "tokens.start", "tokens.stop", "tokens.slots"
 
 
 def numbers_group(
-    batch: int, names: tuple[str, ...], tensors: tuple[Tensor | None, ...]
+    batch: int,
+    names: tuple[str, ...],
+    tensors: tuple[Tensor | None, ...],
+    kept: list[Tensor],
 ) -> list[int]:
     """A whole number a sequence each: addresses, 0 where there is none.
+
+    What had to be converted is added to `kept`, for the caller to keep while it is read.
 
     Raises:
         ShapeError: One is another tensor than that.
@@ -248,11 +263,14 @@ def numbers_group(
         elif x.dtype is torch.int64 and x.shape == (batch,) and x.is_contiguous() and x.is_cpu:
             found.append(x.data_ptr() or memory(name, x))
         else:
-            found.append(address(name, x, torch.int64, (batch,)))
+            kept.append(_int64(name, x))
+            found.append(address(name, kept[-1], torch.int64, (batch,)))
     return found
 
 
-def map_group(key_map: KeyMap, batch: int, heads: int, dim: int) -> tuple[int, ...]:
+def map_group(
+    key_map: KeyMap, batch: int, heads: int, dim: int, kept: list[Tensor]
+) -> tuple[int, ...]:
     """Mean, channel scale, how many maps there are, and which one each sequence has.
 
     Raises:
@@ -264,7 +282,7 @@ def map_group(key_map: KeyMap, batch: int, heads: int, dim: int) -> tuple[int, .
         address("key_map.mean", mean, torch.float32, shape),
         address("key_map.scale", scale, torch.float32, shape),
         shape[0],
-        *numbers_group(batch, ("key_map.map_index",), (index,)),
+        *numbers_group(batch, ("key_map.map_index",), (index,), kept),
     )
 
 

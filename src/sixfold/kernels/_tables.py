@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels.types import Pages
+from sixfold.kernels.types import KeyMap, Pages
 from sixfold.packing import PAGE_TOKENS
 
 DEBUG_VARIABLE = "SIXFOLD_DEBUG"
+# Sums of positions must not overflow.
+MOST_TOKENS = 2**62
 
 
 def check_table(name: str, slots: Tensor, count: int) -> None:
@@ -20,7 +22,7 @@ def check_table(name: str, slots: Tensor, count: int) -> None:
     Raises:
         ShapeError: There is one.
     """
-    if _readable(slots):
+    if readable(slots):
         _refuse(
             (slots < 0) | (slots >= count),
             slots,
@@ -35,16 +37,68 @@ def check_pages(pages: Pages) -> None:
     Raises:
         ShapeError: One of them is out of range.
     """
-    check_table("pages.slots", pages.slots, len(pages.pool.key_codes))
-    starts, lengths = pages.starts, pages.lengths
-    if _readable(lengths):
+    starts, lengths, slots = pages.starts, pages.lengths, pages.slots
+    keys, key_scales, values, value_scales = (x.shape for x in pages.pool)
+    alike = keys[:2] == key_scales[:2] == values[:2] == value_scales[:2]
+    if not alike or any(
+        x.shape not in (slots.shape, (1, slots.shape[1])) for x in (starts, lengths)
+    ):
+        raise ShapeError(
+            "pages: expected pools of as many slots and heads each, and starts and lengths of "
+            f"[batch or 1, {slots.shape[1]}], got pools {[list(x.shape) for x in pages.pool]}, "
+            f"starts {list(starts.shape)} and lengths {list(lengths.shape)}."
+        )
+    check_table("pages.slots", slots, keys[0])
+    if readable(lengths):
         wrong = (lengths < 0) | (lengths > PAGE_TOKENS)
         _refuse(wrong, lengths, f"pages.lengths: expected 0 to {PAGE_TOKENS} tokens a page")
-    if _readable(starts):
-        _refuse(starts < -pages.first, starts, "pages.starts: expected positions from 0")
+    if readable(starts):
+        wrong = (starts < -pages.first) | (starts > MOST_TOKENS - pages.first)
+        _refuse(wrong, starts, "pages.starts: expected positions from 0")
 
 
-def _readable(x: Tensor) -> bool:
+def check_map(key_map: KeyMap, batch: int) -> None:
+    """Refuse maps that are not one for every sequence.
+
+    Raises:
+        ShapeError: There are others, or an index leads outside of them.
+    """
+    mean, index = key_map.mean, key_map.map_index
+    if mean.shape != key_map.scale.shape or len(mean if index is None else index) != batch:
+        raise ShapeError(
+            f"key_map: expected a mean and a scale of one shape, and a map for each of {batch} "
+            f"sequences, got {list(mean.shape)} and {list(key_map.scale.shape)}"
+            f"{'' if index is None else f', and an index {list(index.shape)}'}."
+        )
+    if index is not None:
+        check_table("key_map.map_index", index, len(mean))
+
+
+def check_positions(name: str, x: Tensor | None) -> None:
+    """Refuse positions before 0, and those that a number of queries could not be added to.
+
+    Raises:
+        ShapeError: There is one.
+    """
+    if x is not None and readable(x):
+        _refuse((x < 0) | (x > MOST_TOKENS), x, f"{name}: expected positions from 0")
+
+
+def check_columns(mask: Tensor, positions: Tensor) -> None:
+    """Refuse a mask that has no column for a position.
+
+    Raises:
+        ShapeError: It has none.
+    """
+    if readable(positions) and positions.numel() and int(positions.max()) >= mask.shape[-1]:
+        raise ShapeError(
+            f"mask: expected a column for every position up to {int(positions.max())}, got "
+            f"{mask.shape[-1]} columns; pass a mask that covers all tokens held"
+        )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a table may be looked at: on the CPU, or on a GPU if that is asked for."""
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")

@@ -246,7 +246,8 @@ def attend_pages(
         total = total * decay + tl.sum(weights, 0)
         maximum = new_maximum
         # Weights in float16 too, in units of the largest so far.
-        weights = weights * decoded_scale(value_scale)[:, None]
+        # A token without weight may hold anything: 0 times NaN would be NaN.
+        weights = tl.where(weights == 0.0, 0.0, weights * decoded_scale(value_scale)[:, None])
         new_unit = tl.maximum(weight_unit * decay, tl.max(weights, 0))
         new_unit = tl.maximum(new_unit, LEAST_UNIT)
         inverse = 1.0 / new_unit

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_map
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, is_paired, row_bytes, symbol_bits
 
@@ -91,12 +91,21 @@ def shrink(rotation: dict[str, int]) -> float:
     return math.pow(rotation["DIM"], -rotation["ROUNDS"] / 2)
 
 
-def channel_maps(key_map: KeyMap | None) -> tuple[Tensor | None, Tensor | None]:
-    """Means and scales of channels, for every sequence, as kernels read them."""
+def channel_maps(
+    key_map: KeyMap | None, batch: int, heads: int, dim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Means and scales of channels, for every sequence, as kernels read them.
+
+    Raises:
+        ShapeError: They are not [batch, heads, dim].
+    """
     if key_map is None:
         return None, None
-    if key_map.map_index is not None:
-        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
+    check_map(key_map, batch)
+    if key_map.mean.shape[1:] != (heads, dim):
+        raise ShapeError(
+            f"key_map: expected maps [{heads}, {dim}], got {list(key_map.mean.shape[1:])}."
+        )
     mean, scale, _ = key_map.of_sequences()
     return mean.detach().float().contiguous(), scale.detach().float().contiguous()
 

@@ -35,7 +35,7 @@ def store_together(
     _store_pages(
         keys.detach(),
         values.detach(),
-        *launch.channel_maps(key_map),
+        *launch.channel_maps(key_map, len(slots), *keys.shape[1::2]),
         *key_coding[:3],
         *value_coding[:3],
         *pool,

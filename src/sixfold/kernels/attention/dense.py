@@ -1,10 +1,11 @@
 """Full-precision attention with a log-sum-exp, for sinks, recent tokens and short histories."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sixfold.kernels._operation import checked_scaling, checked_softcap, operation
+from sixfold.kernels._tables import check_columns
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
 LOGITS_PER_BLOCK = 1 << 22  # 16 MiB of float32: bounds the memory of a long prefill
@@ -132,6 +133,7 @@ def apply_mask(
     positions: Int[Tensor, "#batch tokens"],
 ) -> Float[Tensor, "batch heads queries tokens"]:
     """Add or apply the columns of `mask` that belong to `positions`; negative ones are hidden."""
+    check_columns(mask, positions)
     batch = max(mask.shape[0], positions.shape[0])
     columns = positions.clamp(min=0)[:, None, None].expand(batch, *mask.shape[1:3], -1)
     chosen = mask.expand(batch, -1, -1, -1).gather(-1, columns)
@@ -155,13 +157,15 @@ def _weighted(
     values: Float[Tensor, "batch kv_heads tokens value_dim"],
 ) -> Partial:
     probabilities, lse = softmax_partial(logits)
-    out = _grouped(probabilities, values.shape[1]) @ values
+    # What no query sees may hold anything: 0 times NaN would be NaN.
+    unseen = _grouped(logits == -torch.inf, values.shape[1]).all(2).unsqueeze(-1)
+    out = _grouped(probabilities, values.shape[1]) @ values.masked_fill(unseen, 0.0)
     return Partial(out.view(*lse.shape, values.shape[-1]), lse)
 
 
 def _grouped(
-    x: Float[Tensor, "batch heads queries last"], kv_heads: int
-) -> Float[Tensor, "batch kv_heads rows last"]:
+    x: Shaped[Tensor, "batch heads queries last"], kv_heads: int
+) -> Shaped[Tensor, "batch kv_heads rows last"]:
     return torch.unflatten(x, 1, (kv_heads, -1)).flatten(2, 3)
 
 

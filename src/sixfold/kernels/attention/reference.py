@@ -115,6 +115,8 @@ def _update(
     anchor = maximum.masked_fill(maximum == -torch.inf, 0.0)
     decay = torch.exp(state.maximum - anchor)
     weights = torch.exp(logits - anchor.unsqueeze(-1))
+    # What no row sees may hold anything: 0 times NaN would be NaN.
+    values = values.masked_fill((logits == -torch.inf).all(2).unsqueeze(-1), 0.0)
     return _Running(
         maximum,
         state.total * decay + weights.sum(-1),

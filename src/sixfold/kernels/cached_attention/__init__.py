@@ -67,6 +67,8 @@ def cached_attention(
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
     """
+    if 0 in query.shape[:3]:
+        return query.new_zeros(*query.shape[:3], values.dim)
     if query.shape[1] % (key_map.mean.shape[1] or 1):
         check_heads(query.shape[1], key_map.mean.shape[1])
     out: Tensor = implementation("cached_attention", query.device).cached_attention(

@@ -49,7 +49,7 @@ def cached_attention(
     sink_logits: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
-    if not _native(query, tokens):
+    if not _native(query, tokens, mask, sink_logits):
         return reference.cached_attention(
             query,
             tokens,
@@ -75,17 +75,18 @@ def cached_attention(
         sinks = sinks.float().contiguous()
     if any([part.keys.stride(3) != 1 or part.values.stride(3) != 1 for part in tokens]):
         tokens = [Tokens(x.keys.contiguous(), x.values.contiguous(), *x[2:]) for x in tokens]
+    kept: list[Tensor] = []
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
         (batch, heads, kv_heads, queries, DTYPES[dtype], sliding_window or 0),
         address("query", query, dtype, (batch, heads, queries, keys.dim)),
         out.data_ptr(),
-        [tokens_group(part, batch, kv_heads, dims, dtype) for part in tokens],
-        [_pages(part, batch, kv_heads, keys, values) for part in pages],
+        [tokens_group(part, batch, kv_heads, dims, dtype, kept) for part in tokens],
+        [_pages(part, batch, kv_heads, keys, values, kept) for part in pages],
         side_group(keys, "key"),
         side_group(values, "value"),
-        map_group(key_map, batch, kv_heads, keys.dim),
-        *numbers_group(batch, ("position", "start"), (position, start)),
+        map_group(key_map, batch, kv_heads, keys.dim, kept),
+        *numbers_group(batch, ("position", "start"), (position, start), kept),
         scaling,
         mask_numbers,
         softcap or 0.0,
@@ -95,10 +96,12 @@ def cached_attention(
     return out
 
 
-def _native(query: Tensor, tokens: Sequence[Tokens]) -> bool:
+def _native(query: Tensor, tokens: Sequence[Tokens], *others: Tensor | None) -> bool:
     """Whether the extension takes them: dtypes it knows, few queries, no gradient."""
     dtype, grad = query.dtype, torch.is_grad_enabled()
     if query.shape[2] > MAX_QUERIES or dtype not in DTYPES or (grad and query.requires_grad):
+        return False
+    if grad and any([x is not None and x.requires_grad for x in others]):
         return False
     for part in tokens:
         for x in part[:2]:
@@ -107,15 +110,21 @@ def _native(query: Tensor, tokens: Sequence[Tokens]) -> bool:
     return True
 
 
-def _pages(part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding) -> PagesGroup:
+def _pages(
+    part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding, copies: list[Tensor]
+) -> PagesGroup:
     key = (batch, kv_heads, *keys[3:5], *values[3:5], part.first)
     tensors = (*part.pool, *part[1:4])
     # As in `side_group`.
-    pointers = tuple([x.data_ptr() for x in tensors])
-    held, moved, kept, found = part.memo.get(key, ((), (), None, None))
+    pointers = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+    held, moved, found = part.memo.get(key, ((), (), None))
     if found is None or moved != pointers or not all(map(is_, held, tensors)):
         kept = contiguous_pages(part)
         found = pages_group(kept, batch, kv_heads, keys, values)
-        part.memo[key] = tensors, pointers, kept, found
+        # A table that had to be copied may be written to: its copy is not the table.
+        if all(map(is_, kept[1:4], part[1:4])):
+            part.memo[key] = tensors, pointers, found
+        else:
+            copies += kept[1:4]
     group: PagesGroup = found
     return group

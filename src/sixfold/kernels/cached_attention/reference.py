@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._narrow import narrow
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_map, check_positions, check_table
 from sixfold.kernels.attention import (
     Partial,
     dense_attention,
@@ -38,6 +38,7 @@ def cached_attention(
     sink_logits: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
+    check_positions("position", position)
     own = position[:, None] + torch.arange(query.shape[2], device=query.device)
     parts = [
         dense_attention(
@@ -79,6 +80,8 @@ def cached_attention(
 def visible_tokens(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"]]:
     """Keys, values and positions; of hidden tokens, which may hold anything, 0, 0 and -1."""
     keys, values = part.keys, part.values
+    for name in ("first", "start", "stop"):
+        check_positions(f"tokens.{name}", getattr(part, name))
     if part.slots is not None:
         check_table("tokens.slots", part.slots, len(keys))
         keys, values = keys[part.slots], values[part.slots]
@@ -93,8 +96,7 @@ def visible_tokens(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch t
 
 def _to_keys(query: Tensor, key_map: KeyMap) -> tuple[Tensor, Tensor]:
     """The query that meets mapped keys, and the logit offset q·mean that completes it."""
-    if key_map.map_index is not None:
-        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
+    check_map(key_map, len(query))
     mean, scale, _ = key_map.of_sequences()
     groups = query.shape[1] // mean.shape[1]
     mean = mean.repeat_interleave(groups, 1).unsqueeze(-1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._narrow import narrow
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_map, check_table
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.rotate.reference import rotate
 from sixfold.kernels.types import Coding, KeyMap
@@ -53,6 +53,8 @@ def decode_pages(
     """See `sixfold.kernels.decode.decode_pages`."""
     (batch, n_pages), heads, dim = slots.shape, codes.shape[1], coding.dim
     check_table("slots", slots, len(codes))
+    if key_map is not None:
+        check_map(key_map, batch)
     maps = None if key_map is None else key_map.of_sequences()
     vectors = torch.empty(batch, heads, n_pages, PAGE_TOKENS, dim, dtype=dtype, device=codes.device)
     for rows, columns in page_tiles(batch, n_pages, heads * PAGE_TOKENS * dim):

@@ -44,7 +44,7 @@ def decode_pages(
     """See `sixfold.kernels.decode.decode_pages`."""
     check_table("slots", slots, len(codes))
     options = coding.dim, float(coding.bits), layout, dtype, False
-    maps = launch.channel_maps(key_map)
+    maps = launch.channel_maps(key_map, len(slots), codes.shape[1], coding.dim)
     vectors: Tensor = _decode_pages(codes, scales, slots, *maps, *coding[:3], *options)
     return vectors
 

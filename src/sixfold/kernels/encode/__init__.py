@@ -6,10 +6,11 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.arguments import choice
+from sixfold.errors import ShapeError
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._operation import operation, plain, readable
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
-from sixfold.packing import Bits, Layout
+from sixfold.packing import PAGE_TOKENS, Bits, Layout
 
 __all__ = ["Scale", "encode", "encode_pages", "store_pages"]
 
@@ -108,6 +109,19 @@ def store_pages(
         value_coding: How values are coded.
         key_map: Applied to keys before.
     """
+    expected = (len(slots), pool.key_codes.shape[1], slots.shape[1] * PAGE_TOKENS)
+    shared = {x.shape[:2] for x in pool}
+    if (
+        keys.shape != (*expected, key_coding.dim)
+        or values.shape != (*expected, value_coding.dim)
+        or len(shared) > 1
+    ):
+        # Before any of them is written.
+        raise ShapeError(
+            f"expected keys {[*expected, key_coding.dim]} and values "
+            f"{[*expected, value_coding.dim]}, and pools of as many slots and heads each, got "
+            f"{list(keys.shape)}, {list(values.shape)} and {[list(x.shape) for x in pool]}."
+        )
     implementation("encode", slots.device).store_pages(
         plain(keys), plain(values), slots, pool, key_coding, value_coding, key_map
     )

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._codewords import lookup
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_map, check_table
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.rotate.reference import unnormalized
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
@@ -61,6 +61,8 @@ def encode_pages(
     turns, factor, centroids, bits, dim, scale = coding
     (batch, n_pages), heads = slots.shape, x.shape[1]
     check_table("slots", slots, len(codes))
+    if key_map is not None:
+        check_map(key_map, batch)
     maps = None if key_map is None else key_map.of_sequences()
     # [batch, n_pages, heads, PAGE_TOKENS, dim]
     paged = torch.unflatten(x, 2, (-1, PAGE_TOKENS)).transpose(1, 2)

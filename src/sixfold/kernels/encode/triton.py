@@ -42,7 +42,7 @@ def encode_pages(
     check_table("slots", slots, len(codes))
     _encode_pages(
         x.detach(),
-        *launch.channel_maps(key_map),
+        *launch.channel_maps(key_map, len(slots), *x.shape[1::2]),
         coding.turns,
         coding.factor,
         coding.centroids,
