@@ -36,12 +36,10 @@ SPILLS = {
     "decode 4 bits, dim 256": 5,
     "decode_pages 4 bits, dim 100, key": 2,
     "scores 5 bits, dim 128, 16 queries": 4,
-    # Registers are full (or the assembler stops at 128 by itself), and a few of the pool's strides
+    # Registers are full, and a few of the pool's strides
     # lie in local memory.
-    "attend_pages 8 bits, dim 64, 8 rows": 5,
     "attend_pages 3.5 bits, dim 256, 8 rows": 6,
     "attend_pages 4 and 3 bits, dim 256, 8 rows": 4,
-    "attend_pages 2 bits, dim 128, 32 rows": 2,
 }
 
 # Strides of whole vectors, pages, heads and slots, by what their names begin with.
