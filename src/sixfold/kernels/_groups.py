@@ -69,8 +69,8 @@ def memory(name: str, x: Tensor) -> int:
     return start
 
 
-def rotation_group(dim: int, turns: Tensor, factor: Tensor) -> RotationGroup:
-    """A rotation: dim, order, rounds and two addresses.
+def rotation_blocks(dim: int, turns: Tensor, factor: Tensor) -> tuple[int, int, int]:
+    """Rounds of a rotation, the order of its factor, and how many blocks of that order there are.
 
     Raises:
         ShapeError: The tensors are no rotation of `dim` coordinates.
@@ -85,6 +85,16 @@ def rotation_group(dim: int, turns: Tensor, factor: Tensor) -> RotationGroup:
             f"without rounds), got order {order}, {rounds} rounds and dim {dim}; take both "
             f"tensors from one sixfold.rotation.Rotation({dim})"
         )
+    return rounds, order, blocks
+
+
+def rotation_group(dim: int, turns: Tensor, factor: Tensor) -> RotationGroup:
+    """A rotation: dim, order, rounds and two addresses.
+
+    Raises:
+        ShapeError: The tensors are no rotation of `dim` coordinates.
+    """
+    rounds, order, _ = rotation_blocks(dim, turns, factor)
     turns_address = address("turns", turns, torch.float32, (rounds, 2, dim // 2))
     factor_address = address("factor", factor, torch.float32, (order, order))
     return dim, order, rounds, turns_address, factor_address

@@ -74,6 +74,25 @@ def check_map(key_map: KeyMap, batch: int) -> None:
         check_table("key_map.map_index", index, len(mean))
 
 
+def sequence_maps(
+    key_map: KeyMap | None, batch: int, heads: int, dim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Means and scales of channels for every sequence, as kernels read them: contiguous float32.
+
+    Raises:
+        ShapeError: They are not [batch, heads, dim].
+    """
+    if key_map is None:
+        return None, None
+    check_map(key_map, batch)
+    if key_map.mean.shape[1:] != (heads, dim):
+        raise ShapeError(
+            f"key_map: expected maps [{heads}, {dim}], got {list(key_map.mean.shape[1:])}."
+        )
+    mean, scale, _ = key_map.of_sequences()
+    return mean.detach().float().contiguous(), scale.detach().float().contiguous()
+
+
 def check_positions(name: str, x: Tensor | None) -> None:
     """Refuse positions before 0, and those that a number of queries could not be added to.
 

@@ -8,8 +8,7 @@ import triton
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._tables import check_map
-from sixfold.kernels.types import KeyMap
+from sixfold.kernels._groups import rotation_blocks
 from sixfold.packing import PAGE_TOKENS, Bits, is_paired, row_bytes, symbol_bits
 
 # Codes have the same bits everywhere: no product is fused into a sum.
@@ -33,15 +32,7 @@ def rotation(dim: int, turns: Tensor, factor: Tensor) -> dict[str, int]:
     Raises:
         ShapeError: The tensors are no rotation of `dim` coordinates.
     """
-    rounds, order = len(turns), len(factor)
-    blocks = dim // order if order else 0
-    valid = order == dim if rounds == 0 else order == 1 or order % 4 == 0
-    if not valid or blocks * order != dim or blocks & (blocks - 1) or (rounds and dim % 2):
-        raise ShapeError(
-            f"expected a factor of order m with dim = m·2^k (m = 1 or a multiple of 4; m = dim "
-            f"without rounds), got order {order}, {rounds} rounds and dim {dim}; take both "
-            f"tensors from one sixfold.rotation.Rotation({dim})"
-        )
+    rounds, order, blocks = rotation_blocks(dim, turns, factor)
     if rounds and tuple(turns.shape) != (rounds, 2, dim // 2):
         raise ShapeError(f"turns: expected [rounds, 2, {dim // 2}], got {list(turns.shape)}")
     inner = order // 2 if rounds and blocks == 1 else order
@@ -89,25 +80,6 @@ def stretch(rotation: dict[str, int]) -> float:
 def shrink(rotation: dict[str, int]) -> float:
     """The last product of a rotation."""
     return math.pow(rotation["DIM"], -rotation["ROUNDS"] / 2)
-
-
-def channel_maps(
-    key_map: KeyMap | None, batch: int, heads: int, dim: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Means and scales of channels, for every sequence, as kernels read them.
-
-    Raises:
-        ShapeError: They are not [batch, heads, dim].
-    """
-    if key_map is None:
-        return None, None
-    check_map(key_map, batch)
-    if key_map.mean.shape[1:] != (heads, dim):
-        raise ShapeError(
-            f"key_map: expected maps [{heads}, {dim}], got {list(key_map.mean.shape[1:])}."
-        )
-    mean, scale, _ = key_map.of_sequences()
-    return mean.detach().float().contiguous(), scale.detach().float().contiguous()
 
 
 def check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:

@@ -7,7 +7,7 @@ idle: it should not wait for them twice.
 import torch
 from torch import Tensor
 
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_table, sequence_maps
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.operators import in_place, operator
 from sixfold.kernels._triton.store import store_pages_kernel
@@ -35,7 +35,7 @@ def store_together(
     _store_pages(
         keys.detach(),
         values.detach(),
-        *launch.channel_maps(key_map, len(slots), *keys.shape[1::2]),
+        *sequence_maps(key_map, len(slots), *keys.shape[1::2]),
         *key_coding[:3],
         *value_coding[:3],
         *pool,

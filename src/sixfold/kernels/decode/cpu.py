@@ -6,8 +6,9 @@ from torch import Tensor
 
 from sixfold.kernels._groups import DTYPES, address, code_group, rotation_group
 from sixfold.kernels._native import compiled
+from sixfold.kernels._tables import sequence_maps
 from sixfold.kernels.decode.reference import expand_pages
-from sixfold.kernels.encode.cpu import affine_group, affine_maps, page_group
+from sixfold.kernels.encode.cpu import affine_group, page_group
 from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 
@@ -51,7 +52,7 @@ def decode_pages(
     # Named, because an address does not keep what `contiguous` may have made.
     slots = slots.contiguous()
     (batch, n_pages), heads, dim = slots.shape, codes.shape[1], coding.dim
-    maps = affine_maps(key_map, (batch, heads, dim))
+    maps = sequence_maps(key_map, batch, heads, dim)
     written = dtype if dtype in DTYPES else torch.float32
     out = torch.empty(batch, heads, n_pages * PAGE_TOKENS, dim, dtype=written)
     strides = [stride * out.element_size() for stride in out.stride()[:3]]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_table, sequence_maps
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
 from sixfold.kernels._triton.operators import operator
@@ -44,7 +44,7 @@ def decode_pages(
     """See `sixfold.kernels.decode.decode_pages`."""
     check_table("slots", slots, len(codes))
     options = coding.dim, float(coding.bits), layout, dtype, False
-    maps = launch.channel_maps(key_map, len(slots), codes.shape[1], coding.dim)
+    maps = sequence_maps(key_map, len(slots), codes.shape[1], coding.dim)
     vectors: Tensor = _decode_pages(codes, scales, slots, *maps, *coding[:3], *options)
     return vectors
 

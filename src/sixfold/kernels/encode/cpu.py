@@ -17,7 +17,7 @@ from sixfold.kernels._groups import (
     rotation_group,
 )
 from sixfold.kernels._native import compiled
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import sequence_maps
 from sixfold.kernels.encode import reference
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import (
@@ -52,31 +52,17 @@ def page_group(
     )
 
 
-def affine_maps(key_map: KeyMap | None, shape: tuple[int, ...]) -> KeyMap | None:
-    """A map for every sequence, as the extension takes it: contiguous float32.
-
-    Raises:
-        ShapeError: It is not [batch, heads, dim].
-    """
-    if key_map is None:
-        return None
-    if key_map.map_index is not None:
-        check_table("key_map.map_index", key_map.map_index, len(key_map.mean))
-    mean, scale, _ = key_map.of_sequences()
-    for name, table in (("mean", mean), ("scale", scale)):
-        if table.shape != shape or table.device.type != "cpu":
-            raise ShapeError(
-                f"key_map.{name}: expected one number a channel, {list(shape)} on the cpu, got "
-                f"{list(table.shape)} on {table.device}"
-            )
-    return KeyMap(mean.detach().float().contiguous(), scale.detach().float().contiguous())
-
-
-def affine_group(maps: KeyMap | None) -> tuple[int, int]:
-    """Addresses of `affine_maps`, which the caller keeps while the extension reads them."""
-    if maps is None:
+def affine_group(maps: tuple[Tensor | None, Tensor | None]) -> tuple[int, int]:
+    """Addresses of `sequence_maps`, which the caller keeps while the extension reads them."""
+    mean, scale = maps
+    if mean is None or scale is None:
         return 0, 0
-    return memory("key_map.mean", maps.mean), memory("key_map.scale", maps.scale)
+    # Both have one shape.
+    shape = tuple(mean.shape)
+    return (
+        address("key_map.mean", mean, torch.float32, shape),
+        address("key_map.scale", scale, torch.float32, shape),
+    )
 
 
 def encode(
@@ -133,7 +119,7 @@ def encode_pages(
             f"x: expected {list(expected)}, whole pages for slots {list(slots.shape)} of {heads} "
             f"heads, got {list(x.shape)}"
         )
-    maps = affine_maps(key_map, (slots.shape[0], heads, coding.dim))
+    maps = sequence_maps(key_map, slots.shape[0], heads, coding.dim)
     x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()

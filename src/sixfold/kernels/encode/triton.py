@@ -5,7 +5,7 @@ import triton
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.kernels._tables import check_table
+from sixfold.kernels._tables import check_table, sequence_maps
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
 from sixfold.kernels._triton.operators import in_place, operator
@@ -42,7 +42,7 @@ def encode_pages(
     check_table("slots", slots, len(codes))
     _encode_pages(
         x.detach(),
-        *launch.channel_maps(key_map, len(slots), *x.shape[1::2]),
+        *sequence_maps(key_map, len(slots), *x.shape[1::2]),
         coding.turns,
         coding.factor,
         coding.centroids,
