@@ -327,8 +327,44 @@ class TestRefusals:
         layer, one = engine_layer(), request(2, 1)
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
         step = Step([1, 1], [0, 0], torch.tensor([[0], [1]]), torch.tensor([3, 3]))
-        with pytest.raises(ShapeError, match="a row of its own"):
+        with pytest.raises(ShapeError, match="rows: expected one of its own for each sequence"):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+
+    def test_two_pages_in_one_block(self) -> None:
+        layer, one = engine_layer(), request(130, 1)
+        pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+        step = Step([130], [0], torch.tensor([[1, 1, 0]]), torch.tensor([3]))
+        with pytest.raises(ShapeError, match="slots: expected one of its own for each page"):
+            layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+        assert not layer.open_keys.any()
+
+    def test_a_context_that_nobody_coded(self) -> None:
+        layer, one = engine_layer(), request(1, 1)
+        pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+        step = Step([1], [64], torch.tensor([[0, 1]]), torch.tensor([3]))
+        with pytest.raises(SixfoldError, match="64 tokens of context and nothing coded yet"):
+            layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+
+
+def test_chunks_may_be_attended_by_others() -> None:
+    """Those with one new token are not theirs; what they leave is the output."""
+    asked: list[list[int]] = []
+
+    def chunks(layer: EngineLayer, *given: Any) -> None:
+        *_, step, _, out = given
+        asked.append(step.chunked)
+        out[step.spans[1]] = 7.0
+
+    engine, first, second = Engine(engine_layer()), request(100, 1), request(90, 2)
+    engine.start(first)
+    engine.start(second)
+    engine.step([(first, 80)])
+    one, several = engine.step([(first, 1), (second, 80)], chunks=chunks)
+    assert asked == [[1]]
+    assert (several == 7).all()
+    assert relative(one, exact(first)[80:81]) < 0.02
+    (after,) = engine.step([(second, 10)])
+    assert relative(after, exact(second)[80:]) < 0.02
 
 
 def test_a_step_that_was_refused_can_be_repeated() -> None:

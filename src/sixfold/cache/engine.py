@@ -5,6 +5,8 @@ tokens, stays in the model's dtype in a row of memory of the layer's; it is enco
 Which block and which row is whose is the engine's business.
 """
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -14,7 +16,7 @@ from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Softmax, codebook_code
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.step import Part, Step
+from sixfold.cache.step import Fill, Part, Step
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._groups import check_heads
@@ -23,6 +25,46 @@ from sixfold.kernels.types import KeyMap, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 SCALE_BYTES = PAGE_TOKENS * 2
+
+
+@runtime_checkable
+class AttendChunks(Protocol):
+    """Attention of the sequences of a step that have several new tokens."""
+
+    def __call__(
+        self,
+        layer: "EngineLayer",
+        query: Float[Tensor, "tokens heads key_dim"],
+        keys: Float[Tensor, "tokens kv_heads key_dim"],
+        values: Float[Tensor, "tokens kv_heads value_dim"],
+        pool: Pool,
+        step: Step,
+        softmax: Softmax,
+        out: Float[Tensor, "tokens heads value_dim"],
+    ) -> None:
+        """Write theirs to `out`, causal. What of their pages was open is in the layer's rows."""
+
+
+def attend_chunks(
+    layer: "EngineLayer",
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    step: Step,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """Sequence by sequence, on the codes. See `AttendChunks`."""
+    for part in step.several:
+        own_query, own_keys, own_values = (part.take(x) for x in (query, keys, values))
+        if part.context == [0]:
+            found = exact_attention(own_query, own_keys, own_values, **vars(softmax))
+        else:
+            before = part.open_page(layer.open_keys, layer.open_values, 0)
+            new = Tokens(own_keys, own_values, part.position, part.position)
+            found = layer.attention(own_query, [before, new], pool, part, softmax)
+        part.put(out, found.transpose(1, 2).flatten(0, 1))
 
 
 class EngineLayer:
@@ -122,6 +164,7 @@ class EngineLayer:
         scaling: float,
         softcap: float | None = None,
         sink_logits: Float[Tensor, " heads"] | None = None,
+        chunks: AttendChunks | None = None,
     ) -> Float[Tensor, "tokens heads value_dim"]:
         """Causal attention of new tokens over their own sequences; then they are stored.
 
@@ -134,72 +177,73 @@ class EngineLayer:
             scaling: Factor of the logits.
             softcap: Logits become ``softcap·tanh(logit/softcap)``.
             sink_logits: A learned logit a head without a value (GPT-OSS).
+            chunks: What attends for sequences with several new tokens; `attend_chunks` without.
 
         Raises:
             ShapeError: There are not as many tokens as the step has, or tensors do not fit.
+            SixfoldError: There are coded tokens and no map that they were coded with.
         """
         self._check(query, keys, values, pool, step)
         self._observe(query)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
-        parts = [part for part in (step.single, *step.several) if part.batch]
-        new = [(part.take(keys), part.take(values)) for part in parts]
+        # Until it is encoded a step can be repeated: what is written first changes no token.
+        for target, x in ((self.open_keys, keys), (self.open_values, values)):
+            step.fill.first.put(target, x)
         out = query.new_empty(*query.shape[:2], values.shape[2])
-        for part, vectors in zip(parts, new, strict=True):
-            found = self._attend_part(part.take(query), *vectors, pool, part, softmax)
-            part.put(out, found.transpose(1, 2).flatten(0, 1))
-        # Until here a step can be repeated: nothing was written but what it writes again.
-        rest = [self._encode(*x, pool, part) for part, x in zip(parts, new, strict=True)]
-        for part, left in zip(parts, rest, strict=True):
-            self._keep(part, *left)
+        if step.single.batch:
+            window = step.single.open_page(self.open_keys, self.open_values, 1)
+            one = step.single.take(query)
+            found = self.attention(one, [window], pool, step.single, softmax)
+            step.single.put(out, found.transpose(1, 2).flatten(0, 1))
+        if step.chunked:
+            (chunks or attend_chunks)(self, query, keys, values, pool, step, softmax, out)
+        self._encode(keys, values, pool, step.fill)
+        for target, x in ((self.open_keys, keys), (self.open_values, values)):
+            step.fill.last.put(target, x)
         return out
 
-    def _attend_part(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        pool: Pool,
-        part: Part,
-        softmax: Softmax,
+    def attention(
+        self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: Softmax
     ) -> Tensor:
-        if part.new == 1:
-            offset = part.position - part.first
-            self.open_keys[part.rows, :, offset] = keys[:, :, 0]
-            self.open_values[part.rows, :, offset] = values[:, :, 0]
-            window = part.open_page(self.open_keys, self.open_values, 1)
-            return self._attention(query, [window], pool, part, softmax)
-        (context,) = part.context
-        if context == 0:
-            return exact_attention(query, keys, values, **vars(softmax))
-        own = Tokens(keys, values, part.position, part.position)
-        before = [part.open_page(self.open_keys, self.open_values, 0)]
-        return self._attention(query, [*before, own], pool, part, softmax)
+        """Attention of a part's queries over the pages that are coded, and these tokens.
 
-    def _encode(self, keys: Tensor, values: Tensor, pool: Pool, part: Part) -> tuple[Tensor, ...]:
-        """Encode the pages that new tokens fill; returns what of a chunk is left over."""
-        if part.new == 1:
-            if len(part.full):
-                rows, page = part.rows[part.full], part.first[part.full] // PAGE_TOKENS
-                slots = part.slots[part.full].gather(1, page[:, None])
-                self._store(self.open_keys[rows], self.open_values[rows], slots, pool)
-            return ()
-        (context,), rows = part.context, part.rows
-        first, held = divmod(context, PAGE_TOKENS)
-        # Of both: what was open before, and what is new.
-        raw = [
-            torch.cat([old[rows, :, :held], fresh], 2)
-            for old, fresh in ((self.open_keys, keys), (self.open_values, values))
-        ]
-        pages = (held + part.new) // PAGE_TOKENS
-        if pages:
-            full_keys, full_values = (x[:, :, : pages * PAGE_TOKENS] for x in raw)
-            self._store(full_keys, full_values, part.slots[:, first : first + pages], pool)
-        return tuple(x[:, :, pages * PAGE_TOKENS :] for x in raw)
+        Args:
+            query: Theirs, [batch, heads, new, key_dim].
+            tokens: What is in full precision.
+            pool: The engine's blocks.
+            part: Whose queries they are.
+            softmax: What makes weights of logits.
 
-    def _keep(self, part: Part, *rest: Tensor) -> None:
-        """Open a page with what is left over."""
-        for target, x in zip((self.open_keys, self.open_values), rest, strict=False):
-            target[part.rows, :, : x.shape[2]] = x
+        Returns:
+            The output, [batch, heads, new, value_dim].
+        """
+        # Before there is a map no page is coded: one that changes nothing stands in.
+        key_map = self.key_map or self._identity()
+        return self.code.attend(
+            query,
+            tokens,
+            part.pages(pool),
+            shared(key_map, part.batch),
+            part.position,
+            torch.zeros_like(part.position),
+            softmax,
+        )
+
+    def _encode(self, keys: Tensor, values: Tensor, pool: Pool, fill: Fill) -> None:
+        """Encode all pages that are full."""
+        slots = torch.cat([fill.row_slots, fill.page_slots])
+        if not len(slots):
+            return
+        full_keys, full_values = (
+            torch.cat([old[fill.full], x[fill.pages].transpose(1, 2)])
+            for old, x in ((self.open_keys, keys), (self.open_values, values))
+        )
+        if self.key_map is None:
+            self.key_map = self._fitted(full_keys)
+            self._energy = None
+        self.code.store(
+            full_keys, full_values, slots[:, None], pool, shared(self.key_map, len(slots))
+        )
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""
@@ -222,28 +266,11 @@ class EngineLayer:
                 f"{[list(x.shape) for x in pool]}; make it with EngineLayer.pool."
             )
         step.check(len(pool.key_codes), len(self.open_keys))
-
-    def _attention(
-        self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: Softmax
-    ) -> Tensor:
-        # Before there is a map no page is coded: one that changes nothing stands in.
-        key_map = self.key_map or self._identity()
-        return self.code.attend(
-            query,
-            tokens,
-            part.pages(pool),
-            shared(key_map, part.batch),
-            part.position,
-            torch.zeros_like(part.position),
-            softmax,
-        )
-
-    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool) -> None:
-        """Encode whole pages [sequences, kv_heads, pages·64, dim] of raw tokens."""
-        if self.key_map is None:
-            self.key_map = self._fitted(keys)
-            self._energy = None
-        self.code.store(keys, values, slots, pool, shared(self.key_map, len(keys)))
+        if self.key_map is None and max(step.context, default=0) >= PAGE_TOKENS:
+            raise SixfoldError(
+                f"expected sequences that this layer began, got {max(step.context)} tokens of "
+                "context and nothing coded yet: pass the key_map that their pages were coded with"
+            )
 
     def _observe(self, query: Tensor) -> None:
         if self.key_map is None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -69,8 +70,13 @@ class Step:
             return
         check_table("slots", self.slots, blocks)
         check_table("rows", self.rows, rows)
-        if readable(self.rows) and self.rows.unique().numel() < len(self.rows):
-            raise ShapeError(f"rows: expected a row of its own for each, got {self.rows.tolist()}.")
+        written = torch.cat([self.fill.row_slots, self.fill.page_slots])
+        for name, x, whose in (
+            ("rows", self.rows, "for each sequence"),
+            ("slots", written, "for each page that is filled"),
+        ):
+            if readable(x) and x.unique().numel() < len(x):
+                raise ShapeError(f"{name}: expected one of its own {whose}, got {x.tolist()}.")
         self._checked.add((blocks, rows))
 
     @cached_property
@@ -88,6 +94,16 @@ class Step:
         return [slice(*pair) for pair in pairwise(accumulate(self.new, initial=0))]
 
     @cached_property
+    def chunked(self) -> list[int]:
+        """The sequences with several new tokens."""
+        return [b for b, new in enumerate(self.new) if new > 1]
+
+    @cached_property
+    def fill(self) -> "Fill":
+        """Where the new tokens are kept."""
+        return Fill.of(self)
+
+    @cached_property
     def single(self) -> "Part":
         """The sequences with one new token, together."""
         return Part.of(self, [b for b, new in enumerate(self.new) if new == 1])
@@ -95,7 +111,86 @@ class Step:
     @cached_property
     def several(self) -> list["Part"]:
         """The others, each of its own."""
-        return [Part.of(self, [b]) for b, new in enumerate(self.new) if new > 1]
+        return [Part.of(self, [b]) for b in self.chunked]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """New tokens and their places in open pages.
+
+    Attributes:
+        tokens: Which of all new tokens.
+        rows: Row of each.
+        offsets: Its place there.
+    """
+
+    tokens: Int64[Tensor, " some"]
+    rows: Int64[Tensor, " some"]
+    offsets: Int64[Tensor, " some"]
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """Write them, of packed tokens [all, heads, dim]."""
+        if len(self.tokens):
+            target[self.rows, :, self.offsets] = x[self.tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """Where the new tokens of a step are kept, those of all sequences at once.
+
+    Attributes:
+        first: Tokens to write to open pages before anything is encoded. They change no token that
+            was there.
+        full: Rows whose page is full then.
+        row_slots: The block of each.
+        pages: Tokens of the pages that are new as a whole.
+        page_slots: The block of each.
+        last: Tokens to write to open pages when all that is full is encoded.
+    """
+
+    first: Written
+    full: Int64[Tensor, " full"]
+    row_slots: Int64[Tensor, " full"]
+    pages: Int64[Tensor, "whole page"]
+    page_slots: Int64[Tensor, " whole"]
+    last: Written
+
+    @classmethod
+    def of(cls, step: Step) -> "Fill":
+        """Where the tokens of this step go."""
+        device = step.slots.device
+        new, context = (np.asarray(x, dtype=np.int64) for x in (step.new, step.context))
+        end, opened = context + new, context // PAGE_TOKENS
+        sequence = np.repeat(np.arange(len(new)), new)
+        token = np.arange(len(sequence))
+        position = token + np.repeat(context - (end - context).cumsum() + new, new)
+        page = position // PAGE_TOKENS
+        complete = (page + 1) * PAGE_TOKENS <= end[sequence]
+        # Their page holds tokens already, or has come to hold them before another fills its row.
+        begun = (page == opened[sequence]) & (context % PAGE_TOKENS > 0)[sequence]
+        last = ~complete & ~begun & (context % PAGE_TOKENS > 0)[sequence]
+        first, whole = begun | (~complete & ~last), complete & ~begun
+        filled = (context % PAGE_TOKENS > 0) & ((opened + 1) * PAGE_TOKENS <= end)
+
+        def on(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        def written(chosen: np.ndarray) -> Written:
+            rows = step.rows[on(sequence[chosen])].long()
+            return Written(on(token[chosen]), rows, on(position[chosen] % PAGE_TOKENS))
+
+        def slots(sequences: np.ndarray, pages: np.ndarray) -> Tensor:
+            return step.slots[on(sequences), on(pages)].long()
+
+        starts = whole.nonzero()[0][::PAGE_TOKENS]
+        return cls(
+            written(first),
+            step.rows[on(filled.nonzero()[0])].long(),
+            slots(filled.nonzero()[0], opened[filled]),
+            on(token[whole].reshape(-1, PAGE_TOKENS)),
+            slots(sequence[starts], page[starts]),
+            written(last),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +205,6 @@ class Part:
         lengths: Coded tokens of each page.
         first: First token of the open page.
         position: First new token.
-        full: Which of them fill their open page with a single new token.
         context: Tokens before the new ones.
         new: New tokens of each.
     """
@@ -122,7 +216,6 @@ class Part:
     lengths: Int64[Tensor, "some pages"]
     first: Int64[Tensor, " some"]
     position: Int64[Tensor, " some"]
-    full: Int64[Tensor, " full"]
     context: list[int]
     new: int
 
@@ -137,7 +230,6 @@ class Part:
         starts = torch.arange(step.slots.shape[1], device=device)[None] * PAGE_TOKENS
         places = [place for b in which for place in range(step.spans[b].start, step.spans[b].stop)]
         everything = len(which) == len(step.new)
-        full = [i for i, old in enumerate(context) if (old + 1) % PAGE_TOKENS == 0]
         return cls(
             None if everything else torch.tensor(places, dtype=torch.int64, device=device),
             step.slots[chosen].long(),
@@ -146,7 +238,6 @@ class Part:
             (first[:, None] - starts).clamp(0, PAGE_TOKENS),
             first,
             position,
-            torch.tensor(full, dtype=torch.int64, device=device),
             context,
             step.new[which[0]] if which else 0,
         )
