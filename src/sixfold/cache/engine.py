@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sixfold.arguments import FLOATS, shown, whole
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
-from sixfold.cache.code import Softmax, codebook_code
+from sixfold.cache.code import Code, Softmax, codebook_code
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Fill, Part, Step
@@ -57,14 +57,33 @@ def attend_chunks(
 ) -> None:
     """Sequence by sequence, on the codes. See `AttendChunks`."""
     for part in step.several:
-        own_query, own_keys, own_values = (part.take(x) for x in (query, keys, values))
-        if part.context == [0]:
-            found = exact_attention(own_query, own_keys, own_values, **vars(softmax))
-        else:
-            before = part.open_page(layer.open_keys, layer.open_values, 0)
-            new = Tokens(own_keys, own_values, part.position, part.position)
-            found = layer.attention(own_query, [before, new], pool, part, softmax)
-        part.put(out, found.transpose(1, 2).flatten(0, 1))
+        attend_part(layer, query, keys, values, pool, part, softmax, out)
+
+
+def attend_part(
+    layer: "EngineLayer",
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    part: Part,
+    softmax: Softmax,
+    out: Tensor,
+) -> None:
+    """One sequence, on the codes. See `AttendChunks`."""
+    own_query, own_keys, own_values = (part.take(x) for x in (query, keys, values))
+    if part.context == [0]:
+        found = exact_attention(own_query, own_keys, own_values, **vars(softmax))
+    else:
+        before = part.open_page(layer.open_keys, layer.open_values, 0)
+        new = Tokens(own_keys, own_values, part.position, part.position)
+        found = layer.attention(own_query, [before, new], pool, part, softmax)
+    part.put(out, found.transpose(1, 2).flatten(0, 1))
+
+
+def page_nbytes(code: Code) -> int:
+    """Bytes of one head's page in a block: key codes and scales, value codes and scales."""
+    return sum(code.page_bytes) + 2 * SCALE_BYTES
 
 
 class EngineLayer:
@@ -130,8 +149,8 @@ class EngineLayer:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one head's page in a block: key codes and scales, value codes and scales."""
-        return sum(self.code.page_bytes) + 2 * SCALE_BYTES
+        """See `page_nbytes`."""
+        return page_nbytes(self.code)
 
     def pool(self, blocks: UInt8[Tensor, "slots kv_heads block_bytes"]) -> Pool:
         """An engine's blocks, at any distance from each other, as a pool.

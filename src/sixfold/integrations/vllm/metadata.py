@@ -1,0 +1,165 @@
+"""What of a batch all layers of a group need, found once a step."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from sixfold.cache.engine import AttendChunks
+from sixfold.cache.key_maps import KeyMaps
+from sixfold.cache.step import Step
+from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.impl import SixfoldImpl
+from sixfold.integrations.vllm.names import Options
+from sixfold.integrations.vllm.open_pages import OpenPages
+from sixfold.integrations.vllm.prefill import Scratch
+from sixfold.kernels.types import KeyMap
+from sixfold.packing import PAGE_TOKENS
+
+logger = init_logger("vllm.sixfold")
+
+
+@dataclass
+class SixfoldMetadata(AttentionMetadata):
+    """A step, and what attends its prompts.
+
+    Attributes:
+        step: Whose tokens are where.
+        chunks: For `EngineLayer.attend`.
+    """
+
+    step: Step
+    chunks: AttendChunks
+
+
+class SixfoldMetadataBuilder(AttentionMetadataBuilder):
+    """Makes metadata for the layers of one KV cache group, and opens these layers."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refuse(vllm_config)
+        options = Options.read(vllm_config.additional_config)
+        maps = None if options.key_map is None else KeyMaps.load(options.key_map)
+        self.open_pages = OpenPages(vllm_config.scheduler_config.max_num_seqs)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for name, layer in layers.items():
+            impl, dtype = layer.impl, vllm_config.model_config.dtype
+            found = _map_of(maps, name, impl.num_kv_heads, vllm_config.parallel_config)
+            impl.open(kv_cache_spec.head_size_v, self.open_pages.rows, dtype, device, found)
+        first: SixfoldImpl = next(iter(layers.values())).impl
+        self.scratch = Scratch(
+            first.num_heads,
+            first.num_kv_heads,
+            first.head_size,
+            vllm_config.model_config.dtype,
+            windows={layer.impl.sliding_window for layer in layers.values()},
+        )
+        _announce(first, len(layers), vllm_config.model_config.dtype)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SixfoldMetadata:
+        """See vLLM."""
+        batch = common_attn_metadata
+        starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        running = [i for i in range(batch.num_reqs) if starts[i + 1] > starts[i]]
+        new = [starts[i + 1] - starts[i] for i in running]
+        ends = [lengths[i] for i in running]
+        context = [end - count for end, count in zip(ends, new, strict=True)]
+        table = batch.block_table_tensor[:, : max(-(-end // PAGE_TOKENS) for end in ends)]
+        blocks = [
+            table[i, old // PAGE_TOKENS : -(-end // PAGE_TOKENS)].tolist()
+            for i, old, end in zip(running, context, ends, strict=True)
+        ]
+        rows = torch.tensor(self.open_pages.step(context, ends, blocks))
+        step = Step(new, context, table[torch.tensor(running)], rows)
+        return SixfoldMetadata(step, self.scratch.plan(step))
+
+
+def refuse(vllm_config: Any) -> None:
+    """Refuse what a backend is not asked about, before the first request.
+
+    Raises:
+        SixfoldError: Something is configured that cannot work yet.
+    """
+    parallel = vllm_config.parallel_config
+    wrong = {
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "decode context parallelism (--decode-context-parallel-size)": (
+            parallel.decode_context_parallel_size > 1
+        ),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "offloading or transfer of the KV cache (--kv-transfer-config, --kv-offloading-size)": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "models with Mamba layers": vllm_config.model_config.is_hybrid,
+    }
+    for name, found in wrong.items():
+        if found:
+            raise SixfoldError(
+                f"Sixfold's backend does not support {name}: leave it out, or serve uncompressed "
+                "without --attention-backend."
+            )
+
+
+def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, parallel: Any) -> KeyMap | None:
+    """The map of a layer, of the heads that this process has of it."""
+    if maps is None:
+        return None
+    index = extract_layer_index(name)
+    if index not in maps.layers:
+        raise SixfoldError(
+            f"key_map: expected a map of every layer, got {sorted(maps.layers)} and none of "
+            f"{index} ({name}): the file was made for another model."
+        )
+    mean, scale, _ = maps[index]
+    heads, size = mean.shape[1], parallel.tensor_parallel_size
+    if heads == kv_heads:
+        return maps[index]
+    if size > 1 and max(1, heads // size) == kv_heads:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        # Where there are more processes than heads, neighbours have the same.
+        start = get_tensor_model_parallel_rank() * heads // size
+        own = slice(start, start + kv_heads)
+        return KeyMap(mean[:, own].contiguous(), scale[:, own].contiguous())
+    raise SixfoldError(
+        f"key_map: layer {index} has {heads} KV heads, {name} has {kv_heads} in each of {size} "
+        "processes: the file was made for another model."
+    )
+
+
+def _announce(impl: SixfoldImpl, layers: int, dtype: torch.dtype) -> None:
+    layer = impl.layer
+    assert layer is not None
+    content = layer.block_bytes // PAGE_TOKENS
+    raw = (layer.open_keys.shape[3] + layer.open_values.shape[3]) * dtype.itemsize
+    open_page = raw * PAGE_TOKENS * impl.num_kv_heads * layers
+    logger.info(
+        "Sixfold: %d layers at %g bits, %d bytes a token and KV head (%s: %d), %.2f times the "
+        "tokens in the same memory; beside it %s KiB of uncompressed tokens a running request.",
+        layers,
+        impl.bits,
+        content,
+        str(dtype).removeprefix("torch."),
+        raw,
+        raw / content,
+        f"{open_page / 1024:,.0f}",
+    )

@@ -1,0 +1,75 @@
+"""What users of vLLM type: names of widths, and options beside them."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from sixfold.arguments import shown
+from sixfold.cache.policy import CachePolicy
+from sixfold.errors import SixfoldError
+from sixfold.packing import Bits
+
+# vLLM groups layers by the class of their backend, so each width is one of its own.
+WIDTHS: dict[str, Bits] = {
+    "SIXFOLD_8BIT": 8,
+    "SIXFOLD_4BIT": 4,
+    "SIXFOLD_3_5BIT": 3.5,
+    "SIXFOLD_3BIT": 3,
+    "SIXFOLD_2_5BIT": 2.5,
+    "SIXFOLD_2BIT": 2,
+}
+SECTION = "sixfold"
+
+
+def cache_dtype(name: str) -> str:
+    """The value of ``--kv-cache-dtype`` that is the same as this backend."""
+    return name.lower()
+
+
+def policy(bits: Bits, key_dim: int, value_dim: int) -> CachePolicy:
+    """How a layer of vLLM is coded: neither sinks nor a window beside the open page are kept."""
+    return CachePolicy.spending(bits, [(key_dim, value_dim)], sink_tokens=0, recent_window=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What ``--additional-config '{"sixfold": {...}}'`` may say.
+
+    Attributes:
+        key_map: A file that `sixfold.cache.KeyMaps.save` wrote, for the layers of this model. None:
+            each layer fits its own to the first page that the engine sees.
+    """
+
+    key_map: str | None = None
+
+    @classmethod
+    def read(cls, additional_config: Any) -> Self:
+        """The options in vLLM's configuration.
+
+        Raises:
+            SixfoldError: There are others, or one is of the wrong kind.
+        """
+        # vLLM allows its own classes there, for backends that define one.
+        found = additional_config if isinstance(additional_config, Mapping) else {}
+        given = found.get(SECTION, {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(given, Mapping):
+            raise SixfoldError(
+                f'additional_config["{SECTION}"]: expected a mapping of {known}, got {shown(given)}'
+            )
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, 1)
+                raise SixfoldError(
+                    f'additional_config["{SECTION}"]: expected some of {known}, got {shown(name)}'
+                    f"{f': did you mean {close[0]}?' if close else ''}"
+                )
+        key_map = given.get("key_map")
+        if not isinstance(key_map, str | None) or (key_map and not Path(key_map).is_file()):
+            raise SixfoldError(
+                f'additional_config["{SECTION}"]["key_map"]: expected a file that KeyMaps.save '
+                f"wrote, got {shown(key_map)}"
+            )
+        return cls(key_map)

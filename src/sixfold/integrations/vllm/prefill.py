@@ -1,0 +1,250 @@
+"""Prompts, attended by vLLM's own kernel on a scratch cache that lives for one call."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from sixfold.cache.code import Softmax
+from sixfold.cache.engine import AttendChunks, EngineLayer, attend_part
+from sixfold.cache.step import Part, Step
+from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.packing import PAGE_TOKENS
+
+BLOCK = 64
+# Scratch of one call, unless one request alone needs more.
+MOST_TOKENS = 16_384
+# From so many new tokens on it is faster to decode the context once and attend it uncompressed than
+# to attend the codes (docs/vllm.md). What vLLM's kernel runs on decides.
+WORTH_DECODING = {"amx": 64}
+OTHERWISE = 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests whose prompts are one call.
+
+    Attributes:
+        tokens: Where their new tokens are among all of the step.
+        pages: Blocks of their coded context, that of one request after the other.
+        rows: Of every token in their open pages, its row.
+        offsets: And its place there.
+        places: Where in the scratch coded, open and new tokens go, in this order.
+        starts: Where each request's new tokens start among theirs, and the end.
+        lengths: Tokens of each in the scratch.
+        table: The scratch blocks of each.
+        schedule: How vLLM's kernel divides the work.
+        blocks: Scratch blocks in all.
+    """
+
+    tokens: Tensor
+    pages: Tensor
+    rows: Tensor
+    offsets: Tensor
+    places: Tensor
+    starts: Tensor
+    lengths: Tensor
+    table: Tensor
+    schedule: Tensor
+    blocks: int
+
+
+class Scratch:
+    """Makes the attention of prompts for layers of one shape, and holds the memory it needs."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        *,
+        windows: set[int | None],
+    ) -> None:
+        """For layers of so many heads, with these sliding windows."""
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+        # Where layers differ, each masks for itself, and nothing is left out.
+        self.window = next(iter(windows)) if len(windows) == 1 else None
+        self.isa = _get_attn_isa(dtype, BLOCK, dim)
+        self._memory = torch.zeros(0, kv_heads, 2 * BLOCK, dim, dtype=dtype)
+
+    def plan(self, step: Step) -> AttendChunks:
+        """What attends the prompts of a step."""
+        least = WORTH_DECODING.get(self.isa, OTHERWISE)
+        decoded: list[int] = []
+        coded: list[int] = []
+        for b in step.chunked:
+            short = step.new[b] < least and step.context[b] >= PAGE_TOKENS
+            (coded if short else decoded).append(b)
+        groups: list[list[int]] = []
+        room = 0
+        for b in decoded:
+            room -= step.ends[b]
+            if room < 0 or not groups:
+                groups.append([])
+                room = MOST_TOKENS - step.ends[b]
+            groups[-1].append(b)
+        parts = [Part.of(step, [b]) for b in coded]
+        return Prefill(self, [self._group(step, which) for which in groups], parts)
+
+    def memory(self, blocks: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of so many scratch blocks, [blocks, kv_heads, 64, dim] each."""
+        if len(self._memory) < blocks:
+            # What no token was written to is read and masked: it must be finite.
+            self._memory = self._memory.new_zeros(blocks, *self._memory.shape[1:])
+        keys, values = self._memory[:blocks].chunk(2, 2)
+        return keys, values
+
+    def _group(self, step: Step, which: list[int]) -> Group:
+        tokens, pages, rows, offsets = [], [], [], []
+        coded_places, open_places, new_places = [], [], []
+        lengths, blocks = [], [0]
+        for b in which:
+            context, new, span = step.context[b], step.new[b], step.spans[b]
+            hidden = 0 if self.window is None else max(0, context - self.window + 1)
+            first, last = hidden // PAGE_TOKENS, context // PAGE_TOKENS
+            base = blocks[-1] * BLOCK - first * PAGE_TOKENS
+            tokens.append(np.arange(span.start, span.stop))
+            pages.append(step.slots[b, first:last])
+            held = context % PAGE_TOKENS
+            rows += [int(step.rows[b])] * held
+            offsets.append(np.arange(held))
+            coded_places.append(np.arange(first * PAGE_TOKENS, last * PAGE_TOKENS) + base)
+            open_places.append(np.arange(last * PAGE_TOKENS, context) + base)
+            new_places.append(np.arange(context, context + new) + base)
+            lengths.append(context + new - first * PAGE_TOKENS)
+            blocks.append(blocks[-1] - (-lengths[-1] // BLOCK))
+        most = max(end - start for start, end in pairwise(blocks))
+        table = torch.tensor(blocks[:-1], dtype=torch.int32)[:, None] + torch.arange(
+            most, dtype=torch.int32
+        )
+        counts = [step.new[b] for b in which]
+        starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        return Group(
+            torch.from_numpy(np.concatenate(tokens)),
+            torch.cat(pages).long(),
+            torch.tensor(rows, dtype=torch.int64),
+            torch.from_numpy(np.concatenate(offsets)),
+            torch.from_numpy(np.concatenate(coded_places + open_places + new_places)),
+            starts,
+            sizes,
+            table.clamp(max=blocks[-1] - 1),
+            self._schedule(starts, sizes),
+            blocks[-1],
+        )
+
+    def _schedule(self, starts: Tensor, lengths: Tensor) -> Tensor:
+        found: Tensor = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(lengths),
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            seq_lens=lengths,
+            dtype=self.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1 if self.window is None else self.window,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """See `AttendChunks`.
+
+    Attributes:
+        scratch: Memory, and the kernel's instruction set.
+        groups: Requests attended on decoded context.
+        parts: Those attended on the codes.
+    """
+
+    scratch: Scratch
+    groups: list[Group]
+    parts: list[Part]
+
+    def __call__(
+        self,
+        layer: EngineLayer,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pool: Pool,
+        step: Step,
+        softmax: Softmax,
+        out: Tensor,
+    ) -> None:
+        """See `AttendChunks`."""
+        for part in self.parts:
+            attend_part(layer, query, keys, values, pool, part, softmax, out)
+        for group in self.groups:
+            # One vector subtracted from all keys changes no weight, and what is left of them rounds
+            # less: keys of Qwen2.5 are hundreds of times longer than what distinguishes them.
+            centred = softmax.softcap is None and softmax.sink_logits is None
+            found = _vectors(layer, keys, values, pool, group, centred and len(group.pages) > 0)
+            memory = self.scratch.memory(group.blocks)
+            ops.cpu_attn_reshape_and_cache(*found, *memory, group.places, self.scratch.isa)
+            everything = len(group.tokens) == len(query)
+            own = query if everything else query[group.tokens]
+            target = out if everything else torch.empty_like(own)
+            self._attend(own, memory, target, group, softmax)
+            if not everything:
+                out[group.tokens] = target
+
+    def _attend(
+        self,
+        query: Tensor,
+        memory: tuple[Tensor, Tensor],
+        out: Tensor,
+        group: Group,
+        softmax: Softmax,
+    ) -> None:
+        sinks, window = softmax.sink_logits, softmax.sliding_window
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=memory[0],
+            value_cache=memory[1],
+            output=out,
+            query_start_loc=group.starts,
+            seq_lens=group.lengths,
+            scale=softmax.scaling,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1 if window is None else window,
+            block_table=group.table,
+            softcap=softmax.softcap or 0.0,
+            scheduler_metadata=group.schedule,
+            s_aux=sinks if sinks is None or sinks.dtype is torch.bfloat16 else sinks.float(),
+        )
+
+
+def _vectors(
+    layer: EngineLayer, keys: Tensor, values: Tensor, pool: Pool, group: Group, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a group, [tokens, kv_heads, dim]: coded, open and new."""
+    raw = [
+        torch.cat([held[group.rows, :, group.offsets], x[group.tokens]])
+        for held, x in ((layer.open_keys, keys), (layer.open_values, values))
+    ]
+    if not len(group.pages):
+        return raw[0], raw[1]
+    assert layer.key_map is not None
+    mean, scale = layer.key_map.mean, layer.key_map.scale
+    if centred:
+        raw[0] = (raw[0].float() - mean[0]).to(keys.dtype)
+        mean = torch.zeros_like(mean)
+    slots = group.pages[None]
+    starts = torch.arange(slots.shape[1])[None] * PAGE_TOKENS
+    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
+    coded = layer.code.read(pages, keys.dtype, KeyMap(mean, scale))
+    return (
+        torch.cat([coded[0][0].transpose(0, 1), raw[0]]),
+        torch.cat([coded[1][0].transpose(0, 1), raw[1]]),
+    )

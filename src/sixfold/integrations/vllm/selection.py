@@ -1,0 +1,92 @@
+"""How vLLM comes to know our backends, in each of its processes."""
+
+import functools
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.names import WIDTHS, cache_dtype
+
+logger = init_logger("vllm.sixfold")
+BACKENDS = "sixfold.integrations.vllm.backend"
+# Minor versions of vLLM that the tests run with.
+TESTED = ("0.32",)
+
+
+def install() -> None:
+    """See `sixfold.integrations.vllm.register`."""
+    for name in WIDTHS:
+        _add(name)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _honour_selection(type(current_platform))
+
+
+def restore(name: str) -> AttentionBackendEnum:
+    """A member of vLLM's enumeration, in a process that may not have ours yet."""
+    _add(name)
+    return AttentionBackendEnum[name]
+
+
+def _add(name: str) -> None:
+    if name in AttentionBackendEnum.__members__:
+        return
+    register_backend(name, f"{BACKENDS}.{class_name(name)}")
+    # Engine processes are spawned, and unpickle their configuration before they load plugins.
+    member = AttentionBackendEnum[name]
+    member.__reduce_ex__ = lambda protocol: (restore, (name,))
+
+
+def class_name(name: str) -> str:
+    """The class of a backend: ``SIXFOLD_3_5BIT`` is ``Sixfold3_5Bit``."""
+    return name.replace("SIXFOLD_", "Sixfold").replace("BIT", "Bit")
+
+
+def _honour_selection(platform: Any) -> None:
+    """vLLM's CPU platform takes its own backend whichever is selected."""
+    inner = platform.get_attn_backend_cls.__func__
+    if getattr(inner, "knows_sixfold", False):
+        return
+
+    @functools.wraps(inner)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        name = _selected(selected_backend, attn_selector_config)
+        if name is None:
+            path: str = inner(cls, selected_backend, attn_selector_config, num_heads)
+            return path
+        member = AttentionBackendEnum[name]
+        reasons = member.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise SixfoldError(
+                f"{name} cannot serve this model as configured: {'; '.join(reasons)}. Leave "
+                "--attention-backend out to serve it uncompressed."
+            )
+        ours: str = member.get_path()
+        return ours
+
+    get_attn_backend_cls.knows_sixfold = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _selected(selected_backend: Any, config: Any) -> str | None:
+    """The name of ours that a layer is to have; None where vLLM chooses."""
+    from vllm.v1.attention.backend import AttentionType
+
+    # Encoders keep nothing; what they ask for is not about a cache.
+    if config.attn_type != AttentionType.DECODER:
+        return None
+    chosen = getattr(selected_backend, "name", None)
+    by_dtype = {cache_dtype(name): name for name in WIDTHS}.get(str(config.kv_cache_dtype))
+    if chosen in WIDTHS and by_dtype not in (None, chosen):
+        raise SixfoldError(
+            f"--attention-backend {chosen} and --kv-cache-dtype {config.kv_cache_dtype} name "
+            "different widths: leave one of them out"
+        )
+    return chosen if chosen in WIDTHS else by_dtype
