@@ -15,26 +15,23 @@ from sixfold.cache import CachePolicy
 from sixfold.cache.engine import EngineLayer
 from sixfold.cache.step import Step
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.types import KeyMap, Pool
+from sixfold.kernels.types import KeyMap, Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 48
 SCALING = DIM**-0.5
 
 
-def policy(bits: float = 8) -> CachePolicy:
-    return CachePolicy(bits, bits, sink_tokens=0, recent_window=0)
-
-
-def engine_layer(rows: int = 8, bits: float = 8, **options: Any) -> EngineLayer:
+def engine_layer(rows: int = 16, bits: float = 8, sinks: int = 0, **options: Any) -> EngineLayer:
     return EngineLayer(
-        policy(bits),
+        CachePolicy(bits, bits, sink_tokens=sinks, recent_window=0),
         KV_HEADS,
         DIM,
         VALUE_DIM,
         rows,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        sink_rows=rows if sinks else 0,
         **options,
     )
 
@@ -47,7 +44,8 @@ class Request:
     keys: Tensor
     values: Tensor
     blocks: list[int] = dataclasses.field(default_factory=list)
-    row: int = 0
+    rows: dict[int, int] = dataclasses.field(default_factory=dict)  # of pages
+    sink: int = -1
     done: int = 0
 
     @property
@@ -69,39 +67,55 @@ def request(tokens: int, seed: int) -> Request:
 class Engine:
     """The least that an engine is: blocks that are handed out and taken back, rows likewise."""
 
-    def __init__(self, layer: EngineLayer, blocks: int = 40, seed: int = 0) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: EngineLayer, blocks: int = 40, seed: int = 0, recent: bool = False
+    ) -> None:
+        self.layer, self.recent = layer, recent
         # Blocks of one layer among those of others.
         memory = torch.full((blocks, 2, KV_HEADS, layer.block_bytes), 0x7E, dtype=torch.uint8)
         self.pool = layer.pool(memory[:, 1])
         order = random.Random(seed)
         self.free = list(range(blocks))
         order.shuffle(self.free)
-        self.rows = list(range(len(layer.open_keys)))
+        self.rows = list(range(len(layer.copies[0])))
         order.shuffle(self.rows)
+        self.sink_rows = list(range(len(layer.sinks[0])))
 
     def start(self, one: Request) -> None:
-        one.row, one.done = self.rows.pop(), 0
+        one.done = 0
+        one.sink = self.sink_rows.pop() if self.sink_rows else -1
 
     def stop(self, one: Request) -> None:
         """Finished, aborted or preempted: what it had is somebody else's."""
-        self.rows.append(one.row)
+        self.rows += one.rows.values()
+        self.sink_rows += [one.sink] if one.sink >= 0 else []
         self.free += one.blocks
-        one.blocks, one.done = [], 0
+        one.blocks, one.rows, one.done = [], {}, 0
 
-    def step(self, work: list[tuple[Request, int]], **options: Any) -> list[Tensor]:
-        """Run so many tokens of each request; the output of each."""
+    def plan(self, work: list[tuple[Request, int]]) -> Step:
+        """Blocks, and rows for pages that are open; for those before them if asked to."""
         for one, new in work:
             while len(one.blocks) * PAGE_TOKENS < one.done + new:
                 one.blocks.append(self.free.pop())
+            last, rest = divmod(one.done + new, PAGE_TOKENS)
+            for page in [last] * (rest > 0) + [last - 1] * (self.recent and last > 0):
+                if page not in one.rows and page >= one.done // PAGE_TOKENS:
+                    one.rows[page] = self.rows.pop()
         most = max(len(one.blocks) for one, _ in work)
         slots = torch.tensor([one.blocks + [0] * (most - len(one.blocks)) for one, _ in work])
-        plan = Step(
+        rows = torch.tensor([[one.rows.get(page, -1) for page in range(most)] for one, _ in work])
+        return Step(
             [new for _, new in work],
             [one.done for one, _ in work],
             slots,
-            torch.tensor([one.row for one, _ in work]),
+            rows,
+            torch.tensor([one.sink for one, _ in work]) if self.layer.policy.sink_tokens else None,
+            self.layer.policy.sink_tokens,
         )
+
+    def step(self, work: list[tuple[Request, int]], **options: Any) -> list[Tensor]:
+        """Run so many tokens of each request; the output of each."""
+        plan = self.plan(work)
         packed = [
             torch.cat([getattr(one, name)[one.done : one.done + new] for one, new in work])
             for name in ("query", "keys", "values")
@@ -110,6 +124,9 @@ class Engine:
         out = self.layer.attend(query, keys, values, self.pool, plan, scaling=SCALING, **options)
         for one, new in work:
             one.done += new
+            kept = one.done // PAGE_TOKENS - self.recent
+            for page in [page for page in one.rows if page < kept]:
+                self.rows.append(one.rows.pop(page))
         return [out[span] for span in plan.spans]
 
 
@@ -134,13 +151,18 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
-def run_alone(one: Request, chunks: list[int], key_map: KeyMap | None, **options: Any) -> Tensor:
-    layer = engine_layer(
-        rows=1,
-        key_map=key_map,
-        **{k: options.pop(k) for k in list(options) if k == "sliding_window"},
-    )
-    engine, found = Engine(layer, seed=5), []
+def run_alone(
+    one: Request,
+    chunks: list[int],
+    key_map: KeyMap | None,
+    sliding_window: int | None = None,
+    sinks: int = 0,
+    recent: bool = False,
+    bits: float = 8,
+    **options: Any,
+) -> Tensor:
+    layer = engine_layer(4, bits, sinks, key_map=key_map, sliding_window=sliding_window)
+    engine, found = Engine(layer, seed=5, recent=recent), []
     engine.start(one)
     for new in chunks:
         found += engine.step([(one, new)], **options)
@@ -156,6 +178,37 @@ def test_chunks_of_any_size_give_attention(chunk: int, options: dict[str, Any]) 
     assert relative(run_alone(one, chunks, None, **options), exact(one, **options)) < 0.02
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("recent", [False, True])
+@pytest.mark.parametrize("chunks", [[140, *[1] * 60], [40, 7, 100, 1, 52], [64, 64, 64, 8], [200]])
+def test_raw_copies_are_read_in_place_of_codes(sinks: int, recent: bool, chunks: list[int]) -> None:
+    """At 1 bit a copy and its codes are far from each other."""
+    layer = engine_layer(bits=1, sinks=sinks)
+    engine, one = Engine(layer, recent=recent), request(201, 1)
+    engine.start(one)
+    for new in chunks:
+        engine.step([(one, new)])
+    shown = decoded(layer, engine.pool, one.blocks[:3])
+    raw = [*range(sinks), *range(128 if recent else 192, 200)]
+    mixed = dataclasses.replace(one)
+    for i, name in enumerate(("keys", "values")):
+        x = getattr(one, name).clone()
+        x[:192] = shown[i]
+        x[raw] = getattr(one, name)[raw]
+        setattr(mixed, name, x)
+    (out,) = engine.step([(one, 1)])
+    assert relative(out, exact(mixed)[200:]) < 1e-2
+
+
+def decoded(layer: EngineLayer, pool: Pool, blocks: list[int]) -> list[Tensor]:
+    """Keys and values of whole pages, [tokens, kv_heads, dim]."""
+    slots = torch.tensor([blocks])
+    starts = torch.arange(len(blocks))[None] * PAGE_TOKENS
+    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
+    assert layer.key_map is not None
+    return [x[0].transpose(0, 1) for x in layer.code.read(pages, torch.float32, layer.key_map)]
+
+
 def test_what_is_not_coded_is_exact() -> None:
     one = request(PAGE_TOKENS, 2)
     assert relative(run_alone(one, [20, 1, 1, 42], None), exact(one)) < 1e-6
@@ -167,14 +220,14 @@ schedules = st.lists(
 
 
 @settings(max_examples=8, deadline=None)
-@given(schedules=schedules, seed=st.integers(0, 100))
+@given(schedules=schedules, seed=st.integers(0, 100), sinks=st.integers(0, 4), recent=st.booleans())
 def test_any_schedule_is_each_sequence_alone(
-    schedules: list[tuple[int, int, int]], seed: int
+    schedules: list[tuple[int, int, int]], seed: int, sinks: int, recent: bool
 ) -> None:
     """Prefills in chunks beside decodes, late arrivals, preemption; one key map for all."""
     order = random.Random(seed)
     maps = KeyMap(torch.randn(1, KV_HEADS, DIM), torch.rand(1, KV_HEADS, DIM) + 0.5)
-    engine = Engine(engine_layer(key_map=maps), seed=seed)
+    engine = Engine(engine_layer(key_map=maps, sinks=sinks), seed=seed, recent=recent)
     requests = [request(tokens, seed + i) for i, (tokens, _, _) in enumerate(schedules)]
     waiting = {i: late for i, (_, _, late) in enumerate(schedules)}
     running: list[int] = []
@@ -213,7 +266,7 @@ def test_any_schedule_is_each_sequence_alone(
     assert not running
     for i, one in enumerate(requests):
         together = torch.cat(outputs[i])
-        alone = run_alone(one, chunks[i], maps)
+        alone = run_alone(one, chunks[i], maps, sinks=sinks, recent=recent)
         torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
         assert relative(together, exact(one)) < 0.03
 
@@ -256,7 +309,7 @@ def test_blocks_lie_where_they_may() -> None:
     theirs = layer.pool(memory[:, 2])
     one = request(150, 4)
     for pool in (ours, theirs):
-        step = Step([150], [0], torch.tensor([[5, 0, 3]]), torch.tensor([2]))
+        step = Step([150], [0], torch.tensor([[5, 0, 3]]), torch.tensor([[-1, -1, 2]]))
         arguments = one.query, one.keys, one.values, pool, step
         layer.attend(*arguments, scaling=SCALING)
     assert isinstance(theirs, Pool)
@@ -274,20 +327,20 @@ def test_the_document_runs() -> None:
 class TestRefusals:
     def test_a_page_that_is_not_in_the_table(self) -> None:
         with pytest.raises(ShapeError, match="slots: expected 3 pages for 130 tokens, got 2"):
-            Step([1, 2], [0, 128], torch.zeros(2, 2, dtype=torch.int64), torch.arange(2))
+            Step([1, 2], [0, 128], torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2).long())
 
     def test_tables_of_other_batches(self) -> None:
         with pytest.raises(ShapeError, match="context of 1 sequences"):
-            Step([1], [0, 1], torch.zeros(1, 2, dtype=torch.int64), torch.arange(1))
+            Step([1], [0, 1], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2).long())
 
     def test_no_new_token(self) -> None:
         with pytest.raises(SixfoldError, match="1 or more new tokens"):
-            Step([0], [5], torch.zeros(1, 2, dtype=torch.int64), torch.arange(1))
+            Step([0], [5], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2).long())
 
     @pytest.mark.usefixtures("unhooked")
     def test_tokens_that_do_not_fit(self) -> None:
         layer, one = engine_layer(), request(1, 1)
-        step = Step([1], [0], torch.zeros(1, 1, dtype=torch.int64), torch.arange(1))
+        step = Step([1], [0], torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1).long())
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
         good = {"query": one.query, "keys": one.keys, "values": one.values}
         for name, x in (
@@ -301,14 +354,15 @@ class TestRefusals:
             given = good | {name: x}
             with pytest.raises(ShapeError, match=r"(query|keys|values): expected"):
                 layer.attend(*given.values(), pool, step, scaling=1.0)
-        assert not layer.open_keys.any()
+        assert not layer.copies[0].any()
 
     def test_blocks_of_another_width(self) -> None:
         with pytest.raises(ShapeError, match="blocks: expected uint8"):
             engine_layer(bits=4).pool(torch.zeros(2, KV_HEADS, 100, dtype=torch.uint8))
 
     @pytest.mark.parametrize(
-        ("slots", "rows"), [([[0, 9]], [0]), ([[0, -1]], [0]), ([[0, 1]], [-1]), ([[0, 1]], [8])]
+        ("slots", "rows"),
+        [([[0, 9]], [0, 1]), ([[0, -1]], [0, 1]), ([[0, 1]], [0, -2]), ([[0, 1]], [0, 16])],
     )
     @pytest.mark.parametrize(("new", "context"), [(1, 100), (70, 0), (3, 100)])
     def test_tables_that_lead_outside(
@@ -316,32 +370,34 @@ class TestRefusals:
     ) -> None:
         layer, one = engine_layer(), request(70, 1)
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        step = Step([new], [context], torch.tensor(slots), torch.tensor(rows))
+        step = Step([new], [context], torch.tensor(slots), torch.tensor([rows]))
         own = (x[:new] for x in (one.query, one.keys, one.values))
         with pytest.raises(ShapeError, match=r"(slots|rows): expected slots 0 to"):
             layer.attend(*own, pool, step, scaling=1.0)
-        assert not layer.open_keys.any()
+        assert not layer.copies[0].any()
         assert layer.key_map is None
 
     def test_two_sequences_in_one_row(self) -> None:
         layer, one = engine_layer(), request(2, 1)
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        step = Step([1, 1], [0, 0], torch.tensor([[0], [1]]), torch.tensor([3, 3]))
-        with pytest.raises(ShapeError, match="rows: expected one of its own for each sequence"):
+        step = Step([1, 1], [0, 0], torch.tensor([[0], [1]]), torch.tensor([[3], [3]]))
+        with pytest.raises(
+            ShapeError, match="rows: expected one of its own for each page that is w"
+        ):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
 
     def test_two_pages_in_one_block(self) -> None:
         layer, one = engine_layer(), request(130, 1)
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        step = Step([130], [0], torch.tensor([[1, 1, 0]]), torch.tensor([3]))
+        step = Step([130], [0], torch.tensor([[1, 1, 0]]), torch.tensor([[-1, -1, 3]]))
         with pytest.raises(ShapeError, match="slots: expected one of its own for each page"):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
-        assert not layer.open_keys.any()
+        assert not layer.copies[0].any()
 
     def test_a_context_that_nobody_coded(self) -> None:
         layer, one = engine_layer(), request(1, 1)
         pool = layer.pool(torch.zeros(2, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-        step = Step([1], [64], torch.tensor([[0, 1]]), torch.tensor([3]))
+        step = Step([1], [64], torch.tensor([[0, 1]]), torch.tensor([[-1, 3]]))
         with pytest.raises(SixfoldError, match="64 tokens of context and nothing coded yet"):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
 
@@ -375,7 +431,7 @@ def test_a_step_that_was_refused_can_be_repeated() -> None:
     engine, one, other = Engine(layer), request(82, 1), request(100, 2)
     engine.start(one)
     engine.step([(one, 30)])
-    row = (one.row + 1) % 8
+    row = (one.rows[0] + 1) % 8
     one.blocks += [engine.free.pop()]
     packed = [
         torch.cat([getattr(one, name)[30:80], getattr(other, name)])
@@ -383,7 +439,8 @@ def test_a_step_that_was_refused_can_be_repeated() -> None:
     ]
     for blocks in ([99, 4], [engine.free[0], engine.free[1]]):
         slots = torch.tensor([one.blocks, blocks])
-        step = Step([50, 100], [30, 0], slots, torch.tensor([one.row, row]))
+        rows = torch.tensor([[one.rows[0], row], [-1, row + 1]])
+        step = Step([50, 100], [30, 0], slots, rows)
         if 99 in blocks:
             with pytest.raises(ShapeError, match="slots"):
                 layer.attend(*packed, engine.pool, step, scaling=SCALING)

@@ -2,7 +2,8 @@
 
 Whole pages lie as codes in the engine's blocks. The open page of a running sequence, up to 64
 tokens, stays in the model's dtype in a row of memory of the layer's; it is encoded once, when full.
-Which block and which row is whose is the engine's business.
+Attention sinks, and the last full page, may be kept there as well. Which block and which row is
+whose is the engine's business.
 """
 
 from typing import Protocol, runtime_checkable
@@ -42,7 +43,7 @@ class AttendChunks(Protocol):
         softmax: Softmax,
         out: Float[Tensor, "tokens heads value_dim"],
     ) -> None:
-        """Write theirs to `out`, causal. What of their pages was open is in the layer's rows."""
+        """Write theirs to `out`, causal. What of their pages is kept raw is in the layer's rows."""
 
 
 def attend_chunks(
@@ -75,9 +76,8 @@ def attend_part(
     if part.context == [0]:
         found = exact_attention(own_query, own_keys, own_values, **vars(softmax))
     else:
-        before = part.open_page(layer.open_keys, layer.open_values, 0)
         new = Tokens(own_keys, own_values, part.position, part.position)
-        found = layer.attention(own_query, [before, new], pool, part, softmax)
+        found = layer.attention(own_query, [*layer.raw(part, 0), new], pool, part, softmax)
     part.put(out, found.transpose(1, 2).flatten(0, 1))
 
 
@@ -93,10 +93,11 @@ class EngineLayer:
     page is encoded (docs/key_map.md says how little it depends on the text).
 
     Attributes:
-        policy: How keys and values are coded. Sinks and a window beyond the open page are not kept.
+        policy: How keys and values are coded. Of its windows only `sink_tokens` counts: which other
+            tokens are kept raw is what rows the engine gives them.
         key_map: Of all sequences; None until a page is full.
-        open_keys: Keys of the open pages.
-        open_values: Values of the open pages.
+        copies: Keys and values of the pages that are kept raw, [rows, kv_heads, 64, dim].
+        sinks: Keys and values of first tokens, [sink_rows, kv_heads, sink_tokens, dim].
     """
 
     def __init__(
@@ -109,19 +110,21 @@ class EngineLayer:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        sink_rows: int = 0,
         sliding_window: int | None = None,
         key_map: KeyMap | None = None,
     ) -> None:
-        """A layer with `rows` open pages: one for every sequence that may run at once.
+        """A layer that keeps `rows` pages raw: one or two for every sequence that runs at once.
 
         Args:
             policy: How keys and values are coded.
             kv_heads: KV heads.
             key_dim: Dimension of a key.
             value_dim: Dimension of a value.
-            rows: Open pages.
+            rows: Pages kept raw.
             dtype: The model's.
             device: Where the engine's blocks are.
+            sink_rows: Sequences whose first `policy.sink_tokens` tokens are kept raw.
             sliding_window: Tokens a query sees, itself included; None for all.
             key_map: A map to use from the first page on, such as `KeyMaps.load(path)[layer]`.
 
@@ -141,9 +144,12 @@ class EngineLayer:
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = codebook_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):
-            self.open_keys, self.open_values = (
-                torch.zeros(rows, kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
-                for dim in (key_dim, value_dim)
+            self.copies, self.sinks = (
+                (
+                    torch.zeros(count, kv_heads, tokens, key_dim, dtype=dtype, device=device),
+                    torch.zeros(count, kv_heads, tokens, value_dim, dtype=dtype, device=device),
+                )
+                for count, tokens in ((rows, PAGE_TOKENS), (sink_rows, policy.sink_tokens))
             )
         self._energy: QueryEnergy | None = None
 
@@ -158,7 +164,7 @@ class EngineLayer:
         Raises:
             ShapeError: The blocks are for other heads or widths.
         """
-        expected = self.open_keys.shape[1], self.block_bytes
+        expected = self.copies[0].shape[1], self.block_bytes
         if blocks.dtype is not torch.uint8 or blocks.ndim != 3 or blocks.shape[1:] != expected:
             raise ShapeError(
                 f"blocks: expected uint8 [slots, {expected[0]}, {expected[1]}], got "
@@ -206,20 +212,22 @@ class EngineLayer:
         self._observe(query)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
         # Until it is encoded a step can be repeated: what is written first changes no token.
-        for target, x in ((self.open_keys, keys), (self.open_values, values)):
-            step.fill.first.put(target, x)
+        for i, x in enumerate((keys, values)):
+            step.fill.raw.put(self.copies[i], x)
+            step.fill.sinks.put(self.sinks[i], x)
         out = query.new_empty(*query.shape[:2], values.shape[2])
         if step.single.batch:
-            window = step.single.open_page(self.open_keys, self.open_values, 1)
-            one = step.single.take(query)
-            found = self.attention(one, [window], pool, step.single, softmax)
+            one, raw = step.single.take(query), self.raw(step.single, 1)
+            found = self.attention(one, raw, pool, step.single, softmax)
             step.single.put(out, found.transpose(1, 2).flatten(0, 1))
         if step.chunked:
             (chunks or attend_chunks)(self, query, keys, values, pool, step, softmax, out)
         self._encode(keys, values, pool, step.fill)
-        for target, x in ((self.open_keys, keys), (self.open_values, values)):
-            step.fill.last.put(target, x)
         return out
+
+    def raw(self, part: Part, more: int) -> list[Tokens]:
+        """See `Part.raw`."""
+        return part.raw(self.copies, self.sinks, more)
 
     def attention(
         self, query: Tensor, tokens: list[Tokens], pool: Pool, part: Part, softmax: Softmax
@@ -244,7 +252,7 @@ class EngineLayer:
             part.pages(pool),
             shared(key_map, part.batch),
             part.position,
-            torch.zeros_like(part.position),
+            part.start,
             softmax,
         )
 
@@ -255,10 +263,10 @@ class EngineLayer:
             return
         full_keys, full_values = (
             torch.cat([old[fill.full], x[fill.pages].transpose(1, 2)])
-            for old, x in ((self.open_keys, keys), (self.open_values, values))
+            for old, x in zip(self.copies, (keys, values), strict=True)
         )
         if self.key_map is None:
-            self.key_map = self._fitted(full_keys)
+            self.key_map = self._fitted(full_keys, fill.beginning)
             self._energy = None
         self.code.store(
             full_keys, full_values, slots[:, None], pool, shared(self.key_map, len(slots))
@@ -266,11 +274,12 @@ class EngineLayer:
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""
-        tokens, kv_heads, dtype = sum(step.new), self.open_keys.shape[1], self.open_keys.dtype
+        tokens, (own_keys, own_values) = sum(step.new), self.copies
+        kv_heads, dtype = own_keys.shape[1], own_keys.dtype
         for name, x, heads, dim in (
-            ("query", query, query.shape[1] if query.ndim == 3 else 0, self.open_keys.shape[3]),
-            ("keys", keys, kv_heads, self.open_keys.shape[3]),
-            ("values", values, kv_heads, self.open_values.shape[3]),
+            ("query", query, query.shape[1] if query.ndim == 3 else 0, own_keys.shape[3]),
+            ("keys", keys, kv_heads, own_keys.shape[3]),
+            ("values", values, kv_heads, own_values.shape[3]),
         ):
             if x.shape != (tokens, heads, dim) or x.dtype is not dtype:
                 raise ShapeError(
@@ -284,7 +293,12 @@ class EngineLayer:
                 f"pool: expected pages of {expected} bytes of keys and of values, got "
                 f"{[list(x.shape) for x in pool]}; make it with EngineLayer.pool."
             )
-        step.check(len(pool.key_codes), len(self.open_keys))
+        if step.sinks is not None and step.sink_tokens != self.policy.sink_tokens:
+            raise SixfoldError(
+                f"expected a step with the {self.policy.sink_tokens} sinks of the policy, got "
+                f"{step.sink_tokens}."
+            )
+        step.check(len(pool.key_codes), len(own_keys), len(self.sinks[0]))
         if self.key_map is None and max(step.context, default=0) >= PAGE_TOKENS:
             raise SixfoldError(
                 f"expected sequences that this layer began, got {max(step.context)} tokens of "
@@ -293,17 +307,20 @@ class EngineLayer:
 
     def _observe(self, query: Tensor) -> None:
         if self.key_map is None:
-            kv_heads = self.open_keys.shape[1]
+            kv_heads = self.copies[0].shape[1]
             energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
             self._energy = energy if self._energy is None else self._energy + energy
 
-    def _fitted(self, keys: Tensor) -> KeyMap:
-        """One map, fitted to all raw keys in hand."""
+    def _fitted(self, keys: Tensor, beginning: Tensor) -> KeyMap:
+        """One map, fitted to all pages in hand, without the attention sinks of those that begin."""
         together = keys.transpose(0, 1).flatten(1, 2)[None]
-        seen = torch.ones(1, together.shape[2], dtype=torch.bool, device=keys.device)
+        seen = torch.ones(len(keys), PAGE_TOKENS, dtype=torch.bool, device=keys.device)
+        seen[beginning, : self.policy.sink_tokens] = False
+        seen = seen.view(1, -1)
         center, equalize = self.policy.center_keys, self.policy.equalize_keys
         return estimate_key_map(together, seen, self._energy, center=center, equalize=equalize)
 
     def _identity(self) -> KeyMap:
-        zero = self.open_keys.new_zeros(1, *self.open_keys.shape[1::2], dtype=torch.float32)
+        keys = self.copies[0]
+        zero = keys.new_zeros(1, *keys.shape[1::2], dtype=torch.float32)
         return KeyMap(zero, zero + 1)

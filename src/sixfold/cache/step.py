@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from sixfold.errors import ShapeError, SixfoldError
@@ -20,31 +20,41 @@ from sixfold.packing import PAGE_TOKENS
 class Step:
     """One step of an engine: new tokens of some sequences, one sequence after the other.
 
-    Made once a step, for all layers.
+    Made once a step, for all layers. Raw copies are kept where `rows` and `sinks` say: of the page
+    that is open, which has no codes yet, and of others for accuracy, which have both.
 
     Attributes:
         new: New tokens of each sequence, at least one.
         context: Tokens of each sequence before them.
         slots: The page table: the block of every page of 64 tokens, up to the one that the last new
             token is in. Beyond, entries need only exist.
-        rows: Which row its open page is in.
+        rows: In which row the raw copy of each page is, on the CPU; -1 where there is none. Pages
+            that are open before or after the step have one. Read are those of the page that is
+            open, and of the one before it.
+        sinks: In which row the raw copy of each sequence's first tokens is, on the CPU; -1 where
+            there is none. None: no sequence has one.
+        sink_tokens: How many these are.
     """
 
     new: Sequence[int]
     context: Sequence[int]
     slots: Int64[Tensor, "batch pages"]
-    rows: Int64[Tensor, " batch"]
+    rows: Int64[Tensor, "batch pages"]
+    sinks: Int64[Tensor, " batch"] | None = None
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         batch = len(self.new)
-        shapes = (batch, self.slots.shape[1] if self.slots.ndim == 2 else 0), (batch,)
-        if len(self.context) != batch or (self.slots.shape, self.rows.shape) != shapes:
+        table = (batch, self.slots.shape[1] if self.slots.ndim == 2 else 0)
+        sinks = self.no_sinks if self.sinks is None else self.sinks
+        shapes = self.slots.shape, self.rows.shape, sinks.shape, len(self.context)
+        if shapes != (table, table, (batch,), batch):
             raise ShapeError(
-                f"expected the context of {batch} sequences, slots [{batch}, pages] and rows "
-                f"[{batch}], got {len(self.context)}, {list(self.slots.shape)} and "
-                f"{list(self.rows.shape)}."
+                f"expected the context of {batch} sequences, slots and rows [{batch}, pages] and "
+                f"sinks [{batch}], got {len(self.context)}, {list(self.slots.shape)}, "
+                f"{list(self.rows.shape)} and {list(sinks.shape)}."
             )
-        for name, x in (("slots", self.slots), ("rows", self.rows)):
+        for name, x in (("slots", self.slots), ("rows", self.rows), ("sinks", sinks)):
             if x.is_floating_point() or x.dtype is torch.bool:
                 raise SixfoldError(f"{name}: expected whole numbers, got {x.dtype}.")
         if min(self.new, default=1) < 1 or min(self.context, default=0) < 0:
@@ -53,40 +63,82 @@ class Step:
                 f"after {list(self.context)}."
             )
         pages = max((-(-end // PAGE_TOKENS) for end in self.ends), default=0)
-        if pages > shapes[0][1]:
+        if pages > table[1]:
             raise ShapeError(
-                f"slots: expected {pages} pages for {max(self.ends)} tokens, got {shapes[0][1]}."
+                f"slots: expected {pages} pages for {max(self.ends)} tokens, got {table[1]}."
             )
 
-    def check(self, blocks: int, rows: int) -> None:
-        """Refuse tables that lead outside of so many blocks and rows, or two sequences in one row.
+    def check(self, blocks: int, rows: int, sinks: int) -> None:
+        """Refuse tables that lead outside of so many blocks and rows, or to the same place twice.
 
-        Tables on a GPU are looked at under `SIXFOLD_DEBUG=1` alone.
+        A table of blocks on a GPU is looked at under `SIXFOLD_DEBUG=1` alone.
 
         Raises:
             ShapeError: They do.
         """
-        if (blocks, rows) in self._checked:
+        if (blocks, rows, sinks) in self._checked:
             return
         check_table("slots", self.slots, blocks)
-        check_table("rows", self.rows, rows)
+        check_table("rows", self.rows + 1, rows + 1)
+        if self.sinks is not None:
+            check_table("sinks", self.sinks + 1, sinks + 1)
+        self._check_open()
         written = torch.cat([self.fill.row_slots, self.fill.page_slots])
-        for name, x, whose in (
-            ("rows", self.rows, "for each sequence"),
-            ("slots", written, "for each page that is filled"),
+        own = self.fill.rows_of_pages
+        read = self.row_table[np.arange(len(self.new)), np.asarray(self.context) // PAGE_TOKENS - 1]
+        for name, x, what in (
+            ("rows", own, "each page that is written to"),
+            ("slots", written, "each page that is filled"),
+            ("sinks", self.fill.sinks_of_sequences, "each sequence that begins"),
         ):
             if readable(x) and x.unique().numel() < len(x):
-                raise ShapeError(f"{name}: expected one of its own {whose}, got {x.tolist()}.")
-        self._checked.add((blocks, rows))
+                raise ShapeError(f"{name}: expected one of its own for {what}, got {x.tolist()}.")
+        both = set(own.tolist()) & set(read[np.asarray(self.context) >= PAGE_TOKENS].tolist())
+        if both:
+            raise ShapeError(f"rows: {sorted(both)} are read and written to in one step.")
+        self._checked.add((blocks, rows, sinks))
+
+    def _check_open(self) -> None:
+        for b, (old, end) in enumerate(zip(self.context, self.ends, strict=True)):
+            for tokens in (old, end):
+                if tokens % PAGE_TOKENS and self.row_table[b, tokens // PAGE_TOKENS] < 0:
+                    raise ShapeError(
+                        f"rows: expected a row for page {tokens // PAGE_TOKENS} of sequence {b}, "
+                        f"which is open at {tokens} tokens, got -1."
+                    )
 
     @cached_property
-    def _checked(self) -> set[tuple[int, int]]:
+    def _checked(self) -> set[tuple[int, int, int]]:
         return set()
+
+    @cached_property
+    def no_sinks(self) -> Tensor:
+        """What `sinks` is without any."""
+        return torch.full((len(self.new),), -1, dtype=torch.int64)
+
+    @cached_property
+    def row_table(self) -> np.ndarray:
+        """`rows` for the host."""
+        return self.rows.numpy().astype(np.int64)
+
+    @cached_property
+    def sink_rows(self) -> np.ndarray:
+        """`sinks` for the host."""
+        return (self.no_sinks if self.sinks is None else self.sinks).numpy().astype(np.int64)
 
     @property
     def ends(self) -> list[int]:
         """Tokens of each sequence after the step."""
         return [old + new for old, new in zip(self.context, self.new, strict=True)]
+
+    def previous(self, b: int) -> int:
+        """The row that the page before the open one is read from; -1: its codes are."""
+        page = self.context[b] // PAGE_TOKENS - 1
+        return int(self.row_table[b, page]) if page >= 0 else -1
+
+    def coded(self, b: int) -> int:
+        """How many of a sequence's first pages are read as codes."""
+        return self.context[b] // PAGE_TOKENS - (self.previous(b) >= 0)
 
     @cached_property
     def spans(self) -> list[slice]:
@@ -116,7 +168,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """New tokens and their places in open pages.
+    """New tokens and the places of their raw copies.
 
     Attributes:
         tokens: Which of all new tokens.
@@ -139,57 +191,64 @@ class Fill:
     """Where the new tokens of a step are kept, those of all sequences at once.
 
     Attributes:
-        first: Tokens to write to open pages before anything is encoded. They change no token that
-            was there.
-        full: Rows whose page is full then.
+        raw: Raw copies to write. They change no token that was there.
+        sinks: Raw copies of first tokens.
+        full: Rows of pages that were open and are full then.
         row_slots: The block of each.
         pages: Tokens of the pages that are new as a whole.
         page_slots: The block of each.
-        last: Tokens to write to open pages when all that is full is encoded.
+        beginning: Which of all these pages, `full` and then `pages`, are the first of a sequence.
+        rows_of_pages: Each row that is written to.
+        sinks_of_sequences: Each row of `sinks` that is written to.
     """
 
-    first: Written
+    raw: Written
+    sinks: Written
     full: Int64[Tensor, " full"]
     row_slots: Int64[Tensor, " full"]
     pages: Int64[Tensor, "whole page"]
     page_slots: Int64[Tensor, " whole"]
-    last: Written
+    beginning: Bool[Tensor, " full_and_whole"]
+    rows_of_pages: Int64[Tensor, " written"]
+    sinks_of_sequences: Int64[Tensor, " begun"]
 
     @classmethod
     def of(cls, step: Step) -> "Fill":
         """Where the tokens of this step go."""
         device = step.slots.device
         new, context = (np.asarray(x, dtype=np.int64) for x in (step.new, step.context))
-        end, opened = context + new, context // PAGE_TOKENS
-        sequence = np.repeat(np.arange(len(new)), new)
-        token = np.arange(len(sequence))
-        position = token + np.repeat(context - (end - context).cumsum() + new, new)
+        end, opened, held = context + new, context // PAGE_TOKENS, context % PAGE_TOKENS > 0
+        sequence, token = np.repeat(np.arange(len(new)), new), np.arange(new.sum())
+        position = token + np.repeat(end - new.cumsum(), new)
         page = position // PAGE_TOKENS
-        complete = (page + 1) * PAGE_TOKENS <= end[sequence]
-        # Their page holds tokens already, or has come to hold them before another fills its row.
-        begun = (page == opened[sequence]) & (context % PAGE_TOKENS > 0)[sequence]
-        last = ~complete & ~begun & (context % PAGE_TOKENS > 0)[sequence]
-        first, whole = begun | (~complete & ~last), complete & ~begun
-        filled = (context % PAGE_TOKENS > 0) & ((opened + 1) * PAGE_TOKENS <= end)
+        whole = ((page + 1) * PAGE_TOKENS <= end[sequence]) & ~(
+            (page == opened[sequence]) & held[sequence]
+        )
+        filled = (held & ((opened + 1) * PAGE_TOKENS <= end)).nonzero()[0]
+        starts = whole.nonzero()[0][::PAGE_TOKENS]
+        rows, sinks = step.row_table[sequence, page], step.sink_rows[sequence]
+        copied, sunk = rows >= 0, (sinks >= 0) & (position < step.sink_tokens)
 
         def on(x: np.ndarray) -> Tensor:
             return torch.from_numpy(x).to(device)
 
-        def written(chosen: np.ndarray) -> Written:
-            rows = step.rows[on(sequence[chosen])].long()
-            return Written(on(token[chosen]), rows, on(position[chosen] % PAGE_TOKENS))
+        def written(chosen: np.ndarray, to: np.ndarray, offsets: np.ndarray) -> Written:
+            return Written(on(token[chosen]), on(to[chosen]), on(offsets[chosen]))
 
         def slots(sequences: np.ndarray, pages: np.ndarray) -> Tensor:
             return step.slots[on(sequences), on(pages)].long()
 
-        starts = whole.nonzero()[0][::PAGE_TOKENS]
+        places = np.unique(np.stack([sequence, page])[:, copied], axis=1)
         return cls(
-            written(first),
-            step.rows[on(filled.nonzero()[0])].long(),
-            slots(filled.nonzero()[0], opened[filled]),
+            written(copied, rows, position % PAGE_TOKENS),
+            written(sunk, sinks, position),
+            on(step.row_table[filled, opened[filled]]),
+            slots(filled, opened[filled]),
             on(token[whole].reshape(-1, PAGE_TOKENS)),
             slots(sequence[starts], page[starts]),
-            written(last),
+            on(np.concatenate([opened[filled], page[starts]]) == 0),
+            torch.from_numpy(step.row_table[places[0], places[1]]),
+            torch.from_numpy(step.sink_rows[np.unique(sequence[sunk])]),
         )
 
 
@@ -200,22 +259,29 @@ class Part:
     Attributes:
         tokens: Where their new tokens are among all; None where these are all, in order.
         slots: Their page table.
-        rows: Rows of their open pages.
         starts: First token of each page.
         lengths: Coded tokens of each page.
         first: First token of the open page.
         position: First new token.
+        start: First token that is read as codes.
+        rows: Row of the open page; any where it has no token yet.
+        previous: Row of the page before, and how many of its tokens are read from there; None where
+            none are.
+        sinks: Row of the first tokens; None where none are read from there.
         context: Tokens before the new ones.
         new: New tokens of each.
     """
 
     tokens: Int64[Tensor, " all_new"] | None
     slots: Int64[Tensor, "some pages"]
-    rows: Int64[Tensor, " some"]
     starts: Int64[Tensor, "1 pages"]
     lengths: Int64[Tensor, "some pages"]
     first: Int64[Tensor, " some"]
     position: Int64[Tensor, " some"]
+    start: Int64[Tensor, " some"]
+    rows: Int64[Tensor, " some"]
+    previous: tuple[Int64[Tensor, " some"], Int64[Tensor, " some"]] | None
+    sinks: Int64[Tensor, " some"] | None
     context: list[int]
     new: int
 
@@ -223,21 +289,34 @@ class Part:
     def of(cls, step: Step, which: list[int]) -> "Part":
         """The part of a step that is about these sequences."""
         device = step.slots.device
+
+        def on(x: list[int]) -> Tensor:
+            return torch.tensor(x, dtype=torch.int64, device=device)
+
         context = [step.context[b] for b in which]
-        chosen = torch.tensor(which, dtype=torch.int64, device=device)
-        position = torch.tensor(context, dtype=torch.int64, device=device)
-        first = position // PAGE_TOKENS * PAGE_TOKENS
+        position, coded = on(context), [step.coded(b) for b in which]
         starts = torch.arange(step.slots.shape[1], device=device)[None] * PAGE_TOKENS
         places = [place for b in which for place in range(step.spans[b].start, step.spans[b].stop)]
-        everything = len(which) == len(step.new)
+        previous = [step.previous(b) for b in which]
+        sinks = [
+            int(step.sink_rows[b]) if pages else -1 for b, pages in zip(which, coded, strict=True)
+        ]
         return cls(
-            None if everything else torch.tensor(places, dtype=torch.int64, device=device),
-            step.slots[chosen].long(),
-            step.rows[chosen].long(),
+            None if len(which) == len(step.new) else on(places),
+            step.slots[on(which)].long(),
             starts,
-            (first[:, None] - starts).clamp(0, PAGE_TOKENS),
-            first,
+            (on(coded)[:, None] * PAGE_TOKENS - starts).clamp(0, PAGE_TOKENS),
+            position // PAGE_TOKENS * PAGE_TOKENS,
             position,
+            on([step.sink_tokens if row >= 0 else 0 for row in sinks]),
+            on([max(0, int(step.row_table[b, step.context[b] // PAGE_TOKENS])) for b in which]),
+            None
+            if max(previous, default=-1) < 0
+            else (
+                on([max(0, row) for row in previous]),
+                on([PAGE_TOKENS if row >= 0 else 0 for row in previous]),
+            ),
+            None if max(sinks, default=-1) < 0 else on([max(0, row) for row in sinks]),
             context,
             step.new[which[0]] if which else 0,
         )
@@ -265,7 +344,16 @@ class Part:
             return []
         return [Pages(pool, self.slots, self.starts, self.lengths, 0, {})]
 
-    def open_page(self, keys: Tensor, values: Tensor, more: int) -> Tokens:
-        """Their open pages, and `more` tokens that were just written to them."""
-        stop = self.position + more
-        return Tokens(keys, values, self.first, self.first, stop, self.rows)
+    def raw(
+        self, copies: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor], more: int
+    ) -> list[Tokens]:
+        """What of them is read uncompressed, and `more` tokens that were just written there."""
+        found = []
+        if self.sinks is not None:
+            zero = torch.zeros_like(self.position)
+            found.append(Tokens(*sinks, zero, zero, self.start, self.sinks))
+        if self.previous is not None:
+            rows, tokens = self.previous
+            first = (self.first - PAGE_TOKENS).clamp(min=0)
+            found.append(Tokens(*copies, first, first, first + tokens, rows))
+        return [*found, Tokens(*copies, self.first, self.first, self.position + more, self.rows)]

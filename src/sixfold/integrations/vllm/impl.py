@@ -59,19 +59,22 @@ class SixfoldImpl(AttentionImpl):
         self,
         value_dim: int,
         rows: int,
+        sinks: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
         key_map: KeyMap | None,
     ) -> None:
-        """Make room for the open pages, once the cache is known."""
+        """Make room for what is kept raw: pages, and first tokens of so many sequences."""
+        sink_tokens, sink_rows = sinks
         self.layer = EngineLayer(
-            policy(self.bits, self.head_size, value_dim),
+            policy(self.bits, self.head_size, value_dim, sink_tokens),
             self.num_kv_heads,
             self.head_size,
             value_dim,
             rows,
             dtype=dtype,
             device=device,
+            sink_rows=sink_rows,
             sliding_window=self.sliding_window,
             key_map=key_map,
         )

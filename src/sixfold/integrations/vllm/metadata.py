@@ -21,8 +21,8 @@ from sixfold.cache.step import Step
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.names import Options
-from sixfold.integrations.vllm.open_pages import OpenPages
 from sixfold.integrations.vllm.prefill import Scratch
+from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
 
@@ -54,12 +54,17 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         refuse(vllm_config)
         options = Options.read(vllm_config.additional_config)
         maps = None if options.key_map is None else KeyMaps.load(options.key_map)
-        self.open_pages = OpenPages(vllm_config.scheduler_config.max_num_seqs)
+        requests = vllm_config.scheduler_config.max_num_seqs
+        self.raw_pages = RawPages(requests, recent=options.recent_window > 0)
+        self.sinks = SinkRows(requests) if options.sink_tokens else None
+        self.sink_tokens = options.sink_tokens
+        sinks = options.sink_tokens, 0 if self.sinks is None else self.sinks.rows
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             impl, dtype = layer.impl, vllm_config.model_config.dtype
             found = _map_of(maps, name, impl.num_kv_heads, vllm_config.parallel_config)
-            impl.open(kv_cache_spec.head_size_v, self.open_pages.rows, dtype, device, found)
+            rows = self.raw_pages.rows
+            impl.open(kv_cache_spec.head_size_v, rows, sinks, dtype, device, found)
         first: SixfoldImpl = next(iter(layers.values())).impl
         self.scratch = Scratch(
             first.num_heads,
@@ -68,7 +73,8 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
             vllm_config.model_config.dtype,
             windows={layer.impl.sliding_window for layer in layers.values()},
         )
-        _announce(first, len(layers), vllm_config.model_config.dtype)
+        pages = 1 + options.recent_window // PAGE_TOKENS
+        _announce(first, len(layers), pages, vllm_config.model_config.dtype)
 
     def build(
         self,
@@ -84,12 +90,15 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         ends = [lengths[i] for i in running]
         context = [end - count for end, count in zip(ends, new, strict=True)]
         table = batch.block_table_tensor[:, : max(-(-end // PAGE_TOKENS) for end in ends)]
+        table = table[torch.tensor(running)]
         blocks = [
-            table[i, old // PAGE_TOKENS : -(-end // PAGE_TOKENS)].tolist()
-            for i, old, end in zip(running, context, ends, strict=True)
+            own[: -(-end // PAGE_TOKENS)] for own, end in zip(table.tolist(), ends, strict=True)
         ]
-        rows = torch.tensor(self.open_pages.step(context, ends, blocks))
-        step = Step(new, context, table[torch.tensor(running)], rows)
+        rows = torch.from_numpy(self.raw_pages.step(context, ends, blocks))
+        sinks = None
+        if self.sinks is not None:
+            sinks = torch.from_numpy(self.sinks.step(context, [own[0] for own in blocks]))
+        step = Step(new, context, table, rows, sinks, self.sink_tokens)
         return SixfoldMetadata(step, self.scratch.plan(step))
 
 
@@ -146,20 +155,20 @@ def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, parallel: Any) -> Ke
     )
 
 
-def _announce(impl: SixfoldImpl, layers: int, dtype: torch.dtype) -> None:
+def _announce(impl: SixfoldImpl, layers: int, pages: int, dtype: torch.dtype) -> None:
     layer = impl.layer
     assert layer is not None
     content = layer.block_bytes // PAGE_TOKENS
-    raw = (layer.open_keys.shape[3] + layer.open_values.shape[3]) * dtype.itemsize
-    open_page = raw * PAGE_TOKENS * impl.num_kv_heads * layers
+    raw = sum(x.shape[3] for x in layer.copies) * dtype.itemsize
+    beside = raw * (pages * PAGE_TOKENS + layer.policy.sink_tokens) * impl.num_kv_heads * layers
     logger.info(
         "Sixfold: %d layers at %g bits, %d bytes a token and KV head (%s: %d), %.2f times the "
-        "tokens in the same memory; beside it %s KiB of uncompressed tokens a running request.",
+        "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request.",
         layers,
         impl.bits,
         content,
         str(dtype).removeprefix("torch."),
         raw,
         raw / content,
-        f"{open_page / 1024:,.0f}",
+        f"{beside / 1024:,.0f}",
     )

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from sixfold.arguments import shown
+from sixfold.arguments import shown, whole
 from sixfold.cache.policy import CachePolicy
 from sixfold.errors import SixfoldError
-from sixfold.packing import Bits
+from sixfold.packing import PAGE_TOKENS, Bits
 
 # vLLM groups layers by the class of their backend, so each width is one of its own.
 WIDTHS: dict[str, Bits] = {
@@ -28,9 +28,10 @@ def cache_dtype(name: str) -> str:
     return name.lower()
 
 
-def policy(bits: Bits, key_dim: int, value_dim: int) -> CachePolicy:
-    """How a layer of vLLM is coded: neither sinks nor a window beside the open page are kept."""
-    return CachePolicy.spending(bits, [(key_dim, value_dim)], sink_tokens=0, recent_window=0)
+def policy(bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0) -> CachePolicy:
+    """How a layer of vLLM is coded."""
+    dims = [(key_dim, value_dim)]
+    return CachePolicy.spending(bits, dims, sink_tokens=sink_tokens, recent_window=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,13 @@ class Options:
     Attributes:
         key_map: A file that `sixfold.cache.KeyMaps.save` wrote, for the layers of this model. None:
             each layer fits its own to the first page that the engine sees.
+        sink_tokens: First tokens of every sequence that are kept uncompressed beside their codes.
+        recent_window: 64: so is the last full page of every running request. 0: it is not.
     """
 
     key_map: str | None = None
+    sink_tokens: int = 4
+    recent_window: int = PAGE_TOKENS
 
     @classmethod
     def read(cls, additional_config: Any) -> Self:
@@ -72,4 +77,16 @@ class Options:
                 f'additional_config["{SECTION}"]["key_map"]: expected a file that KeyMaps.save '
                 f"wrote, got {shown(key_map)}"
             )
-        return cls(key_map)
+        sinks = whole(
+            f'additional_config["{SECTION}"]["sink_tokens"]',
+            given.get("sink_tokens", cls.sink_tokens),
+            0,
+            PAGE_TOKENS,
+        )
+        recent = given.get("recent_window", cls.recent_window)
+        if recent not in (0, PAGE_TOKENS) or isinstance(recent, bool):
+            raise SixfoldError(
+                f'additional_config["{SECTION}"]["recent_window"]: expected 0 or {PAGE_TOKENS} '
+                f"tokens, got {shown(recent)}"
+            )
+        return cls(key_map, sinks, recent)

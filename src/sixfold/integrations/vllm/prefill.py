@@ -32,9 +32,10 @@ class Group:
     Attributes:
         tokens: Where their new tokens are among all of the step.
         pages: Blocks of their coded context, that of one request after the other.
-        rows: Of every token in their open pages, its row.
+        rows: Of every token of their context that is read raw, its row.
         offsets: And its place there.
-        places: Where in the scratch coded, open and new tokens go, in this order.
+        sinks: Which of the coded tokens are read raw, too, and where: row and place there.
+        places: Where in the scratch coded, raw and new tokens go, in this order.
         starts: Where each request's new tokens start among theirs, and the end.
         lengths: Tokens of each in the scratch.
         table: The scratch blocks of each.
@@ -46,6 +47,7 @@ class Group:
     pages: Tensor
     rows: Tensor
     offsets: Tensor
+    sinks: tuple[Tensor, Tensor, Tensor]
     places: Tensor
     starts: Tensor
     lengths: Tensor
@@ -101,21 +103,26 @@ class Scratch:
         return keys, values
 
     def _group(self, step: Step, which: list[int]) -> Group:
-        tokens, pages, rows, offsets = [], [], [], []
-        coded_places, open_places, new_places = [], [], []
-        lengths, blocks = [], [0]
+        tokens, pages, rows, offsets, sinks = [], [], [], [], []
+        coded_places, raw_places, new_places = [], [], []
+        lengths, blocks, n_coded = [], [0], 0
         for b in which:
             context, new, span = step.context[b], step.new[b], step.spans[b]
             hidden = 0 if self.window is None else max(0, context - self.window + 1)
-            first, last = hidden // PAGE_TOKENS, context // PAGE_TOKENS
+            last = step.coded(b)
+            first = min(hidden // PAGE_TOKENS, last)
             base = blocks[-1] * BLOCK - first * PAGE_TOKENS
             tokens.append(np.arange(span.start, span.stop))
             pages.append(step.slots[b, first:last])
-            held = context % PAGE_TOKENS
-            rows += [int(step.rows[b])] * held
-            offsets.append(np.arange(held))
+            if step.sink_rows[b] >= 0 and first == 0 < last:
+                own = np.arange(step.sink_tokens)
+                sinks.append(np.stack([own + n_coded, np.full_like(own, step.sink_rows[b]), own]))
+            n_coded += (last - first) * PAGE_TOKENS
+            raw = np.arange(last * PAGE_TOKENS, context)
+            rows.append(step.row_table[b, raw // PAGE_TOKENS])
+            offsets.append(raw % PAGE_TOKENS)
             coded_places.append(np.arange(first * PAGE_TOKENS, last * PAGE_TOKENS) + base)
-            open_places.append(np.arange(last * PAGE_TOKENS, context) + base)
+            raw_places.append(raw + base)
             new_places.append(np.arange(context, context + new) + base)
             lengths.append(context + new - first * PAGE_TOKENS)
             blocks.append(blocks[-1] - (-lengths[-1] // BLOCK))
@@ -124,14 +131,17 @@ class Scratch:
             most, dtype=torch.int32
         )
         counts = [step.new[b] for b in which]
+        empty = np.zeros((3, 0), dtype=np.int64)
+        replaced = torch.from_numpy(np.concatenate([empty, *sinks], axis=1))
         starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
         sizes = torch.tensor(lengths, dtype=torch.int32)
         return Group(
             torch.from_numpy(np.concatenate(tokens)),
             torch.cat(pages).long(),
-            torch.tensor(rows, dtype=torch.int64),
+            torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(offsets)),
-            torch.from_numpy(np.concatenate(coded_places + open_places + new_places)),
+            (replaced[0], replaced[1], replaced[2]),
+            torch.from_numpy(np.concatenate(coded_places + raw_places + new_places)),
             starts,
             sizes,
             table.clamp(max=blocks[-1] - 1),
@@ -228,23 +238,24 @@ class Prefill:
 def _vectors(
     layer: EngineLayer, keys: Tensor, values: Tensor, pool: Pool, group: Group, centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of a group, [tokens, kv_heads, dim]: coded, open and new."""
+    """Keys and values of a group, [tokens, kv_heads, dim]: coded, raw and new."""
     raw = [
         torch.cat([held[group.rows, :, group.offsets], x[group.tokens]])
-        for held, x in ((layer.open_keys, keys), (layer.open_values, values))
+        for held, x in zip(layer.copies, (keys, values), strict=True)
     ]
     if not len(group.pages):
         return raw[0], raw[1]
     assert layer.key_map is not None
-    mean, scale = layer.key_map.mean, layer.key_map.scale
-    if centred:
-        raw[0] = (raw[0].float() - mean[0]).to(keys.dtype)
-        mean = torch.zeros_like(mean)
     slots = group.pages[None]
     starts = torch.arange(slots.shape[1])[None] * PAGE_TOKENS
     pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
-    coded = layer.code.read(pages, keys.dtype, KeyMap(mean, scale))
-    return (
-        torch.cat([coded[0][0].transpose(0, 1), raw[0]]),
-        torch.cat([coded[1][0].transpose(0, 1), raw[1]]),
-    )
+    mean, scale = layer.key_map.mean, layer.key_map.scale
+    decoded = KeyMap(torch.zeros_like(mean), scale) if centred else layer.key_map
+    coded = [x[0].transpose(0, 1) for x in layer.code.read(pages, keys.dtype, decoded)]
+    places, rows, offsets = group.sinks
+    sinks = [x[rows, :, offsets] for x in layer.sinks]
+    if centred:
+        raw[0], sinks[0] = ((x.float() - mean[0]).to(x.dtype) for x in (raw[0], sinks[0]))
+    for x, first in zip(coded, sinks, strict=True):
+        x[places] = first
+    return torch.cat([coded[0], raw[0]]), torch.cat([coded[1], raw[1]])

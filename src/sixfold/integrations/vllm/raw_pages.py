@@ -1,0 +1,148 @@
+"""Which tokens are kept raw, and in which row: vLLM tells a backend blocks, not requests.
+
+When a request ends vLLM does not say so, and its entries stay. They are dropped when another
+request begins their block, or when rows run out.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from sixfold.errors import SixfoldError
+from sixfold.packing import PAGE_TOKENS
+
+
+class RawPages:
+    """Rows for the open pages of running requests and the page before each, found by their blocks.
+
+    The block of an open page belongs to one request: only whole blocks are shared. A page that is
+    full has codes as well, so that losing its row costs accuracy only.
+    """
+
+    def __init__(self, requests: int, *, recent: bool) -> None:
+        """Rows for so many requests that run at once, and for as many that were left behind.
+
+        Args:
+            requests: That run at once.
+            recent: Whether the last full page is kept raw, too.
+        """
+        self.recent = recent
+        # In one step a request may read two and write two.
+        self.rows = (4 if recent else 2) * requests
+        self._free = list(reversed(range(self.rows)))
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._full: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._full)
+
+    def step(
+        self, context: Sequence[int], ends: Sequence[int], blocks: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """The row of each page of each request of a step, -1 for none: int64 [requests, pages].
+
+        Args:
+            context: Tokens of each before the step.
+            ends: Tokens after it.
+            blocks: The block of each of its pages.
+
+        Raises:
+            SixfoldError: A request has an open page that nobody kept.
+        """
+        table = np.full((len(blocks), max(map(len, blocks), default=0)), -1, dtype=np.int64)
+        for rows, old, own in zip(table, context, blocks, strict=True):
+            self._read(rows, old, own)
+        # Rows that are read in this step are nobody else's before the next.
+        later: list[int] = []
+        for rows, old, end, own in zip(table, context, ends, blocks, strict=True):
+            self._write(rows, old, end, own, later)
+        self._free += later
+        return table
+
+    def _read(self, rows: np.ndarray, context: int, blocks: Sequence[int]) -> None:
+        page, held = divmod(context, PAGE_TOKENS)
+        if page and blocks[page - 1] in self._full:
+            self._full.move_to_end(blocks[page - 1])
+            rows[page - 1] = self._full[blocks[page - 1]]
+        if held:
+            row = self._open.pop(blocks[page], None)
+            if row is None:
+                raise SixfoldError(
+                    f"a request with {context} tokens of context returned after its last {held} "
+                    "were dropped, as too many others ran since it did. Serve with a larger "
+                    "--max-num-seqs."
+                )
+            rows[page] = row
+
+    def _write(
+        self, rows: np.ndarray, context: int, end: int, blocks: Sequence[int], later: list[int]
+    ) -> None:
+        page, held = divmod(context, PAGE_TOKENS)
+        last, rest = divmod(end, PAGE_TOKENS)
+        fresh = page + (held > 0)
+        for block in blocks[fresh : last + (rest > 0)]:
+            self._drop(block)
+        if last > page:
+            # What was read as the page before the open one is no longer.
+            if page and blocks[page - 1] in self._full:
+                later.append(self._full.pop(blocks[page - 1]))
+            if self.recent and last > fresh:
+                rows[last - 1] = self._take()
+            if self.recent:
+                self._full[blocks[last - 1]] = int(rows[last - 1])
+            if held and not (self.recent and last == fresh):
+                later.append(int(rows[page]))
+        if rest:
+            if rows[last] < 0:
+                rows[last] = self._take()
+            self._open[blocks[last]] = int(rows[last])
+
+    def _drop(self, block: int) -> None:
+        for entries in (self._open, self._full):
+            if block in entries:
+                self._free.append(entries.pop(block))
+
+    def _take(self) -> int:
+        if not self._free:
+            entries = self._full or self._open
+            self._free.append(entries.popitem(last=False)[1])
+        return self._free.pop()
+
+
+class SinkRows:
+    """Rows for the first tokens of sequences, found by the block that they are in.
+
+    They stay as long as the block is cached, if there is room: a request that shares the prefix
+    finds them. Without, they are read as codes.
+    """
+
+    def __init__(self, requests: int) -> None:
+        """Rows for so many requests that run at once, and seven times as many cached prefixes."""
+        self.rows = 8 * requests
+        self._free = list(reversed(range(self.rows)))
+        self._row_of: OrderedDict[int, int] = OrderedDict()
+
+    def step(self, context: Sequence[int], first: Sequence[int]) -> np.ndarray:
+        """The row of each request of a step, -1 for none: int64 [requests].
+
+        Args:
+            context: Tokens of each before the step.
+            first: The block of each one's first page.
+        """
+        rows = np.full(len(first), -1, dtype=np.int64)
+        for i, (old, block) in enumerate(zip(context, first, strict=True)):
+            if old and block in self._row_of:
+                self._row_of.move_to_end(block)
+                rows[i] = self._row_of[block]
+        for i, (old, block) in enumerate(zip(context, first, strict=True)):
+            if not old:
+                rows[i] = self._begin(block)
+        return rows
+
+    def _begin(self, block: int) -> int:
+        row = self._row_of.pop(block, None)
+        if row is None:
+            row = self._free.pop() if self._free else self._row_of.popitem(last=False)[1]
+        self._row_of[block] = row
+        return row
