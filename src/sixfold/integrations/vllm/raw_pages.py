@@ -33,6 +33,7 @@ class RawPages:
         self._free = list(reversed(range(self.rows)))
         self._open: OrderedDict[int, int] = OrderedDict()
         self._full: OrderedDict[int, int] = OrderedDict()
+        self._busy: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._open) + len(self._full)
@@ -53,7 +54,8 @@ class RawPages:
         table = np.full((len(blocks), max(map(len, blocks), default=0)), -1, dtype=np.int64)
         for rows, old, own in zip(table, context, blocks, strict=True):
             self._read(rows, old, own)
-        # Rows that are read in this step are nobody else's before the next.
+        # Rows of this step are nobody else's before the next.
+        self._busy = set(table[table >= 0].tolist())
         later: list[int] = []
         for rows, old, end, own in zip(table, context, ends, blocks, strict=True):
             self._write(rows, old, end, own, later)
@@ -105,9 +107,21 @@ class RawPages:
 
     def _take(self) -> int:
         if not self._free:
-            entries = self._full or self._open
-            self._free.append(entries.popitem(last=False)[1])
-        return self._free.pop()
+            self._free.append(self._evicted())
+        row = self._free.pop()
+        self._busy.add(row)
+        return row
+
+    def _evicted(self) -> int:
+        """The row that was not used for the longest time, of full pages if there are any."""
+        for entries in (self._full, self._open):
+            for block, row in entries.items():
+                if row not in self._busy:
+                    del entries[block]
+                    return row
+        raise SixfoldError(
+            f"more requests run at once than the {self.rows} rows of raw pages are for"
+        )
 
 
 class SinkRows:

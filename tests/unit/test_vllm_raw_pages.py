@@ -1,0 +1,139 @@
+"""Which tokens vLLM's backend keeps raw, without vLLM: a scheduler of random requests."""
+
+import dataclasses
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.names import Options
+from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
+from sixfold.packing import PAGE_TOKENS
+
+
+@dataclasses.dataclass
+class Request:
+    tokens: int
+    blocks: list[int]
+    done: int = 0
+
+
+class Memory:
+    """What rows hold, as a layer writes them: (block, generation of the block, tokens)."""
+
+    def __init__(self, pages: RawPages) -> None:
+        self.pages = pages
+        self.rows: dict[int, tuple[int, int, int]] = {}
+        self.generation: dict[int, int] = {}
+
+    def step(self, work: list[tuple[Request, int]]) -> None:
+        context = [one.done for one, _ in work]
+        ends = [one.done + new for one, new in work]
+        blocks = [one.blocks[: -(-(one.done + new) // PAGE_TOKENS)] for one, new in work]
+        table = self.pages.step(context, ends, blocks)
+        read: set[int] = set()
+        for row, old, own in zip(table, context, blocks, strict=True):
+            page, held = divmod(old, PAGE_TOKENS)
+            if page and row[page - 1] >= 0:
+                block = own[page - 1]
+                assert self.rows[row[page - 1]] == (block, self.generation[block], PAGE_TOKENS)
+                read.add(int(row[page - 1]))
+            if held:
+                assert self.rows[row[page]] == (own[page], self.generation[own[page]], held)
+        written: list[int] = []
+        for row, old, end, own in zip(table, context, ends, blocks, strict=True):
+            for page in range(old // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
+                if page * PAGE_TOKENS >= old:
+                    self.generation[own[page]] = self.generation.get(own[page], 0) + 1
+                tokens = min(end - page * PAGE_TOKENS, PAGE_TOKENS)
+                assert tokens == PAGE_TOKENS or row[page] >= 0
+                if row[page] >= 0:
+                    written.append(int(row[page]))
+                    self.rows[int(row[page])] = own[page], self.generation[own[page]], tokens
+            if self.pages.recent and end // PAGE_TOKENS > old // PAGE_TOKENS:
+                assert row[end // PAGE_TOKENS - 1] >= 0
+        assert len(set(written)) == len(written)
+        assert not read & set(written)
+        assert len(self.pages) <= self.pages.rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), recent=st.booleans(), most=st.integers(1, 6))
+def test_every_row_read_holds_what_was_written_for_its_page(
+    seed: int, recent: bool, most: int
+) -> None:
+    """Chunks, decodes, late arrivals, aborts, preemption, shared prefixes; blocks are few."""
+    order = random.Random(seed)
+    memory = Memory(RawPages(most, recent=recent))
+    free = list(range(1, 60))
+    running: list[Request] = []
+    shared: list[int] = []
+    for _ in range(150):
+        if len(running) < most and order.random() < 0.6:
+            one = Request(order.randint(1, 400), [])
+            if shared and order.random() < 0.3:
+                one.blocks = list(shared)
+                one.done = len(shared) * PAGE_TOKENS
+                one.tokens += one.done
+            running.append(one)
+        work: list[tuple[Request, int]] = []
+        for one in running:
+            new = min(one.tokens - one.done, order.choice([1, 1, 1, 30, 64, 200]))
+            need = -(-(one.done + new) // PAGE_TOKENS) - len(one.blocks)
+            if order.random() < 0.9 and need <= len(free):
+                one.blocks += [free.pop() for _ in range(max(0, need))]
+                work.append((one, new))
+        if work:
+            memory.step(work)
+        for one, new in work:
+            one.done += new
+            if not shared and one.done >= 2 * PAGE_TOKENS:
+                shared = one.blocks[:2]
+            if one.done == one.tokens or order.random() < 0.03:
+                running.remove(one)
+                free = [block for block in one.blocks if block not in shared] + free
+
+
+def test_a_request_whose_open_page_is_gone_is_refused() -> None:
+    pages = RawPages(1, recent=False)
+    pages.step([0], [10], [[1]])
+    for block in (2, 3):
+        pages.step([0], [10], [[block]])
+    with pytest.raises(SixfoldError, match="a request with 10 tokens of context returned"):
+        pages.step([10], [11], [[1]])
+
+
+def test_sinks_are_found_by_the_block_that_a_prefix_begins_with() -> None:
+    sinks = SinkRows(1)
+    (first,) = sinks.step([0], [5])
+    assert sinks.step([64, 0], [5, 6]).tolist()[0] == first
+    assert sinks.step([64], [7]).tolist() == [-1]
+    for block in range(10, 10 + sinks.rows):
+        sinks.step([0], [block])
+    assert sinks.step([64], [5]).tolist() == [-1]
+
+
+class TestOptions:
+    @pytest.mark.parametrize("config", [None, {}, {"other": 1}, object()])
+    def test_none(self, config: object) -> None:
+        assert Options.read(config) == Options()
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (3, "expected a mapping of"),
+            ({"keymap": "x"}, "did you mean key_map"),
+            ({"key_map": 3}, "expected a file that KeyMaps.save wrote, got 3"),
+            ({"key_map": "no such file"}, "expected a file"),
+            ({"sink_tokens": -1}, "sink_tokens"),
+            ({"sink_tokens": 65}, "sink_tokens"),
+            ({"recent_window": 32}, "expected 0 or 64 tokens, got 32"),
+            ({"recent_window": False}, "expected 0 or 64"),
+        ],
+        ids=str,
+    )
+    def test_others_are_refused(self, given: object, message: str) -> None:
+        with pytest.raises(SixfoldError, match=message):
+            Options.read({"sixfold": given})
