@@ -23,7 +23,7 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
-from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register
+from sixfold.integrations.transformers.attention import GROWS, NAME, NO_WEIGHTS, register
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
     coded_dims,
@@ -36,6 +36,7 @@ from sixfold.integrations.transformers.layer import MOST_REPEATS, TurboQuantLaye
 from sixfold.integrations.transformers.layers import (
     cache_layer,
     check_crop,
+    check_dtype,
     layer_policies,
     layer_tensors,
     move_layer,
@@ -50,7 +51,7 @@ from sixfold.integrations.transformers.storage import (
     load_layers,
     save_cache,
 )
-from sixfold.integrations.transformers.wrappers import unwrapped
+from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
 from sixfold.packing import Bits, check_bits
 
 
@@ -117,6 +118,7 @@ class TurboQuantCache(Cache):
         )
         self.config = config
         self._model: weakref.ref[PreTrainedModel] | None = None
+        self._prompt: weakref.ref[torch.nn.Module] | None = None
         types, kwargs = layer_types(config)
         per_layer = {} if per_layer is None else per_layer
         policies = layer_policies(len(types), policy, skip_layers, per_layer)
@@ -149,7 +151,7 @@ class TurboQuantCache(Cache):
         Raises:
             UnsupportedModelError: The model has no key-value cache that can be compressed.
         """
-        model = unwrapped(model)
+        prompt, model = learned_prompt(model), unwrapped(model)
         cache = cls(model.config, bits, **options)
         check_maps(cache.layers, model)
         fusable = fusable_layers(model, len(cache))
@@ -162,6 +164,7 @@ class TurboQuantCache(Cache):
                 model.set_attn_implementation(NAME)
         cache._warn_of(model)
         cache._model = weakref.ref(model)
+        cache._prompt = None if prompt is None else weakref.ref(prompt)
         return cache
 
     @classmethod
@@ -221,6 +224,7 @@ class TurboQuantCache(Cache):
             return self._update_traced(key_states, value_states, layer_idx)
         check_tokens(key_states, value_states)
         layer_idx = self._number(layer_idx)
+        check_dtype(self.layers[layer_idx], key_states)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -527,7 +531,8 @@ class TurboQuantCache(Cache):
             if isinstance(layer, StaticTurboQuantLayer):
                 layer.refuse()
         model = self._model() if self._model else None
-        save_cache(self.layers, self.config, model, path)
+        prompt = self._prompt() if self._prompt else None
+        save_cache(self.layers, self.config, model, path, prompt)
 
     @classmethod
     def load(
@@ -554,12 +559,12 @@ class TurboQuantCache(Cache):
                 numbers that no cache holds (docs/format.md, section 8).
             OSError: The file cannot be read.
         """
-        path, model = checked_path(path), unwrapped(model)
+        given, path, model = model, checked_path(path), unwrapped(model)
         flag("check_weights", check_weights)
-        policies, layers, tensors = load_layers(path, model, check_weights)
+        policies, layers, tensors = load_layers(path, model, check_weights, learned_prompt(given))
         fields = {index: p.to_dict() for index, p in enumerate(policies) if p is not None}
         skipped = [index for index, p in enumerate(policies) if p is None]
-        cache = cls.for_model(model, per_layer=fields, skip_layers=skipped, key_map=key_map)
+        cache = cls.for_model(given, per_layer=fields, skip_layers=skipped, key_map=key_map)
         for index, (layer, description) in enumerate(zip(cache.layers, layers, strict=True)):
             prefix = f"layers.{index}."
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -597,9 +602,9 @@ class TurboQuantCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_prompt": None}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -33,6 +33,7 @@ def save_cache(
     config: PreTrainedConfig,
     model: PreTrainedModel | None,
     path: str | os.PathLike[str],
+    prompt: nn.Module | None = None,
 ) -> None:
     """Write everything `cache_layers` hold; see `TurboQuantCache.save`."""
     layers: list[dict[str, Any]] = []
@@ -48,7 +49,7 @@ def save_cache(
         raise FormatError(
             f"this cache does not fit its model and is not saved: {error}."
         ) from error
-    digest = None if model is None else weights_digest(model)
+    digest = None if model is None else weights_digest(model, prompt)
     if model is not None and digest is None:
         warnings.warn(
             "some weights of the model are on the meta device and cannot be read: whoever loads "
@@ -65,12 +66,17 @@ def save_cache(
 
 
 def load_layers(
-    path: str | os.PathLike[str], model: PreTrainedModel, check: bool
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    check: bool,
+    prompt: nn.Module | None = None,
 ) -> tuple[list[CachePolicy | None], list[dict[str, Any]], dict[str, Tensor]]:
     """Check a file against `model`, then read it: policies, layer descriptions and tensors."""
     with open_container(path, KIND) as container:
         description = container.description
         _check_model(path, description, model, check)
+        if check:
+            check_weights(path, description.get("weights"), model, prompt)
         try:
             layers = description["layers"]
             if len(layers) != len(description["model"]["layers"]):
@@ -145,8 +151,6 @@ def _check_model(
             f"{path} was saved for the model in {dtype}, this one is in {model.dtype}: load the "
             "model in that dtype, or pass check_weights=False to convert the cache."
         )
-    if check:
-        check_weights(path, description.get("weights"), model)
 
 
 def _differ(stored: Any, own: Any) -> bool:
