@@ -153,6 +153,11 @@ def test_a_learned_prompt_belongs_to_the_weights(tmp_path: Path) -> None:
     TurboQuantCache.load(tmp_path / "again", model)
     with pytest.raises(FormatError, match="other weights"):
         TurboQuantCache.load(tmp_path / "file", model.get_base_model())
+    model.set_adapter("other")
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(tmp_path / "file", model)
+    model.set_adapter("default")
+    TurboQuantCache.load(tmp_path / "file", model)
     touch(model.prompt_encoder, "default")
     with pytest.raises(FormatError, match="other weights"):
         TurboQuantCache.load(tmp_path / "file", model)

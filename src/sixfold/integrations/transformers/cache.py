@@ -224,7 +224,9 @@ class TurboQuantCache(Cache):
             return self._update_traced(key_states, value_states, layer_idx)
         check_tokens(key_states, value_states)
         layer_idx = self._number(layer_idx)
-        check_dtype(self.layers[layer_idx], key_states)
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, TurboQuantLayer):
+            check_dtype(layer, key_states)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -373,7 +375,9 @@ class TurboQuantCache(Cache):
 
     def _number_or_none(self, layer: Any) -> int:
         """The number of a layer, or one beyond the last: transformers asks for such, too."""
-        number = layer if type(layer) is int else whole("the number of a layer", layer, -(2**63))
+        if type(layer) is int and layer >= 0:
+            return layer
+        number = whole("the number of a layer", layer, -(2**63))
         return number if number >= len(self.layers) else self._number(number)
 
     def _with_states(self, layer: Any, state: Any, value: Any) -> int:

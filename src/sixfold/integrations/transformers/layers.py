@@ -140,8 +140,6 @@ def check_dtype(layer: Any, keys: Tensor) -> None:
     Raises:
         ShapeError: What it holds is of another dtype, and more exact.
     """
-    if isinstance(layer, TurboQuantLayer | StaticTurboQuantLayer):
-        return
     held = getattr(layer, "keys", None)
     if held is None or held.dtype is keys.dtype or not held.numel():
         return
