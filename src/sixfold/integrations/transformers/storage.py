@@ -20,7 +20,7 @@ from sixfold.cache.state import layer_state, restore_layer
 from sixfold.cache.validate import check_finite
 from sixfold.errors import FormatError
 from sixfold.integrations.transformers.checks import expected_layers, model_layers
-from sixfold.integrations.transformers.config import decoder_config, layer_types
+from sixfold.integrations.transformers.config import config_value, decoder_config, layer_types
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.weights import check_weights, weights_digest
 from sixfold.io import DTYPE_NAMES, open_container, write_container
@@ -129,7 +129,7 @@ def model_description(config: PreTrainedConfig) -> dict[str, Any]:
         # Not weights, but keys are rotated by them.
         "rope_parameters",
     )
-    fields = {name: getattr(text, name, None) for name in names}
+    fields = {name: config_value(text, name) for name in names}
     windows = [options.get("sliding_window") for options in kwargs]
     described = {"type": text.model_type, "layers": types, "sliding_windows": windows, **fields}
     # As it comes back from a file: lists for tuples, strings for anything exotic.
