@@ -202,7 +202,7 @@ def rows(name: str, value: Any, count: int) -> Tensor:
             there the device asserts.)
     """
     dense(name, value)
-    if value.ndim != 1 or value.is_floating_point() or value.is_complex():
+    if value.ndim != 1 or value.is_meta or value.is_floating_point() or value.is_complex():
         raise SixfoldError(
             f"{name} must be a tensor of one axis that holds numbers of sequences, got "
             f"{value.dtype} {list(value.shape)}; pass torch.tensor([0, 1]), say"

@@ -50,7 +50,8 @@ def check_bits(bits: Any, name: str = "bits") -> Bits:
 
 def is_paired(bits: Bits) -> bool:
     """Whether one symbol stands for a pair of coordinates (2.5 and 3.5 bits)."""
-    check_bits(bits)
+    # Of other libraries' numbers too, the answer is Python's.
+    bits = check_bits(bits)
     return bits != int(bits)
 
 
@@ -85,7 +86,7 @@ def row_bytes(n_symbols: int, symbol_bits: int) -> int:
     return sum(plane_bytes(n_symbols, width) for width in planes(symbol_bits))
 
 
-@lru_cache
+@lru_cache(typed=True)
 def _split_sizes(n_symbols: int, symbol_bits: int) -> tuple[int, ...]:
     return tuple(plane_bytes(n_symbols, width) for width in planes(symbol_bits))
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
+from sixfold.arguments import device as checked_device
 from sixfold.hadamard import hadamard_factor
 from sixfold.kernels.rotate import rotate
 
@@ -86,6 +87,10 @@ def _tensors(
         return turns, factor
 
 
+def _known(device: Any) -> torch.device:
+    return device if isinstance(device, torch.device) else checked_device(device)
+
+
 def _turns(dim: int, kind: RotationKind, seed: int, device: torch.device) -> Tensor:
     return _tensors(dim, kind, seed, device)[0]
 
@@ -131,11 +136,11 @@ class Rotation:
 
     def turns(self, device: torch.device) -> Float32[Tensor, "rounds 2 half"]:
         """Plane rotations of each round, as `kernels.rotate` takes them. Cached: do not modify."""
-        return _turns(self.dim, self.kind, self.seed, device)
+        return _turns(self.dim, self.kind, self.seed, _known(device))
 
     def factor(self, device: torch.device) -> Float32[Tensor, "m m"]:
         """±1 or dense factor, as `kernels.rotate` takes it. Cached: do not modify."""
-        return _factor(self.dim, self.kind, self.seed, device)
+        return _factor(self.dim, self.kind, self.seed, _known(device))
 
     def rotate(
         self, x: Float[Tensor, "*b {self.dim}"], inverse: bool = False

@@ -76,13 +76,13 @@ def window_bits(states: int) -> int:
     return states.bit_length() - 1
 
 
-@lru_cache
+@lru_cache(typed=True)
 def starts(dim: int, bits: Bits) -> tuple[int, ...]:
     """Where the window of every coordinate starts, and the bits of a vector as the last entry."""
     return tuple(math.floor(t * bits) for t in range(dim + 1))
 
 
-@lru_cache
+@lru_cache(typed=True)
 def advances(dim: int, bits: Bits) -> tuple[int, ...]:
     """Bits that leave the window behind each coordinate."""
     return tuple(end - start for start, end in pairwise(starts(dim, bits)))
@@ -93,7 +93,7 @@ def path_bytes(dim: int, bits: Bits) -> int:
     return -(-starts(dim, bits)[-1] // _ALIGNMENT) * (_ALIGNMENT // 8)
 
 
-@lru_cache
+@lru_cache(typed=True)
 def _table(
     dim: int, bits: Bits, device: torch.device
 ) -> tuple[Int64[Tensor, " dim"], Int64[Tensor, " dim"]]:
@@ -146,7 +146,7 @@ def quantile_codebook(states: int, multiplier: int, spread: float) -> Float32[Te
     return torch.tensor(levels, dtype=torch.float32)
 
 
-@lru_cache
+@lru_cache(typed=True)
 def codewords(states: int, bits: Bits, device: torch.device = _CPU) -> Float32[Tensor, " {states}"]:
     """What each state stands for, in standard deviations of a coordinate.
 

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers.storage import KIND
+from sixfold.io import open_container
 from tests.e2e.decoding import batch, decode, forward, fused_cache, relative_error
 from tests.e2e.models import fresh_model, tiny_model
 from tools.sweep_architectures import ERROR, MARGIN, PerturbedCache, architectures, build
@@ -129,6 +132,23 @@ def test_each_kind_takes_key_maps(
             assert len(layer.store.prefix.key_map.mean) == 1
         torch.testing.assert_close(step(model, copy, ids[:, 200:]), expected)
     assert relative_error(step(model, fitted, ids[:, 200:]), expected) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*dequantized for it")
+def test_fields_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    """A config refuses to name one value of them, and so does a description of the model."""
+    name = "Dots3NoteForCausalLM"
+    model, ids = build(architectures()[name], name, 1.5), tokens(2, 151)
+    ranks = [layer.kv_lora_rank for layer in model.config.per_layer_config]
+    assert len(set(ranks)) == 2
+    cache = make(model, fused=True)
+    step(model, cache, ids[:, :150])
+    cache.save(tmp_path / "file")
+    with open_container(tmp_path / "file", KIND) as container:
+        assert container.description["model"]["kv_lora_rank"] == ranks
+    loaded = TurboQuantCache.load(tmp_path / "file", model)
+    expected = step(model, cache, ids[:, 150:])
+    assert torch.equal(step(model, loaded, ids[:, 150:]), expected)
 
 
 Change = Callable[[Cache], Cache]

@@ -123,6 +123,25 @@ def test_a_model_of_another_dtype_is_told_how_to_go_on() -> None:
     assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
 
 
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_layer_that_is_not_compressed_is_told_so_too(skipped: int) -> None:
+    model, data = fresh_model("llama-64"), batch(steps=STEPS)
+    cache = cache_for(model, True, skip_layers=[skipped])
+    forward(model, cache, data, 0, data.prompt)
+    expected = continue_decoding(model, cache.fork(), data)
+    with autocast(torch.bfloat16):
+        forward(model, cache.fork(), data, data.prompt, data.prompt + 1)
+    model.bfloat16()
+    with pytest.raises(ShapeError, match=r"cache\.to\(dtype=torch\.bfloat16\)"):
+        continue_decoding(model, cache, data)
+    assert cache.get_seq_length() == data.prompt
+    cache.to(dtype=torch.bfloat16)
+    forward(model, cache.fork(), data, data.prompt, data.prompt + 1)
+    # More exact than what is held is no loss.
+    logits = continue_decoding(model.float(), cache, data)
+    assert relative_error(logits, expected) < BFLOAT16_TOLERANCE
+
+
 @both_modes
 @pytest.mark.parametrize(
     ("of_file", "of_model"),
@@ -183,6 +202,45 @@ def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) < 1e-4
+
+
+@torch.no_grad()
+def refusal_without_breaks(static: bool) -> str:
+    """What torch.compile says where it may not interrupt the graph."""
+    model, data = fresh_model("llama-64"), batch((150, 150), steps=STEPS)
+    cache = cache_for(model, True, bits=4)
+    forward(model, cache, data, 0, data.prompt)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    held = cache.static(300) if static else cache
+    position = torch.full((2, 1), data.prompt)
+    try:
+        step(data.ids[:, -1:], past_key_values=held, position_ids=position, use_cache=True)
+    except torch._dynamo.exc.Unsupported as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("static", "advice"), [(True, "SIXFOLD_BACKEND=reference"), (False, "cache.static(max_tokens)")]
+)
+def test_what_cannot_be_traced_says_why(static: bool, advice: str) -> None:
+    if static:
+        pytest.importorskip("sixfold._cpu")
+    code = (
+        f"from tests.e2e.test_surroundings import refusal_without_breaks as r; print(r({static}))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "SIXFOLD_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment | {"JAXTYPING_DISABLE": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "without fullgraph=True" in done.stdout
+    assert advice in done.stdout
 
 
 @torch.no_grad()
@@ -291,6 +349,17 @@ def test_wrapped_models(wrap: Any, tmp_path: Path) -> None:
     loaded = TurboQuantCache.load(tmp_path / "x.sixfold", wrapped)
     expected = continue_decoding(model, cache, data)
     assert torch.equal(continue_decoding(model, loaded, data), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_learned_keys_and_values_are_refused() -> None:
+    """PEFT would put its own cache in the place of ours, and drop ours without a word."""
+    library, model = pytest.importorskip("peft"), fresh_model("llama-64")
+    config = library.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    wrapped = library.get_peft_model(model, config)
+    with pytest.raises(UnsupportedModelError, match=r"cache of its own.*from_cache"):
+        TurboQuantCache.for_model(wrapped)
+    TurboQuantCache.for_model(wrapped.get_base_model())
 
 
 def test_a_wrapper_without_a_model_is_named() -> None:

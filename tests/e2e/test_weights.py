@@ -93,6 +93,76 @@ def test_adapters_are_noticed_and_whether_they_are_applied(tmp_path: Path) -> No
         TurboQuantCache.load(path, model)
 
 
+def peft_model(make_config: Callable[[Any], Any]) -> Any:
+    """A model that PEFT wraps, with two adapters of one kind."""
+    library = pytest.importorskip("peft")
+    config = make_config(library)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wrapped = library.get_peft_model(fresh_model("llama-64"), config).eval()
+        wrapped.add_adapter("other", config)
+    return wrapped
+
+
+def lora(library: Any) -> Any:
+    return library.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def prompt_tuning(library: Any) -> Any:
+    return library.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+
+
+def touch(model: Any, name: str) -> None:
+    parameter = next(p for n, p in model.named_parameters() if name in n)
+    parameter.data.view(-1)[-1] += 1e-3
+
+
+PEFT_CHANGES: dict[str, Callable[[Any], object]] = {
+    "switched": lambda model: model.set_adapter("other"),
+    "merged": lambda model: model.base_model.merge_adapter(),
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "trained": lambda model: touch(model, "lora_B.default"),
+}
+
+
+@pytest.mark.parametrize("change", PEFT_CHANGES.values(), ids=PEFT_CHANGES)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_peft_does_to_a_model_is_noticed(
+    change: Callable[[Any], object], tmp_path: Path
+) -> None:
+    model = peft_model(lora)
+    cache = TurboQuantCache.for_model(model)
+    forward(model, cache, PROMPT, 0, PROMPT.prompt)
+    cache.save(tmp_path / "file")
+    TurboQuantCache.load(tmp_path / "file", model)
+    change(model)
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(tmp_path / "file", model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_learned_prompt_belongs_to_the_weights(tmp_path: Path) -> None:
+    model = peft_model(prompt_tuning)
+    cache = TurboQuantCache.for_model(model)
+    model.generate(
+        input_ids=PROMPT.ids[:1], past_key_values=cache, max_new_tokens=2, do_sample=False
+    )
+    cache.save(tmp_path / "file")
+    again = TurboQuantCache.load(tmp_path / "file", model)
+    again.save(tmp_path / "again")
+    TurboQuantCache.load(tmp_path / "again", model)
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(tmp_path / "file", model.get_base_model())
+    model.set_adapter("other")
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(tmp_path / "file", model)
+    model.set_adapter("default")
+    TurboQuantCache.load(tmp_path / "file", model)
+    touch(model.prompt_encoder, "default")
+    with pytest.raises(FormatError, match="other weights"):
+        TurboQuantCache.load(tmp_path / "file", model)
+
+
 def test_the_dtype_is_noticed_first(tmp_path: Path) -> None:
     model, path = model_and_file(tmp_path)
     with pytest.raises(FormatError, match=r"torch\.float32.*torch\.bfloat16.*check_weights=False"):

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from sixfold.arguments import MOST_COORDINATES, sequence, settle, shown, whole
 from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.coder import Coder, coders
 from sixfold.cache.policy import CachePolicy
+from sixfold.errors import SixfoldError
 from sixfold.packing import PAGE_TOKENS
 
 INT64, FLOAT32, FLOAT16 = 8, 4, 2
@@ -23,6 +26,9 @@ class LayerShape:
         value_dim: Dimension of a value.
         sliding_window: Tokens a query sees, itself included; None for all.
         policy: How this layer is compressed; None if it stays in full precision.
+
+    Raises:
+        SixfoldError: A field is none of that.
     """
 
     kv_heads: int
@@ -30,6 +36,16 @@ class LayerShape:
     value_dim: int
     sliding_window: int | None = None
     policy: CachePolicy | None = None
+
+    def __post_init__(self) -> None:
+        names = ("kv_heads", "key_dim", "value_dim")
+        sizes = {name: whole(name, getattr(self, name), 1, MOST_COORDINATES) for name in names}
+        window = self.sliding_window
+        if window is not None:
+            window = whole("sliding_window", window, 1)
+        settle(self, **sizes, sliding_window=window)
+        if not isinstance(self.policy, CachePolicy | None):
+            raise SixfoldError(f"policy must be a CachePolicy or None, got {shown(self.policy)}")
 
     def visible(self, tokens: int) -> int:
         """Tokens of `tokens` that an uncompressed cache holds."""
@@ -44,7 +60,12 @@ class LayerShape:
 def uncompressed_nbytes(
     shapes: Sequence[LayerShape], *, tokens: int, batch: int = 1, element_size: int = 2
 ) -> int:
-    """Bytes of the same tokens in a 16-bit cache (or `element_size` bytes a value)."""
+    """Bytes of the same tokens in a 16-bit cache (or `element_size` bytes a value).
+
+    Raises:
+        SixfoldError: `shapes` are no `LayerShape`, or a number is none.
+    """
+    shapes, tokens, batch, element_size = _checked(shapes, tokens, batch, element_size)
     return sum(
         batch * s.kv_heads * (s.key_dim + s.value_dim) * s.visible(tokens) * element_size
         for s in shapes
@@ -67,10 +88,25 @@ def cache_nbytes(
         Exactly `TurboQuantCache.nbytes` of such a cache, its shared tables counted once, where
         every sequence has a key map of its own. (Where attention is not fused no queries are seen,
         which saves a few bytes before the first page.)
+
+    Raises:
+        SixfoldError: `shapes` are no `LayerShape`, or a number is none.
     """
+    shapes, tokens, batch, element_size = _checked(shapes, tokens, batch, element_size)
     layers = sum(_layer_nbytes(shape, tokens, batch, element_size) for shape in shapes)
     used = {coder for shape in shapes if _pages(shape, tokens) for coder in _coders(shape)}
     return layers + _table_nbytes(used)
+
+
+def _checked(
+    shapes: Any, tokens: Any, batch: Any, element_size: Any
+) -> tuple[list[LayerShape], int, int, int]:
+    shapes = sequence("shapes", shapes)
+    if strange := [x for x in shapes if not isinstance(x, LayerShape)]:
+        raise SixfoldError(f"shapes must be of type LayerShape, got {shown(strange[0])}")
+    counts = (("tokens", tokens, 0), ("batch", batch, 0), ("element_size", element_size, 1))
+    tokens, batch, element_size = (whole(name, count, least) for name, count, least in counts)
+    return shapes, tokens, batch, element_size
 
 
 def _layer_nbytes(shape: LayerShape, tokens: int, batch: int, element_size: int) -> int:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold.arguments import MOST_COORDINATES, floating, settle, shown, whole
+from sixfold.arguments import MOST_COORDINATES, floating, rows, settle, shown, whole
 from sixfold.cache.validate import check_map
-from sixfold.errors import FormatError, ShapeError, SixfoldError
+from sixfold.errors import FormatError, OutOfRangeError, ShapeError, SixfoldError
 from sixfold.io import TensorSpec, open_container, write_container
 from sixfold.kernels.types import KeyMap
 
@@ -49,12 +49,24 @@ class KeyMaps:
 
         A map that all sequences share is taken as it is. Of different ones the mean is averaged,
         and so is the logarithm of the scale.
+
+        Raises:
+            SixfoldError: They are no maps by the number of their layers.
         """
-        return cls({layer: _average(key_map) for layer, key_map in maps.items()})
+        if not isinstance(maps, Mapping):
+            raise SixfoldError(f"maps must be a mapping such as {{0: key_map}}, got {shown(maps)}")
+        return cls({layer: _average(layer, key_map) for layer, key_map in maps.items()})
 
     def __getitem__(self, layer: int) -> KeyMap:
-        """The map of a layer, as kernels take it: one, for sequences that name it 0."""
-        mean, scale = self.layers[layer]
+        """The map of a layer, as kernels take it: one, for sequences that name it 0.
+
+        Raises:
+            OutOfRangeError: There is none of this layer.
+        """
+        number = whole("the number of a layer", layer, 0, MOST_LAYERS)
+        if number not in self.layers:
+            raise OutOfRangeError(f"layer {number} has no key map: there are {list(self.layers)}.")
+        mean, scale = self.layers[number]
         return KeyMap(mean[None], scale[None])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,7 +173,19 @@ def _own(x: Float[Tensor, "heads dim"]) -> Float32[Tensor, "heads dim"]:
         return own.copy_(x.detach())
 
 
-def _average(key_map: KeyMap) -> tuple[Tensor, Tensor]:
+def _average(layer: int, key_map: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(key_map, KeyMap):
+        raise SixfoldError(f"layer {layer}: expected a KeyMap, got {shown(key_map)}")
+    for name, x in (("mean", key_map.mean), ("scale", key_map.scale)):
+        floating(f"{name} of layer {layer}", x)
+        if x.ndim != 3 or x.shape != key_map.mean.shape or not x.numel() or x.is_meta:
+            raise ShapeError(
+                f"{name} of layer {layer}: expected [maps, kv_heads, key_dim] in memory, alike, "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    if key_map.map_index is not None:
+        index = rows(f"map_index of layer {layer}", key_map.map_index, len(key_map.mean))
+        key_map = key_map._replace(map_index=index)
     mean, scale, _ = key_map.of_sequences()
     if bool((mean == mean[:1]).all() & (scale == scale[:1]).all()):
         return mean[0], scale[0]

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Self
 
-from sixfold.arguments import flag, settle, whole
+from sixfold.arguments import MOST_COORDINATES, flag, sequence, settle, shown, whole
+from sixfold.errors import SixfoldError
 from sixfold.packing import Bits, check_bits, n_symbols, row_bytes, symbol_bits
 
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
@@ -61,13 +62,22 @@ class CachePolicy:
         given = {name: fields.pop(name, None) for name in ("key_bits", "value_bits")}
         chosen = {name: width for name, width in given.items() if width is not None}
         even, split = (bits, bits), SPLITS.get(bits, (bits, bits))
-        larger = any(_pair_bytes(split, pair) > _pair_bytes(even, pair) for pair in dims)
+        pairs = [_dims(pair) for pair in sequence("dims", dims)]
+        larger = any(_pair_bytes(split, pair) > _pair_bytes(even, pair) for pair in pairs)
         key_bits, value_bits = even if chosen or larger else split
         return cls(**{"key_bits": key_bits, "value_bits": value_bits, **chosen, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return dataclasses.asdict(self)
+
+
+def _dims(pair: Any) -> tuple[int, int]:
+    dims = sequence("dims", pair)
+    if len(dims) != 2:
+        raise SixfoldError(f"dims must be pairs such as (128, 128), got {shown(pair)}")
+    key_dim, value_dim = (whole("dims", dim, 1, MOST_COORDINATES) for dim in dims)
+    return key_dim, value_dim
 
 
 def _pair_bytes(widths: tuple[Bits, Bits], dims: tuple[int, int]) -> int:

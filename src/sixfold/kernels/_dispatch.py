@@ -23,6 +23,11 @@ OPERATIONS = ("rotate", "encode", "decode", "scores", "trellis", "attention", "c
 NO_BACKEND = "not part of this install"
 """Why a backend is missing that an operation does not have."""
 
+_UNTRACED = (
+    "Sixfold's compiled CPU kernels cannot be traced: compile without fullgraph=True, or set "
+    f"{ENVIRONMENT_VARIABLE}=reference"
+)
+
 _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 
@@ -77,6 +82,9 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
         return _overridden(operation, override, device)
     backend = _FASTEST.get(device.type, "reference")
     module = _loaded.get((operation, backend)) or _load(operation, backend)
+    if backend == "cpu" and not isinstance(module, str) and torch.compiler.is_compiling():
+        # It would be interrupted all the same, where nobody could tell why.
+        torch._dynamo.graph_break(msg=_UNTRACED)
     fallback = _load(operation, "reference") if isinstance(module, str) else module
     assert isinstance(fallback, ModuleType), fallback
     return fallback

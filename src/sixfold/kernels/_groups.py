@@ -135,7 +135,8 @@ def code_group(dim: int, bits: Bits, centroids: Tensor, layout: str = "rows") ->
     return dim, symbol, paired, _LAYOUTS[layout], book
 
 
-@lru_cache
+# Typed, as everywhere below operations: what a refused number of NumPy leaves, 4 must not find.
+@lru_cache(typed=True)
 def page_sizes(dim: int, bits: Bits) -> tuple[int, bool, int, tuple[int, ...]]:
     """Bits a symbol, whether one is a pair, bytes a page and shape of the codebook."""
     width, paired = symbol_bits(bits), is_paired(bits)

@@ -18,16 +18,35 @@ from sixfold.packing import check_bits
 
 
 def explain(annotations: Mapping[str, Any], given: Mapping[str, Any], error: Exception) -> NoReturn:
-    """Raise what the arguments of a failed call break, or `error` itself if they break nothing.
+    """Raise what the arguments of a failed call break, or `error` itself if it is none of theirs.
 
     Raises:
         SixfoldError: An argument is none of what its annotation allows.
+        ShapeError: Each is for itself, but they do not fit together.
     """
     try:
         _check_all(given, annotations)
     except SixfoldError as reason:
         raise reason from error
-    raise error
+    if type(error) not in _OF_ARGUMENTS or "alloc" in str(error):
+        raise error
+    found = ", ".join(f"{name} {_described(value)}" for name, value in given.items())
+    words = str(error).partition("\n")[0]
+    raise ShapeError(f"expected arguments that fit together, got {found}: {words}") from error
+
+
+# What Python and PyTorch raise for arguments: errors of devices and compilers are subclasses of
+# these. A lack of memory has none of its own on a CPU, and is told by its text.
+_OF_ARGUMENTS = (
+    *(TypeError, ValueError, IndexError, KeyError, AttributeError),
+    *(RuntimeError, NotImplementedError, ZeroDivisionError, OverflowError),
+)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}" if isinstance(value, tuple | list) else shown(value)
 
 
 class _Call:
@@ -62,7 +81,7 @@ def _check(name: str, value: Any, annotation: Any, call: _Call) -> None:
     if arrays:
         _check_tensor(name, value, arrays, call)
     elif name.endswith("bits"):
-        check_bits(value, name)
+        _own(name, value, lambda name, value: check_bits(value, name))
     elif get_origin(annotation) is Literal:
         choice(name, value, get_args(annotation))
     elif (checked := _SCALARS.get(options[0])) is not None:

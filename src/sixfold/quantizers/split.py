@@ -1,14 +1,15 @@
 """The paper's outlier-channel split, kept to reproduce its 2.5- and 3.5-bit results."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from sixfold.arguments import MOST_COORDINATES, settle, whole
+from sixfold.arguments import MOST_COORDINATES, dense, settle, whole
 from sixfold.codes import SplitCodes, checked
-from sixfold.errors import ShapeError
+from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels.encode import Scale
@@ -72,8 +73,13 @@ class OutlierSplit:
     def choose_channels(
         self, x: Float[Tensor, "*batch n dim"]
     ) -> Int[Tensor, "*batch {self.outlier_channels}"]:
-        """The channels of largest L2 norm over the n tokens, ascending."""
-        check_vectors(x, self.dim)
+        """The channels of largest L2 norm over the n tokens, ascending.
+
+        Raises:
+            ShapeError: The last axis of `x` is not `dim`, or there is no token axis.
+            SixfoldError: `x` is not of a floating dtype.
+        """
+        self._check_tokens(x)
         norms = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float64)
         return torch.topk(norms, self.outlier_channels, dim=-1).indices.sort(dim=-1).values
 
@@ -91,17 +97,40 @@ class OutlierSplit:
                 first chunk, to keep them for a sequence that grows.
 
         Raises:
-            ShapeError: The last axis of `x` is not `dim`, or there is no token axis.
-            SixfoldError: `x` is not of a floating dtype.
+            ShapeError: The last axis of `x` is not `dim`, or there is no token axis; or there are
+                not `outlier_channels` channels for every sequence, ascending and below `dim`.
+            SixfoldError: `x` is not of a floating dtype, or `channels` are no whole numbers.
         """
-        check_vectors(x, self.dim)
-        if x.ndim < 2:
-            raise ShapeError(f"x must have a token axis, [*batch, n, dim], got {tuple(x.shape)}")
-        channels = self.choose_channels(x) if channels is None else channels
+        self._check_tokens(x)
+        if channels is None:
+            channels = self.choose_channels(x)
+        else:
+            self._check_channels(channels, x)
         shared = channels.int()[..., None, :].expand(*x.shape[:-1], -1)
         sizes = [self._rest.dim, self._outliers.dim]
         rest, outliers = torch.split(x.gather(-1, self._order(shared)), sizes, dim=-1)
         return SplitCodes(self, self._outliers.encode(outliers), self._rest.encode(rest), shared)
+
+    def _check_tokens(self, x: Tensor) -> None:
+        check_vectors(x, self.dim)
+        if x.ndim < 2:
+            raise ShapeError(f"x must have a token axis, [*batch, n, dim], got {tuple(x.shape)}")
+
+    def _check_channels(self, channels: Any, x: Tensor) -> None:
+        dense("channels", channels)
+        if channels.dtype not in (torch.int32, torch.int64) or channels.device != x.device:
+            raise SixfoldError(
+                f"channels must be int32 or int64 on {x.device}, got {channels.dtype} on "
+                f"{channels.device}: pass what choose_channels gives."
+            )
+        shape = (*x.shape[:-2], self.outlier_channels)
+        numbers = channels if channels.shape == shape and not channels.is_meta else None
+        # On an accelerator the comparison would wait for it: there the device asserts.
+        if numbers is None or (numbers.is_cpu and not _ascending(numbers, self.dim)):
+            raise ShapeError(
+                f"channels must be {list(shape)} numbers from 0 to {self.dim - 1}, distinct and "
+                f"ascending, got {list(channels.shape)}: pass what choose_channels gives."
+            )
 
     def _order(self, channels: Tensor) -> Tensor:
         """All channels [*batch, dim], the outliers last, both groups ascending."""
@@ -136,3 +165,8 @@ class OutlierSplit:
         width = self.dim * codes.shape[:-2].numel()
         parts = [self.decode(codes[..., tile]) for tile in tiles(codes.shape[-2], width)]
         return torch.cat([queries.float() @ part.mT for part in parts], dim=-1)
+
+
+def _ascending(channels: Tensor, dim: int) -> bool:
+    apart = (channels.diff(dim=-1) > 0).all()
+    return bool(apart & (channels >= 0).all() & (channels < dim).all())

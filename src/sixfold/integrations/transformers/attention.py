@@ -20,6 +20,12 @@ NO_WEIGHTS = (
     'weights use TurboQuantCache(model.config, ...) and model.set_attn_implementation("eager").'
 )
 
+# What torch.compile says where it was told to allow no graph break.
+GROWS = (
+    "a TurboQuantCache that grows cannot be traced: compile without fullgraph=True, or decode in "
+    "cache.static(max_tokens)"
+)
+
 
 class CodesHandle:
     """Stands for keys and values of a layer between `Cache.update` and the attention function.
@@ -178,7 +184,7 @@ def _attend(handle: CodesHandle | StaticHandle, query: Tensor, options: dict[str
     return handle.attend(query, **options)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
 def _attend_untraced(handle: CodesHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
     # A growing layer is Python's business: it decides what to compress by numbers on the host.
     return handle.attend(query, **options)

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold.arguments import FLOATS, shown, whole
+from sixfold.arguments import FLOATS, dense, flag, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
@@ -23,7 +23,7 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
-from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register
+from sixfold.integrations.transformers.attention import GROWS, NAME, NO_WEIGHTS, register
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
     coded_dims,
@@ -36,6 +36,7 @@ from sixfold.integrations.transformers.layer import MOST_REPEATS, TurboQuantLaye
 from sixfold.integrations.transformers.layers import (
     cache_layer,
     check_crop,
+    check_dtype,
     layer_policies,
     layer_tensors,
     move_layer,
@@ -50,8 +51,8 @@ from sixfold.integrations.transformers.storage import (
     load_layers,
     save_cache,
 )
-from sixfold.integrations.transformers.wrappers import unwrapped
-from sixfold.packing import Bits
+from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
+from sixfold.packing import Bits, check_bits
 
 
 class TurboQuantCache(Cache):
@@ -103,6 +104,7 @@ class TurboQuantCache(Cache):
         seed: int = 0,
         key_map: KeyMaps | None = None,
     ) -> None:
+        bits = check_bits(bits)
         policy = CachePolicy.spending(
             bits,
             coded_dims(config) if bits in SPLITS else (),
@@ -116,8 +118,10 @@ class TurboQuantCache(Cache):
         )
         self.config = config
         self._model: weakref.ref[PreTrainedModel] | None = None
+        self._prompt: weakref.ref[torch.nn.Module] | None = None
         types, kwargs = layer_types(config)
-        policies = layer_policies(len(types), policy, skip_layers, per_layer or {})
+        per_layer = {} if per_layer is None else per_layer
+        policies = layer_policies(len(types), policy, skip_layers, per_layer)
         super().__init__(
             layers=[cache_layer(*layer) for layer in zip(types, kwargs, policies, strict=True)]
         )
@@ -147,7 +151,7 @@ class TurboQuantCache(Cache):
         Raises:
             UnsupportedModelError: The model has no key-value cache that can be compressed.
         """
-        model = unwrapped(model)
+        prompt, model = learned_prompt(model), unwrapped(model)
         cache = cls(model.config, bits, **options)
         check_maps(cache.layers, model)
         fusable = fusable_layers(model, len(cache))
@@ -160,6 +164,7 @@ class TurboQuantCache(Cache):
                 model.set_attn_implementation(NAME)
         cache._warn_of(model)
         cache._model = weakref.ref(model)
+        cache._prompt = None if prompt is None else weakref.ref(prompt)
         return cache
 
     @classmethod
@@ -219,6 +224,9 @@ class TurboQuantCache(Cache):
             return self._update_traced(key_states, value_states, layer_idx)
         check_tokens(key_states, value_states)
         layer_idx = self._number(layer_idx)
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, TurboQuantLayer):
+            check_dtype(layer, key_states)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -235,16 +243,28 @@ class TurboQuantCache(Cache):
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Replace a convolution state; like `update`, it notices an interrupted forward pass."""
+        """Replace a convolution state; like `update`, it notices an interrupted forward pass.
+
+        Raises:
+            SixfoldError: A forward pass was interrupted, the layer has no such state, or it is no
+                dense tensor.
+        """
         if not torch.compiler.is_compiling():
+            layer_idx = self._with_states(layer_idx, state_idx, conv_states)
             self._pass.enter_state(self.layers, layer_idx, "conv", state_idx)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        """Replace a recurrent state; like `update`, it notices an interrupted forward pass."""
+        """Replace a recurrent state; like `update`, it notices an interrupted forward pass.
+
+        Raises:
+            SixfoldError: A forward pass was interrupted, the layer has no such state, or it is no
+                dense tensor.
+        """
         if not torch.compiler.is_compiling():
+            layer_idx = self._with_states(layer_idx, state_idx, recurrent_states)
             self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
@@ -333,6 +353,44 @@ class TurboQuantCache(Cache):
         if isinstance(held, TurboQuantLayer):
             return held.dense()
         return getattr(held, "keys", None), getattr(held, "values", None)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens that a layer has seen, of a static one on its device; 0 of none."""
+        return super().get_seq_length(self._number_or_none(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Tokens that the mask of a layer must cover, and the position of the first of them."""
+        if type(query_length) is not int and not torch.compiler.is_compiling():
+            query_length = whole("query_length", query_length)
+        sizes: tuple[int, int] = super().get_mask_sizes(
+            query_length, self._number_or_none(layer_idx)
+        )
+        return sizes
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Most tokens that a layer can hold, or any layer; -1 without a limit."""
+        number = None if layer_idx is None else self._number_or_none(layer_idx)
+        length: int = super().get_max_length(number)
+        return length
+
+    def _number_or_none(self, layer: Any) -> int:
+        """The number of a layer, or one beyond the last: transformers asks for such, too."""
+        if type(layer) is int and layer >= 0:
+            return layer
+        number = whole("the number of a layer", layer, -(2**63))
+        return number if number >= len(self.layers) else self._number(number)
+
+    def _with_states(self, layer: Any, state: Any, value: Any) -> int:
+        """The number of a layer, which has the state of that number."""
+        dense("a state", value)
+        number = self._number(layer)
+        states = getattr(self.layers[number], "has_previous_state", {})
+        if not (type(state) is int and state in states):
+            raise SixfoldError(
+                f"layer {number} is a {type(self.layers[number]).__name__}, which has no "
+                f"convolution or recurrent state of the number {shown(state)}."
+            )
+        return number
 
     def _number(self, layer: Any) -> int:
         """The number of a layer, counted from the first."""
@@ -477,7 +535,8 @@ class TurboQuantCache(Cache):
             if isinstance(layer, StaticTurboQuantLayer):
                 layer.refuse()
         model = self._model() if self._model else None
-        save_cache(self.layers, self.config, model, path)
+        prompt = self._prompt() if self._prompt else None
+        save_cache(self.layers, self.config, model, path, prompt)
 
     @classmethod
     def load(
@@ -504,11 +563,12 @@ class TurboQuantCache(Cache):
                 numbers that no cache holds (docs/format.md, section 8).
             OSError: The file cannot be read.
         """
-        path, model = checked_path(path), unwrapped(model)
-        policies, layers, tensors = load_layers(path, model, check_weights)
+        given, path, model = model, checked_path(path), unwrapped(model)
+        flag("check_weights", check_weights)
+        policies, layers, tensors = load_layers(path, model, check_weights, learned_prompt(given))
         fields = {index: p.to_dict() for index, p in enumerate(policies) if p is not None}
         skipped = [index for index, p in enumerate(policies) if p is None]
-        cache = cls.for_model(model, per_layer=fields, skip_layers=skipped, key_map=key_map)
+        cache = cls.for_model(given, per_layer=fields, skip_layers=skipped, key_map=key_map)
         for index, (layer, description) in enumerate(zip(cache.layers, layers, strict=True)):
             prefix = f"layers.{index}."
             held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -538,7 +598,7 @@ class TurboQuantCache(Cache):
             non_blocking: Ignored; hosts pass it.
         """
         target = None if device is None else checked_device(device)
-        if dtype is not None and dtype not in FLOATS:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
             raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         for layer in self.layers:
             move_layer(layer, target, dtype)
@@ -546,9 +606,9 @@ class TurboQuantCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_prompt": None}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)

@@ -37,6 +37,12 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def config_value(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a decoder's config, None without it; where layers differ, a list of theirs."""
+    values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return values[0] if all(value == values[0] for value in values) else values
+
+
 def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Type of every layer and the arguments of its cache layer, as transformers derives them.
 
@@ -54,7 +60,8 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
             f"cannot read layer types from {type(text).__name__}: {error}. Expected a decoder "
             "config with num_hidden_layers and, if layers differ, layer_types."
         ) from error
-    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None) == 0:
+    latents = [x for x in text.per_layer_config if getattr(x, "kv_lora_rank", None)]
+    if any(getattr(layer, "qk_rope_head_dim", None) == 0 for layer in latents):
         raise UnsupportedModelError(
             f"{type(text).__name__} caches latents without rotary keys beside them "
             "(qk_rope_head_dim is 0): the second of the pair that a cache holds is empty, which "

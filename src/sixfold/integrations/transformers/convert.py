@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 
 from sixfold.arguments import dense
 from sixfold.cache import CompressedLayer
+from sixfold.cache.dense import check_tokens
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.integrations.transformers.combined import (
     HybridTurboQuantLayer,
@@ -49,6 +50,8 @@ def convert_layers(
             f"expected a cache of this model's {len(layers)} layers, got one of "
             f"{len(source.layers)}: make it with DynamicCache(config=model.config) and prefill it."
         )
+    for layer in source.layers:
+        _check_held(layer)
     held = [x.get_seq_length() for x in source.layers if isinstance(x, DynamicLayer)]
     if len({n for n in held if n}) > 1:
         raise SixfoldError(
@@ -56,6 +59,14 @@ def convert_layers(
             "interrupted, so prefill again."
         )
     return [_converted(*pair, attention_mask) for pair in zip(source.layers, layers, strict=True)]
+
+
+def _check_held(layer: Any) -> None:
+    """Refuse what no attention leaves in a layer: a cache is open to whoever has it."""
+    if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+        return
+    if not isinstance(layer.keys, Tensor) or layer.keys.numel():
+        check_tokens(layer.keys, layer.values)
 
 
 def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
@@ -96,9 +107,9 @@ def _compressed(layer: Any, empty: TurboQuantLayer, mask: Tensor | None) -> Comp
 def _padding(mask: Tensor, batch: int, tokens: int) -> Tensor:
     """Left padding of every sequence."""
     dense("attention_mask", mask)
-    if mask.shape != (batch, tokens):
+    if mask.shape != (batch, tokens) or mask.is_meta:
         raise ShapeError(
             f"attention_mask: expected [{batch}, {tokens}], a row for every sequence and a column "
-            f"for every token of the cache, got {list(mask.shape)}."
+            f"for every token of the cache, got {list(mask.shape)} on {mask.device}."
         )
     return (mask.to(torch.int64).cumsum(1) == 0).sum(1)

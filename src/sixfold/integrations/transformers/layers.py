@@ -9,7 +9,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
 from sixfold.arguments import sequence, shown, whole
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
-from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.errors import ShapeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.combined import (
     STATES,
     HybridTurboQuantLayer,
@@ -132,6 +132,24 @@ def move_layer(layer: Any, device: torch.device | None, dtype: torch.dtype | Non
         states = getattr(layer, name, {})
         moved = {i: x.to(device or x.device) for i, x in states.items() if x is not None}
         states.update(moved)
+
+
+def check_dtype(layer: Any, keys: Tensor) -> None:
+    """Refuse new keys that an uncompressed layer would not give back in their dtype.
+
+    Raises:
+        ShapeError: What it holds is of another dtype, and more exact.
+    """
+    held = getattr(layer, "keys", None)
+    if held is None or held.dtype is keys.dtype or not held.numel():
+        return
+    # Autocast brings queries and keys together.
+    autocast = torch.is_autocast_enabled(keys.device.type)
+    if not autocast and torch.promote_types(held.dtype, keys.dtype) is not keys.dtype:
+        raise ShapeError(
+            f"this layer holds keys of {held.dtype}, got {keys.dtype}: convert what it holds, as "
+            f"cache.to(dtype={keys.dtype}) does, when the dtype of the model changes."
+        )
 
 
 def check_crop(layer: Any, tokens_to_remove: int) -> None:

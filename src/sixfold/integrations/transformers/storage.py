@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -20,7 +20,7 @@ from sixfold.cache.state import layer_state, restore_layer
 from sixfold.cache.validate import check_finite
 from sixfold.errors import FormatError
 from sixfold.integrations.transformers.checks import expected_layers, model_layers
-from sixfold.integrations.transformers.config import decoder_config, layer_types
+from sixfold.integrations.transformers.config import config_value, decoder_config, layer_types
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.weights import check_weights, weights_digest
 from sixfold.io import DTYPE_NAMES, open_container, write_container
@@ -33,6 +33,7 @@ def save_cache(
     config: PreTrainedConfig,
     model: PreTrainedModel | None,
     path: str | os.PathLike[str],
+    prompt: nn.Module | None = None,
 ) -> None:
     """Write everything `cache_layers` hold; see `TurboQuantCache.save`."""
     layers: list[dict[str, Any]] = []
@@ -48,7 +49,7 @@ def save_cache(
         raise FormatError(
             f"this cache does not fit its model and is not saved: {error}."
         ) from error
-    digest = None if model is None else weights_digest(model)
+    digest = None if model is None else weights_digest(model, prompt)
     if model is not None and digest is None:
         warnings.warn(
             "some weights of the model are on the meta device and cannot be read: whoever loads "
@@ -65,12 +66,17 @@ def save_cache(
 
 
 def load_layers(
-    path: str | os.PathLike[str], model: PreTrainedModel, check: bool
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    check: bool,
+    prompt: nn.Module | None = None,
 ) -> tuple[list[CachePolicy | None], list[dict[str, Any]], dict[str, Tensor]]:
     """Check a file against `model`, then read it: policies, layer descriptions and tensors."""
     with open_container(path, KIND) as container:
         description = container.description
         _check_model(path, description, model, check)
+        if check:
+            check_weights(path, description.get("weights"), model, prompt)
         try:
             layers = description["layers"]
             if len(layers) != len(description["model"]["layers"]):
@@ -123,7 +129,7 @@ def model_description(config: PreTrainedConfig) -> dict[str, Any]:
         # Not weights, but keys are rotated by them.
         "rope_parameters",
     )
-    fields = {name: getattr(text, name, None) for name in names}
+    fields = {name: config_value(text, name) for name in names}
     windows = [options.get("sliding_window") for options in kwargs]
     described = {"type": text.model_type, "layers": types, "sliding_windows": windows, **fields}
     # As it comes back from a file: lists for tuples, strings for anything exotic.
@@ -145,8 +151,6 @@ def _check_model(
             f"{path} was saved for the model in {dtype}, this one is in {model.dtype}: load the "
             "model in that dtype, or pass check_weights=False to convert the cache."
         )
-    if check:
-        check_weights(path, description.get("weights"), model)
 
 
 def _differ(stored: Any, own: Any) -> bool:

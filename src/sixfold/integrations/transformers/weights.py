@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -19,8 +20,10 @@ _WORDS = 1 << 16
 _ADAPTERS = ("active_adapters", "disable_adapters", "scaling")
 
 
-def weights_digest(model: nn.Module) -> str | None:
+def weights_digest(model: nn.Module, prompt: nn.Module | None = None) -> str | None:
     """A digest of every byte of every parameter and persistent buffer, and of active adapters.
+
+    Those of `prompt`, which computes tokens that are in every cache of the model, count as well.
 
     Sums of products with odd factors, modulo 2^64, a block at a time on the device where the
     weights lie: a single word of a block that differs always shows, more of them all but always.
@@ -32,7 +35,9 @@ def weights_digest(model: nn.Module) -> str | None:
         because accelerate has offloaded them.
     """
     digest = hashlib.sha256()
-    for name, tensor in _weights(model):
+    own = () if prompt is None else _weights(prompt)
+    beside = ((f"prompt {name}", tensor) for name, tensor in own)
+    for name, tensor in itertools.chain(_weights(model), beside):
         if tensor is None:
             return None
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -42,13 +47,16 @@ def weights_digest(model: nn.Module) -> str | None:
     return _ALL + digest.hexdigest()
 
 
-def check_weights(path: Any, stored: Any, model: nn.Module) -> None:
+def check_weights(
+    path: Any, stored: Any, model: nn.Module, prompt: nn.Module | None = None
+) -> None:
     """Compare the digest of a file with a model.
 
     Args:
         path: The file, for messages.
         stored: Its digest; None says nothing.
         model: The model.
+        prompt: See `weights_digest`.
 
     Raises:
         FormatError: The model has other weights, or some that cannot be read.
@@ -56,7 +64,7 @@ def check_weights(path: Any, stored: Any, model: nn.Module) -> None:
     if stored is None:
         return
     full = isinstance(stored, str) and stored.startswith(_ALL)
-    found = weights_digest(model) if full else _first_numbers_digest(model)
+    found = weights_digest(model, prompt) if full else _first_numbers_digest(model)
     if found is None:
         raise FormatError(
             f"{path} names the weights it belongs to, but some of this model's are on the meta "

@@ -9,16 +9,19 @@ from sixfold.errors import UnsupportedModelError
 
 # torch.compile; data parallelism (DataParallel, DistributedDataParallel, Accelerate, DeepSpeed).
 _INNER = ("_orig_mod", "module")
+# Methods of PEFT that learn keys and values.
+_OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model within `model`, which PEFT, compilation or parallelism wraps.
 
     Raises:
-        UnsupportedModelError: There is none.
+        UnsupportedModelError: There is none, or what wraps it brings a cache of its own.
     """
     inner: object = model
     while not isinstance(inner, PreTrainedModel):
+        _refuse_prefix(inner)
         found = next(_inner(inner), None)
         if found is None:
             raise UnsupportedModelError(
@@ -27,6 +30,30 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
             )
         inner = found
     return inner
+
+
+def learned_prompt(model: object) -> torch.nn.Module | None:
+    """What computes the tokens that PEFT's prompt tuning puts before every prompt, if it does.
+
+    It is no part of the transformers model, and what it computes is in every cache.
+    """
+    while isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel):
+        prompts = getattr(model, "prompt_encoder", None)
+        if isinstance(prompts, torch.nn.ModuleDict):
+            active = getattr(model, "active_adapter", None)
+            return prompts[active] if isinstance(active, str) and active in prompts else prompts
+        model = next(_inner(model), None)
+    return None
+
+
+def _refuse_prefix(model: object) -> None:
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if getattr(kind, "value", kind) in _OWN_CACHE:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts a cache of its own, of learned keys and values, in place "
+            "of the one it is given: let it prefill a DynamicCache, then use "
+            "TurboQuantCache.from_cache(cache, model.get_base_model())."
+        )
 
 
 def _inner(model: object) -> Iterator[torch.nn.Module]:
