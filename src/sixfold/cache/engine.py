@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, shown, whole
+from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, whole
+from sixfold.arguments import device as checked_device
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Code, Softmax, codebook_code
 from sixfold.cache.key_maps import check_pinned, shared
@@ -134,12 +135,18 @@ class EngineLayer:
         """
         if not isinstance(policy, CachePolicy):
             raise SixfoldError(f"policy must be a CachePolicy, got {shown(policy)}")
+        kv_heads, key_dim, value_dim = (
+            whole(name, x, 1, MOST_COORDINATES)
+            for name, x in (("kv_heads", kv_heads), ("key_dim", key_dim), ("value_dim", value_dim))
+        )
+        rows, sink_rows = whole("rows", rows), whole("sink_rows", sink_rows)
+        device = checked_device(device)
         if key_map is not None:
             check_pinned(key_map, kv_heads, key_dim)
             key_map = key_map.to(device)
         if sliding_window is not None:
             sliding_window = whole("sliding_window", sliding_window, 1)
-        if dtype not in FLOATS:
+        if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
             raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = codebook_code(policy, key_dim, value_dim)
@@ -164,6 +171,7 @@ class EngineLayer:
         Raises:
             ShapeError: The blocks are for other heads or widths.
         """
+        dense("blocks", blocks)
         expected = self.copies[0].shape[1], self.block_bytes
         if blocks.dtype is not torch.uint8 or blocks.ndim != 3 or blocks.shape[1:] != expected:
             raise ShapeError(
@@ -274,13 +282,19 @@ class EngineLayer:
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""
+        if not isinstance(step, Step) or not isinstance(pool, Pool):
+            raise SixfoldError(
+                f"expected a Pool and a Step, got {shown(type(pool))} and {shown(type(step))}"
+            )
         tokens, (own_keys, own_values) = sum(step.new), self.copies
         kv_heads, dtype = own_keys.shape[1], own_keys.dtype
         for name, x, heads, dim in (
-            ("query", query, query.shape[1] if query.ndim == 3 else 0, own_keys.shape[3]),
+            ("query", query, 0, own_keys.shape[3]),
             ("keys", keys, kv_heads, own_keys.shape[3]),
             ("values", values, kv_heads, own_values.shape[3]),
         ):
+            floating(name, x)
+            heads = heads or (x.shape[1] if x.ndim == 3 else 0)
             if x.shape != (tokens, heads, dim) or x.dtype is not dtype:
                 raise ShapeError(
                     f"{name}: expected the {tokens} new tokens of the step, {dtype} "

@@ -10,10 +10,15 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from sixfold.arguments import dense, sequence, settle, whole
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._tables import check_table, readable
 from sixfold.kernels.types import Pages, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+# Positions of all of them must be numbers that fit in memory.
+MOST_TOKENS = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +49,28 @@ class Step:
     sink_tokens: int = 0
 
     def __post_init__(self) -> None:
+        settle(
+            self,
+            new=[whole("new", n, 1, MOST_TOKENS) for n in sequence("new", self.new)],
+            context=[
+                whole("context", n, 0, MOST_TOKENS) for n in sequence("context", self.context)
+            ],
+            sink_tokens=whole("sink_tokens", self.sink_tokens, 0, PAGE_TOKENS),
+        )
+        _check_tables(slots=self.slots, rows=self.rows, sinks=self._all_sinks)
         batch = len(self.new)
         table = (batch, self.slots.shape[1] if self.slots.ndim == 2 else 0)
-        sinks = self.no_sinks if self.sinks is None else self.sinks
-        shapes = self.slots.shape, self.rows.shape, sinks.shape, len(self.context)
-        if shapes != (table, table, (batch,), batch):
+        sinks = self._all_sinks.shape
+        if (self.slots.shape, self.rows.shape, sinks, len(self.context)) != (
+            table,
+            table,
+            (batch,),
+            batch,
+        ):
             raise ShapeError(
                 f"expected the context of {batch} sequences, slots and rows [{batch}, pages] and "
                 f"sinks [{batch}], got {len(self.context)}, {list(self.slots.shape)}, "
-                f"{list(self.rows.shape)} and {list(sinks.shape)}."
-            )
-        for name, x in (("slots", self.slots), ("rows", self.rows), ("sinks", sinks)):
-            if x.is_floating_point() or x.dtype is torch.bool:
-                raise SixfoldError(f"{name}: expected whole numbers, got {x.dtype}.")
-        if min(self.new, default=1) < 1 or min(self.context, default=0) < 0:
-            raise SixfoldError(
-                f"expected 1 or more new tokens after 0 or more, got {list(self.new)} new ones "
-                f"after {list(self.context)}."
+                f"{list(self.rows.shape)} and {list(sinks)}."
             )
         pages = max((-(-end // PAGE_TOKENS) for end in self.ends), default=0)
         if pages > table[1]:
@@ -112,9 +122,9 @@ class Step:
         return set()
 
     @cached_property
-    def no_sinks(self) -> Tensor:
-        """What `sinks` is without any."""
-        return torch.full((len(self.new),), -1, dtype=torch.int64)
+    def _all_sinks(self) -> Tensor:
+        none = torch.full((len(self.new),), -1, dtype=torch.int64)
+        return none if self.sinks is None else self.sinks
 
     @cached_property
     def row_table(self) -> np.ndarray:
@@ -124,7 +134,7 @@ class Step:
     @cached_property
     def sink_rows(self) -> np.ndarray:
         """`sinks` for the host."""
-        return (self.no_sinks if self.sinks is None else self.sinks).numpy().astype(np.int64)
+        return self._all_sinks.numpy().astype(np.int64)
 
     @property
     def ends(self) -> list[int]:
@@ -164,6 +174,15 @@ class Step:
     def several(self) -> list["Part"]:
         """The others, each of its own."""
         return [Part.of(self, [b]) for b in self.chunked]
+
+
+def _check_tables(**tables: Tensor) -> None:
+    for name, x in tables.items():
+        dense(name, x)
+        if x.dtype not in WHOLE:
+            raise SixfoldError(f"{name}: expected whole numbers, got {x.dtype}.")
+        if name != "slots" and x.device.type != "cpu":
+            raise SixfoldError(f"{name}: expected a tensor on the CPU, got one on {x.device}.")
 
 
 @dataclasses.dataclass(frozen=True)
