@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from sixfold import TrellisQuantizer, TurboQuantCache
+from benchmarks.with_layers import with_layers
+from sixfold import TrellisQuantizer
 from sixfold.cache import CachePolicy
 from sixfold.cache.code import Code, CodebookCode, MakeCode, attend_decoded, codebook_code
 from sixfold.codes import TrellisCodes
-from sixfold.eval.caches import MakeCache
-from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.eval.caches import MakeCache, compressed
 from sixfold.kernels.types import KeyMap, Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 from sixfold.rotation import Rotation
@@ -108,13 +107,6 @@ def decoded_cache(bits: float, trellis: bool, **options: Any) -> MakeCache:
     """Make `TurboQuantCache`s of trellis codes, or of its own, that attend to what they decode."""
     make_code: MakeCode = trellis_code if trellis else decoded_code
 
-    def make(model: PreTrainedModel) -> TurboQuantCache:
-        # Of the same bits for both: codes are compared, not ways to spend them.
-        cache = TurboQuantCache.for_model(model, key_bits=bits, value_bits=bits, **options)
-        cache.layers = [
-            TurboQuantLayer(layer.policy, layer.sliding_window, layer.fused, make_code)
-            for layer in cache.compressed_layers
-        ]
-        return cache
-
-    return make
+    # Of the same bits for both: codes are compared, not ways to spend them.
+    made = compressed(bits, key_bits=bits, value_bits=bits, **options)
+    return with_layers(made, lambda: (make_code,))

@@ -12,7 +12,7 @@ from torch import Tensor
 from sixfold.arguments import FLOATS, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
-from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
+from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
 from sixfold.cache.attend import fit_mask
 from sixfold.cache.code import Code, MakeCode, Mask, Softmax, codebook_code
 from sixfold.cache.dense import DenseTokens, check_tokens
@@ -39,6 +39,7 @@ class CompressedLayer:
     Attributes:
         policy: What is kept and at how many bits.
         code: How pages are coded.
+        fit: How key maps are fitted.
         sliding_window: Tokens a query sees, itself included; None for all.
         window: Tokens in the model's dtype that have not been compressed.
         history: Compressed tokens.
@@ -58,6 +59,7 @@ class CompressedLayer:
         sliding_window: int | None = None,
         key_map: KeyMap | None = None,
         make_code: MakeCode = codebook_code,
+        fit: KeyMapFit = DEFAULT_FIT,
     ) -> None:
         """An empty history for vectors shaped like `keys` and `values`, which are not stored.
 
@@ -67,6 +69,8 @@ class CompressedLayer:
             policy: What is kept and at how many bits.
             sliding_window: Tokens a query sees, itself included; None for all.
             key_map: One map, without an index, for all sequences; fitted to each by default.
+            make_code: How pages are coded, from the policy and the dimensions.
+            fit: How key maps are fitted.
 
         Raises:
             ShapeError: The tensors, or the map, do not fit each other.
@@ -83,7 +87,7 @@ class CompressedLayer:
         self.pinned = key_map
         self.policy = policy
         self.sliding_window = sliding_window
-        self._make_code = make_code
+        self._make_code, self.fit = make_code, fit
         self.code = make_code(policy, keys.shape[3], values.shape[3])
         self.window = DenseTokens(keys, values).copy_slice(0, 0)
         self.history = PagedHistory(keys.shape[1], *self.code.page_bytes)
@@ -423,7 +427,7 @@ class CompressedLayer:
             self.padding = torch.where(self.padding == before, before + leading, self.padding)
         if self.pinned is not None:
             return
-        energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])
+        energy = self.fit.observe(query, valid, self.window.keys.shape[1])
         self.query_energy = energy if self.query_energy is None else self.query_energy + energy
 
     @property
@@ -444,7 +448,7 @@ class CompressedLayer:
         padding = (self.padding - self.evicted).clamp(min=0)
         if self.pinned is None:
             seen = self.window, padding, self.query_energy
-            key_map = fitted_map(*seen, self.policy, self._sinks)
+            key_map = fitted_map(*seen, self.policy, self._sinks, self.fit)
         else:
             key_map = shared(self.pinned, len(padding))
         return Prefix.fix(self.window, padding, key_map, self._sinks)

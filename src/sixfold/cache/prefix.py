@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sixfold.cache.affine import QueryEnergy, estimate_key_map
+from sixfold.cache.affine import KeyMapFit, QueryEnergy
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.types import KeyMap, Tokens
@@ -106,6 +106,7 @@ def fitted_map(
     queries: QueryEnergy | None,
     policy: CachePolicy,
     sink_tokens: int,
+    fit: KeyMapFit,
 ) -> KeyMap:
     """A key map for every sequence, fitted to the tokens seen so far: no padding, no sinks."""
     positions = torch.arange(tokens.tokens, device=padding.device)
@@ -114,7 +115,7 @@ def fitted_map(
     counted = begun & (positions >= (padding + count)[:, None])
     # Of a sequence that has nothing else the sinks say where its keys are.
     counted = torch.where(counted.any(1, keepdim=True), counted, begun)
-    return estimate_key_map(
+    return fit.estimate(
         tokens.keys,
         counted,
         queries,
