@@ -6,21 +6,59 @@ beside it, so that nothing but the code differs.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from benchmarks.with_layers import with_layers
 from sixfold import TrellisQuantizer
 from sixfold.cache import CachePolicy
-from sixfold.cache.code import Code, CodebookCode, MakeCode, attend_decoded, codebook_code
+from sixfold.cache.code import Code, CodebookCode, MakeCode, codebook_code
 from sixfold.codes import TrellisCodes
 from sixfold.eval.caches import MakeCache, compressed
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.kernels._narrow import narrow
+from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
+from sixfold.kernels.attention.reference import page_positions
+from sixfold.kernels.cached_attention.reference import visible_tokens
+from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords, path_bytes
+
+
+def attend_decoded(
+    code: Code,
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    pages: Sequence[Pages],
+    key_map: KeyMap,
+    position: Int64[Tensor, " batch"],
+    start: Int64[Tensor, " batch"],
+    softmax: Softmax,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
+    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
+    held = [visible_tokens(part) for part in tokens]
+    for part in pages:
+        found = page_positions(part)
+        found = found.masked_fill(found < start[:, None], -1)
+        held.append((*code.read(part, torch.float32, key_map), found))
+    parts = [
+        dense_attention(
+            query,
+            *vectors,
+            own,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
+        )
+        for vectors in held
+    ]
+    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
 class DecodedCode(CodebookCode):

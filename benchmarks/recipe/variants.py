@@ -15,10 +15,10 @@ from sixfold.cache.affine import (
     equalizing_scale,
     estimate_key_map,
 )
-from sixfold.cache.code import CodebookCode, MakeCode, Softmax, codebook_code
+from sixfold.cache.code import CodebookCode, MakeCode, codebook_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Pages, Pool, Scale, Tokens
+from sixfold.kernels.types import KeyMap, Pages, Pool, Scale, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 from sixfold.quantizers import OutlierSplit, TurboQuantMSE
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.cache.affine import KeyMapFit, QueryEnergy
@@ -122,15 +122,3 @@ def fitted_map(
         center=policy.center_keys,
         equalize=policy.equalize_keys,
     )
-
-
-def valid_tokens(
-    mask: Tensor | None, queries: int, batch: int
-) -> Bool[Tensor, "batch queries"] | None:
-    """Which new tokens are real: a padding token does not even attend to itself."""
-    if mask is None:
-        return None
-    itself = torch.diagonal(mask[:, 0], offset=mask.shape[-1] - queries, dim1=-2, dim2=-1)
-    if itself.dtype != torch.bool:
-        itself = itself > torch.finfo(itself.dtype).min / 2
-    return itself.expand(batch, -1)
