@@ -3,25 +3,25 @@
 import copy
 import dataclasses
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, shown, whole
+from sixfold.arguments import FLOATS, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
-from sixfold.cache.checks import check_query, check_same
 from sixfold.cache.code import Code, MakeCode, codebook_code
-from sixfold.cache.dense import DenseTokens, check_tokens
+from sixfold.cache.dense import DenseTokens, check_same, check_tokens
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.masks import check_mask, fit_mask, valid_tokens
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, fitted_map
-from sixfold.errors import SixfoldError
+from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Mask, Softmax, Tokens
@@ -172,7 +172,7 @@ class CompressedLayer:
         Raises:
             ShapeError: The mask is for another number of tokens than are held.
         """
-        check_query(query, self.window.keys, self.held)
+        _check_query(query, self.window.keys, self.held)
         dtype, held = query.dtype, self.window.keys.dtype
         query = query if dtype is held else query.to(held)
         if mask is not None:
@@ -432,3 +432,26 @@ class CompressedLayer:
         self.evicted += gone
         if self.prefix is not None:
             self.prefix = self.prefix.evict(gone)
+
+
+def _check_query(query: Any, keys: Tensor, held: int) -> None:
+    """Refuse what is no query of the newest of `held` tokens, whose last ones have `keys`.
+
+    Raises:
+        SixfoldError: It is no dense tensor of a floating dtype, or on another device.
+        ShapeError: It is for another batch, other heads or more tokens.
+    """
+    batch, heads, _, dim = keys.shape
+    # What `floating` asks first, and nearly always all there is to ask.
+    plain = type(query) is Tensor and query.dtype in FLOATS and query.layout is torch.strided
+    if not plain or query.is_nested or not query.data_ptr():
+        floating("query", query)
+    shape = query.shape
+    fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
+    if not fits or shape[1] % heads or not 0 < shape[2] <= held:
+        raise ShapeError(
+            f"query: expected [{batch}, a multiple of {heads} heads, 1 to {held} tokens, "
+            f"{dim}], got {list(query.shape)}."
+        )
+    if query.device != keys.device:
+        raise SixfoldError(f"query is on {query.device}, this layer on {keys.device}: move it.")
