@@ -6,22 +6,59 @@ beside it, so that nothing but the code differs.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from sixfold import TrellisQuantizer, TurboQuantCache
+from benchmarks.with_layers import with_layers
+from sixfold import TrellisQuantizer
 from sixfold.cache import CachePolicy
-from sixfold.cache.code import Code, CodebookCode, MakeCode, attend_decoded, codebook_code
+from sixfold.cache.code import Code, CodebookCode, MakeCode, codebook_code
 from sixfold.codes import TrellisCodes
-from sixfold.eval.caches import MakeCache
-from sixfold.integrations.transformers.layer import TurboQuantLayer
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.eval.caches import MakeCache, compressed
+from sixfold.kernels._narrow import narrow
+from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
+from sixfold.kernels.attention.reference import page_positions
+from sixfold.kernels.cached_attention.reference import visible_tokens
+from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords, path_bytes
+
+
+def attend_decoded(
+    code: Code,
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    pages: Sequence[Pages],
+    key_map: KeyMap,
+    position: Int64[Tensor, " batch"],
+    start: Int64[Tensor, " batch"],
+    softmax: Softmax,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
+    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
+    held = [visible_tokens(part) for part in tokens]
+    for part in pages:
+        found = page_positions(part)
+        found = found.masked_fill(found < start[:, None], -1)
+        held.append((*code.read(part, torch.float32, key_map), found))
+    parts = [
+        dense_attention(
+            query,
+            *vectors,
+            own,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
+        )
+        for vectors in held
+    ]
+    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
 class DecodedCode(CodebookCode):
@@ -108,13 +145,6 @@ def decoded_cache(bits: float, trellis: bool, **options: Any) -> MakeCache:
     """Make `TurboQuantCache`s of trellis codes, or of its own, that attend to what they decode."""
     make_code: MakeCode = trellis_code if trellis else decoded_code
 
-    def make(model: PreTrainedModel) -> TurboQuantCache:
-        # Of the same bits for both: codes are compared, not ways to spend them.
-        cache = TurboQuantCache.for_model(model, key_bits=bits, value_bits=bits, **options)
-        cache.layers = [
-            TurboQuantLayer(layer.policy, layer.sliding_window, layer.fused, make_code)
-            for layer in cache.compressed_layers
-        ]
-        return cache
-
-    return make
+    # Of the same bits for both: codes are compared, not ways to spend them.
+    made = compressed(bits, key_bits=bits, value_bits=bits, **options)
+    return with_layers(made, lambda: (make_code,))

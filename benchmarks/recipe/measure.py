@@ -9,13 +9,14 @@ from transformers.utils import logging
 
 from benchmarks.evaluate import bits_held
 from benchmarks.recipe.models import CALIBRATION_TOKENS, MODELS
-from benchmarks.recipe.studies import STUDIES, Case
+from benchmarks.recipe.studies import PREFILL, STUDIES, Case
+from benchmarks.with_layers import with_layers
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack
 from sixfold.eval.niah import Retrieval, retrieve
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 
-TOKENS, WINDOWS, CHUNK = 768, 7, 64
+TOKENS, WINDOWS, CHUNK = 2 * PREFILL, 7, 64
 NEEDLE_TOKENS, NEEDLES, DOCUMENTS = 1024, 16, 36
 
 
@@ -26,7 +27,7 @@ def measure(study: str, name: str) -> list[dict[str, Any]]:
     logging.disable_progress_bar()
     model, tokenizer = MODELS[name]()
     found: list[tuple[Case, CacheComparison]] = []
-    for _, group in groupby(STUDIES[study].cases, lambda case: (case.patch, case.change)):
+    for _, group in groupby(STUDIES[study].cases, lambda case: case.change):
         found += _compare(model, tokenizer, list(group))
     rows, base = [], dict[float, CacheComparison]()
     for case, result in found:
@@ -55,10 +56,9 @@ def _compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cases: list[Case]
 ) -> list[tuple[Case, CacheComparison]]:
     windows = windows_of(tokenizer, haystack(), TOKENS, WINDOWS)
-    change, patch = cases[0].change, cases[0].patch
+    change = cases[0].change
     changed = model if change is None else change(model, windows.flatten()[:CALIBRATION_TOKENS])
-    with patch():
-        found = compare_caches(changed, windows, _caches(cases), prefill=TOKENS // 2, chunk=CHUNK)
+    found = compare_caches(changed, windows, _caches(cases), prefill=PREFILL, chunk=CHUNK)
     return list(zip(cases, found.values(), strict=True))
 
 
@@ -85,7 +85,10 @@ def _with_needles(
 
 
 def _caches(cases: list[Case]) -> dict[str, MakeCache]:
-    return {f"{one.bits} {one.label}": compressed(one.bits, **one.settings) for one in cases}
+    return {
+        f"{one.bits} {one.label}": with_layers(compressed(one.bits, **one.settings), one.variant)
+        for one in cases
+    }
 
 
 def _counts(found: Retrieval) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """What is compared with what. The first case of a width is what the others are measured against."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -12,8 +11,11 @@ from transformers import PreTrainedModel
 from benchmarks.evaluate import NO_WINDOWS
 from benchmarks.recipe import variants
 from benchmarks.recipe.models import with_value_map
-from benchmarks.recipe.variants import Patch
+from benchmarks.recipe.variants import MakeVariant, Variant
 from sixfold.packing import Bits
+
+PREFILL = 384
+"""Tokens of a cache's first chunk."""
 
 Change: TypeAlias = Callable[[PreTrainedModel, Int[Tensor, " tokens"]], PreTrainedModel]
 
@@ -26,14 +28,14 @@ class Case:
         label: What is special about it.
         bits: The budget: bits a value.
         options: Of `TurboQuantCache`.
-        patch: What the product does not offer.
+        variant: What the product does not offer.
         change: A change of the model that keeps its function.
     """
 
     label: str
     bits: Bits
     options: dict[str, Any] = field(default_factory=lambda: dict(NO_WINDOWS))
-    patch: Patch = nullcontext
+    variant: MakeVariant = Variant
     change: Change | None = None
 
     @property
@@ -66,9 +68,9 @@ def _splits(**windows: Any) -> tuple[Case, ...]:
     )
 
 
-def _patched(widths: tuple[Bits, ...], patches: dict[str, Patch]) -> tuple[Case, ...]:
+def _varied(widths: tuple[Bits, ...], made: dict[str, MakeVariant]) -> tuple[Case, ...]:
     return tuple(
-        Case(label, bits, patch=patch) for label, patch in patches.items() for bits in widths
+        Case(label, bits, variant=variant) for label, variant in made.items() for bits in widths
     )
 
 
@@ -128,30 +130,30 @@ STUDIES: dict[str, Study] = {
     "splits": Study(_splits(**NO_WINDOWS), needles=True),
     "splits_windows": Study(_splits()),
     "key_scales": Study(
-        _patched(
+        _varied(
             (4, 2.5, 2),
             {
-                "unbiased": nullcontext,
+                "unbiased": Variant,
                 "optimal": variants.scales("optimal", "optimal"),
                 "norm": variants.scales("norm", "optimal"),
             },
         )
     ),
     "value_scales": Study(
-        _patched(
+        _varied(
             (4, 2.5, 2),
             {
-                "optimal": nullcontext,
+                "optimal": Variant,
                 "norm": variants.scales("unbiased", "norm"),
                 "unbiased": variants.scales("unbiased", "unbiased"),
             },
         )
     ),
     "spread": Study(
-        _patched(
+        _varied(
             (3, 2),
             {
-                "fourth powers": nullcontext,
+                "fourth powers": Variant,
                 "squares": variants.moment(2),
                 "eighth powers": variants.moment(8),
                 "fourth powers, without massive tokens": variants.without_massive,
@@ -161,21 +163,21 @@ STUDIES: dict[str, Study] = {
         models=("plain", "hard", "massive x2"),
     ),
     "first_tokens": Study(
-        _patched(
+        _varied(
             (3, 2),
             {
-                "all 384": nullcontext,
+                "all 384": Variant,
                 **{f"first {n}": variants.first_tokens(n) for n in (16, 32, 64, 128, 256)},
             },
         )
     ),
     "maps": Study(
-        _patched(
+        _varied(
             (3, 2),
             {
-                "once, a scale a channel": nullcontext,
+                "once, a scale a channel": Variant,
                 "a scale a RoPE pair": variants.shared_by_pairs,
-                "anew in every step": variants.simulated(variants.Recoded),
+                "anew in every step": variants.recoded,
             },
         ),
         models=("plain", "hard", "massive x2"),
@@ -184,11 +186,11 @@ STUDIES: dict[str, Study] = {
     "windows": Study(_windows()),
     "layers": Study(_layers()),
     "codes": Study(
-        _patched(
+        _varied(
             (3.5, 2.5),
             {
-                "2-D grid": nullcontext,
-                "half the channels a bit more": variants.simulated(variants.ChannelSplit),
+                "2-D grid": Variant,
+                "half the channels a bit more": variants.channel_split(PREFILL),
             },
         )
     ),

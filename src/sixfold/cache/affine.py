@@ -69,6 +69,8 @@ def estimate_key_map(
     *,
     center: bool,
     equalize: bool,
+    energy: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    equalizing: Callable[[Tensor, Tensor | None], Tensor] | None = None,
 ) -> KeyMap:
     """Fit mean and scale to the first tokens of every sequence.
 
@@ -82,6 +84,8 @@ def estimate_key_map(
         queries: Energy of the queries seen so far; None where the host hides them.
         center: Whether to subtract the mean; zero otherwise.
         equalize: Whether to scale; one otherwise.
+        energy: What stands for the energy of a channel; `channel_energy` by default.
+        equalizing: Scales of energies; `equalizing_scale` by default.
 
     Returns:
         A map per (sequence, head). With fewer than `MIN_TOKENS` tokens, or little but runs of one
@@ -99,11 +103,28 @@ def estimate_key_map(
     mean = _mean(keys, counted) if center else zero
     log_scale = zero
     if equalize:
-        energy = channel_energy(keys, counted, mean)
-        scale = equalizing_scale(energy, None if queries is None else queries.squares)
+        spread = (energy or channel_energy)(keys, counted, mean)
+        asked = None if queries is None else queries.squares
+        scale = (equalizing or equalizing_scale)(spread, asked)
         log_scale = scale.log().where(enough, 0.0)
     begun = counted.any(2, keepdim=True)
     return KeyMap(_or_average(mean, begun), _or_average(log_scale, begun).exp())
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMapFit:
+    """How the key map of a layer is fitted, where none is given: a value, as codes are.
+
+    Attributes:
+        observe: What is remembered of queries, as `QueryEnergy.observe` does.
+        estimate: A map for what has been seen, as `estimate_key_map` makes it.
+    """
+
+    observe: Callable[[Tensor, Tensor | None, int], QueryEnergy] = QueryEnergy.observe
+    estimate: Callable[..., KeyMap] = estimate_key_map
+
+
+DEFAULT_FIT = KeyMapFit()
 
 
 def _or_average(

@@ -9,42 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.cache.coder import Coder, coders
 from sixfold.cache.policy import CachePolicy
-from sixfold.kernels._narrow import narrow
-from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
-from sixfold.kernels.attention.reference import page_positions
 from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.cached_attention.reference import visible_tokens
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
 from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
-
-Mask: TypeAlias = (
-    Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Softmax:
-    """What makes weights of logits.
-
-    Attributes:
-        scaling: Factor of the logits.
-        mask: Attended tokens; columns are positions. Causal without.
-        sliding_window: Without a mask, only the last so many positions are attended.
-        softcap: Logits become ``softcap·tanh(logit/softcap)``.
-        sink_logits: A learned logit a head without a value (GPT-OSS).
-    """
-
-    scaling: float
-    mask: Mask | None = None
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sink_logits: Float[Tensor, " heads"] | None = None
+from sixfold.kernels.types import Softmax as Softmax
 
 
 @runtime_checkable
@@ -167,38 +141,6 @@ class CodebookCode:
             sink_logits=softmax.sink_logits,
         )
         return out
-
-
-def attend_decoded(
-    code: Code,
-    query: Float[Tensor, "batch heads queries key_dim"],
-    tokens: Sequence[Tokens],
-    pages: Sequence[Pages],
-    key_map: KeyMap,
-    position: Int64[Tensor, " batch"],
-    start: Int64[Tensor, " batch"],
-    softmax: Softmax,
-) -> Float[Tensor, "batch heads queries value_dim"]:
-    """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
-    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
-    held = [visible_tokens(part) for part in tokens]
-    for part in pages:
-        found = page_positions(part)
-        found = found.masked_fill(found < start[:, None], -1)
-        held.append((*code.read(part, torch.float32, key_map), found))
-    parts = [
-        dense_attention(
-            query,
-            *vectors,
-            own,
-            scaling=softmax.scaling,
-            mask=softmax.mask,
-            sliding_window=softmax.sliding_window,
-            softcap=softmax.softcap,
-        )
-        for vectors in held
-    ]
-    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
 def codebook_code(policy: CachePolicy, key_dim: int, value_dim: int) -> CodebookCode:

@@ -25,6 +25,7 @@ class Coder:
     dim: int
     bits: Bits
     seed: int
+    scale: Scale
 
     @property
     def page_bytes(self) -> int:
@@ -33,7 +34,7 @@ class Coder:
 
     def coding(self, device: torch.device) -> Coding:
         """The tables and numbers that kernels code with."""
-        return _coding(self.dim, self.bits, self.seed, SCALES[self.layout], device)
+        return _coding(self.dim, self.bits, self.seed, self.scale, device)
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """Every tensor that coding needs beside the pages."""
@@ -51,6 +52,6 @@ def _coding(dim: int, bits: Bits, seed: int, scale: Scale, device: torch.device)
 def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Coder]:
     """How `policy` codes keys, and values."""
     return (
-        Coder("key", key_dim, policy.key_bits, policy.seed),
-        Coder("value", value_dim, policy.value_bits, policy.seed),
+        Coder("key", key_dim, policy.key_bits, policy.seed, SCALES["key"]),
+        Coder("value", value_dim, policy.value_bits, policy.seed, SCALES["value"]),
     )

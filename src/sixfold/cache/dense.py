@@ -198,3 +198,40 @@ class DenseTokens:
 @outside_autocast
 def _joined(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x, y], 2)
+
+
+def check_same(held: DenseTokens, new: DenseTokens) -> None:
+    """Refuse new tokens that are not of the batch, heads, dims, dtypes and device of those held.
+
+    Raises:
+        ShapeError: They differ.
+    """
+    alike = True
+    for old, fresh in ((held.keys, new.keys), (held.values, new.values)):
+        (batch, heads, _, dim), shape = old.shape, fresh.shape
+        alike &= shape[0] == batch and shape[1] == heads and shape[3] == dim
+        alike &= old.dtype is fresh.dtype and old.device == fresh.device
+    if alike:
+        return
+    if (had := _dtypes(held)) != (got := _dtypes(new)) and held.keys.device == new.keys.device:
+        raise ShapeError(
+            f"this layer holds keys and values of {had[0]} and {had[1]}, got {got[0]} and "
+            f"{got[1]}: convert what it holds, as cache.to(dtype={got[0]}) does, when the "
+            "dtype of the model changes."
+        )
+    for name in ("keys", "values"):
+        expected, given = _kind(getattr(held, name)), _kind(getattr(new, name))
+        if expected != given:
+            raise ShapeError(
+                f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
+                f"{given}; reset the cache or select its batch rows before changing the batch."
+            )
+
+
+def _kind(x: Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
+    batch, heads, _, dim = x.shape
+    return batch, heads, dim, x.dtype, x.device
+
+
+def _dtypes(tokens: DenseTokens) -> tuple[torch.dtype, torch.dtype]:
+    return tokens.keys.dtype, tokens.values.dtype

@@ -9,22 +9,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, dense, floating, shown, whole
+from sixfold.arguments import FLOATS, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
-from sixfold.cache.affine import MIN_TOKENS, QueryEnergy
-from sixfold.cache.attend import fit_mask
-from sixfold.cache.code import Code, MakeCode, Mask, Softmax, codebook_code
-from sixfold.cache.dense import DenseTokens, check_tokens
+from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
+from sixfold.cache.code import Code, MakeCode, codebook_code
+from sixfold.cache.dense import DenseTokens, check_same, check_tokens
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.key_maps import check_pinned, shared
+from sixfold.cache.masks import check_mask, fit_mask, valid_tokens
 from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.prefix import Prefix, fitted_map, valid_tokens
+from sixfold.cache.prefix import Prefix, fitted_map
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Tokens
+from sixfold.kernels.types import KeyMap, Mask, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -39,6 +39,7 @@ class CompressedLayer:
     Attributes:
         policy: What is kept and at how many bits.
         code: How pages are coded.
+        fit: How key maps are fitted.
         sliding_window: Tokens a query sees, itself included; None for all.
         window: Tokens in the model's dtype that have not been compressed.
         history: Compressed tokens.
@@ -58,6 +59,7 @@ class CompressedLayer:
         sliding_window: int | None = None,
         key_map: KeyMap | None = None,
         make_code: MakeCode = codebook_code,
+        fit: KeyMapFit = DEFAULT_FIT,
     ) -> None:
         """An empty history for vectors shaped like `keys` and `values`, which are not stored.
 
@@ -67,6 +69,8 @@ class CompressedLayer:
             policy: What is kept and at how many bits.
             sliding_window: Tokens a query sees, itself included; None for all.
             key_map: One map, without an index, for all sequences; fitted to each by default.
+            make_code: How pages are coded, from the policy and the dimensions.
+            fit: How key maps are fitted.
 
         Raises:
             ShapeError: The tensors, or the map, do not fit each other.
@@ -83,7 +87,7 @@ class CompressedLayer:
         self.pinned = key_map
         self.policy = policy
         self.sliding_window = sliding_window
-        self._make_code = make_code
+        self._make_code, self.fit = make_code, fit
         self.code = make_code(policy, keys.shape[3], values.shape[3])
         self.window = DenseTokens(keys, values).copy_slice(0, 0)
         self.history = PagedHistory(keys.shape[1], *self.code.page_bytes)
@@ -135,7 +139,7 @@ class CompressedLayer:
         if (keys.requires_grad or values.requires_grad) and not torch.is_grad_enabled():
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
-        _check_same(self.window, new)
+        check_same(self.window, new)
         self.window = self.window.append(new) if self.window.keys.shape[2] else new
 
     def take_back(self, count: int) -> None:
@@ -168,11 +172,11 @@ class CompressedLayer:
         Raises:
             ShapeError: The mask is for another number of tokens than are held.
         """
-        self._check_query(query)
+        _check_query(query, self.window.keys, self.held)
         dtype, held = query.dtype, self.window.keys.dtype
         query = query if dtype is held else query.to(held)
         if mask is not None:
-            self._check_mask(mask)
+            check_mask(mask, self.held, self.length, self.sliding_window)
             mask = fit_mask(mask, self.held)
         if self.prefix is None:
             self._observe(query, mask)
@@ -374,41 +378,6 @@ class CompressedLayer:
         window = self.window
         return self._make_code(self.policy, window.keys.shape[3], window.values.shape[3])
 
-    def _check_query(self, query: Any) -> None:
-        keys = self.window.keys
-        batch, heads, _, dim = keys.shape
-        # What `floating` asks first, and nearly always all there is to ask.
-        plain = type(query) is Tensor and query.dtype in FLOATS and query.layout is torch.strided
-        if not plain or query.is_nested or not query.data_ptr():
-            floating("query", query)
-        shape = query.shape
-        fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
-        if not fits or shape[1] % heads or not 0 < shape[2] <= self.held:
-            raise ShapeError(
-                f"query: expected [{batch}, a multiple of {heads} heads, 1 to {self.held} tokens, "
-                f"{dim}], got {list(query.shape)}."
-            )
-        if query.device != keys.device:
-            raise SixfoldError(f"query is on {query.device}, this layer on {keys.device}: move it.")
-
-    def _check_mask(self, mask: Mask) -> None:
-        """Columns must be tokens held; only a sliding layer may hold more than is asked for."""
-        dense("mask", mask)
-        if mask.ndim != 4 or not (mask.is_floating_point() or mask.dtype is torch.bool):
-            raise ShapeError(
-                "mask: expected bool or floating point, [batch or 1, heads or 1, queries, tokens], "
-                f"got {mask.dtype} {list(mask.shape)}."
-            )
-        visible = self.held
-        if self.sliding_window is not None:
-            visible = min(visible, self.sliding_window - 1 + mask.shape[2])
-        if not visible <= mask.shape[3] <= self.length:
-            raise ShapeError(
-                f"expected a mask over {visible} to {self.length} tokens, as many as the layer "
-                f"holds, got one over {mask.shape[3]}: it was made for another cache, or for one "
-                "whose layers differed in length."
-            )
-
     @outside_autocast
     @torch.no_grad()
     def _observe(
@@ -423,7 +392,7 @@ class CompressedLayer:
             self.padding = torch.where(self.padding == before, before + leading, self.padding)
         if self.pinned is not None:
             return
-        energy = QueryEnergy.observe(query, valid, self.window.keys.shape[1])
+        energy = self.fit.observe(query, valid, self.window.keys.shape[1])
         self.query_energy = energy if self.query_energy is None else self.query_energy + energy
 
     @property
@@ -444,7 +413,7 @@ class CompressedLayer:
         padding = (self.padding - self.evicted).clamp(min=0)
         if self.pinned is None:
             seen = self.window, padding, self.query_energy
-            key_map = fitted_map(*seen, self.policy, self._sinks)
+            key_map = fitted_map(*seen, self.policy, self._sinks, self.fit)
         else:
             key_map = shared(self.pinned, len(padding))
         return Prefix.fix(self.window, padding, key_map, self._sinks)
@@ -465,33 +434,24 @@ class CompressedLayer:
             self.prefix = self.prefix.evict(gone)
 
 
-def _check_same(held: DenseTokens, new: DenseTokens) -> None:
-    alike = True
-    for old, fresh in ((held.keys, new.keys), (held.values, new.values)):
-        (batch, heads, _, dim), shape = old.shape, fresh.shape
-        alike &= shape[0] == batch and shape[1] == heads and shape[3] == dim
-        alike &= old.dtype is fresh.dtype and old.device == fresh.device
-    if alike:
-        return
-    if (had := _dtypes(held)) != (got := _dtypes(new)) and held.keys.device == new.keys.device:
+def _check_query(query: Any, keys: Tensor, held: int) -> None:
+    """Refuse what is no query of the newest of `held` tokens, whose last ones have `keys`.
+
+    Raises:
+        SixfoldError: It is no dense tensor of a floating dtype, or on another device.
+        ShapeError: It is for another batch, other heads or more tokens.
+    """
+    batch, heads, _, dim = keys.shape
+    # What `floating` asks first, and nearly always all there is to ask.
+    plain = type(query) is Tensor and query.dtype in FLOATS and query.layout is torch.strided
+    if not plain or query.is_nested or not query.data_ptr():
+        floating("query", query)
+    shape = query.shape
+    fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim
+    if not fits or shape[1] % heads or not 0 < shape[2] <= held:
         raise ShapeError(
-            f"this layer holds keys and values of {had[0]} and {had[1]}, got {got[0]} and "
-            f"{got[1]}: convert what it holds, as cache.to(dtype={got[0]}) does, when the "
-            "dtype of the model changes."
+            f"query: expected [{batch}, a multiple of {heads} heads, 1 to {held} tokens, "
+            f"{dim}], got {list(query.shape)}."
         )
-    for name in ("keys", "values"):
-        expected, given = _kind(getattr(held, name)), _kind(getattr(new, name))
-        if expected != given:
-            raise ShapeError(
-                f"{name}: this layer holds [batch, heads, dim], dtype, device = {expected}, got "
-                f"{given}; reset the cache or select its batch rows before changing the batch."
-            )
-
-
-def _kind(x: Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
-    batch, heads, _, dim = x.shape
-    return batch, heads, dim, x.dtype, x.device
-
-
-def _dtypes(tokens: DenseTokens) -> tuple[torch.dtype, torch.dtype]:
-    return tokens.keys.dtype, tokens.values.dtype
+    if query.device != keys.device:
+        raise SixfoldError(f"query is on {query.device}, this layer on {keys.device}: move it.")

@@ -4,10 +4,10 @@ import dataclasses
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sixfold.cache.affine import QueryEnergy, estimate_key_map
+from sixfold.cache.affine import KeyMapFit, QueryEnergy
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.types import KeyMap, Tokens
@@ -106,6 +106,7 @@ def fitted_map(
     queries: QueryEnergy | None,
     policy: CachePolicy,
     sink_tokens: int,
+    fit: KeyMapFit,
 ) -> KeyMap:
     """A key map for every sequence, fitted to the tokens seen so far: no padding, no sinks."""
     positions = torch.arange(tokens.tokens, device=padding.device)
@@ -114,22 +115,10 @@ def fitted_map(
     counted = begun & (positions >= (padding + count)[:, None])
     # Of a sequence that has nothing else the sinks say where its keys are.
     counted = torch.where(counted.any(1, keepdim=True), counted, begun)
-    return estimate_key_map(
+    return fit.estimate(
         tokens.keys,
         counted,
         queries,
         center=policy.center_keys,
         equalize=policy.equalize_keys,
     )
-
-
-def valid_tokens(
-    mask: Tensor | None, queries: int, batch: int
-) -> Bool[Tensor, "batch queries"] | None:
-    """Which new tokens are real: a padding token does not even attend to itself."""
-    if mask is None:
-        return None
-    itself = torch.diagonal(mask[:, 0], offset=mask.shape[-1] - queries, dim1=-2, dim2=-1)
-    if itself.dtype != torch.bool:
-        itself = itself > torch.finfo(itself.dtype).min / 2
-    return itself.expand(batch, -1)

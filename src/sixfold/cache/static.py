@@ -9,13 +9,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.arguments import shown, whole
-from sixfold.cache.code import Softmax
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels.types import Pages, Tokens
+from sixfold.kernels.types import Pages, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 # Sequences are never so long: a mistake that would be noticed by the memory it takes.

@@ -76,7 +76,7 @@ def plain_tokens(tokens: Sequence[Tokens]) -> Sequence[Tokens]:
     return tokens
 
 
-def readable(name: str, x: Tensor) -> Tensor:
+def plain_dense(name: str, x: Tensor) -> Tensor:
     """`plain` of an argument that nobody has checked before.
 
     Raises:

@@ -4,10 +4,11 @@ Their tensors belong to whoever serves: a cache that grows, a static one, the bl
 Sequences of a batch may differ in length; a rectangular batch is the special case.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Float16, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.packing import Bits
@@ -125,3 +126,27 @@ class Tokens(NamedTuple):
     start: Int64[Tensor, " batch"]
     stop: Int64[Tensor, " batch"] | None = None
     slots: Int64[Tensor, " batch"] | None = None
+
+
+Mask: TypeAlias = (
+    Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """What makes weights of logits.
+
+    Attributes:
+        scaling: Factor of the logits.
+        mask: Attended tokens; columns are positions. Causal without.
+        sliding_window: Without a mask, only the last so many positions are attended.
+        softcap: Logits become ``softcap·tanh(logit/softcap)``.
+        sink_logits: A learned logit a head without a value (GPT-OSS).
+    """
+
+    scaling: float
+    mask: Mask | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sink_logits: Float[Tensor, " heads"] | None = None

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sixfold.arguments import whole
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
+from sixfold.cache.affine import DEFAULT_FIT, KeyMapFit
 from sixfold.cache.code import MakeCode, codebook_code
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
@@ -33,6 +34,7 @@ class TurboQuantLayer(CacheLayerMixin):
         sliding_window: int | None,
         fused: bool,
         make_code: MakeCode = codebook_code,
+        fit: KeyMapFit = DEFAULT_FIT,
     ) -> None:
         # Not the parent's: it would set `keys` and `values`, which are read from the codes.
         self.is_initialized = False
@@ -40,7 +42,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.fused = fused
-        self.make_code = make_code
+        self.make_code, self.fit = make_code, fit
         # Of all sequences; None to fit one to each.
         self.key_map: KeyMap | None = None
         self.record_past = False
@@ -59,7 +61,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 "are with skip_layers=[...], or use transformers' DynamicCache."
             )
         like, kind = (key_states, value_states), (self.policy, self.sliding_window)
-        self.adopt(CompressedLayer(*like, *kind, self.key_map, self.make_code))
+        self.adopt(CompressedLayer(*like, *kind, self.key_map, self.make_code, self.fit))
 
     def adopt(self, store: CompressedLayer) -> None:
         """Hold `store`, which may have been filled elsewhere."""
@@ -259,7 +261,7 @@ class TurboQuantLayer(CacheLayerMixin):
             description, tensors, detached = _loaded(state["store"])
             spec = self.policy, self.sliding_window, self.key_map
             store = restore_layer(description, tensors, *spec)
-            store.detached = detached
+            store.detached, store.fit = detached, self.fit
             self.adopt(store)
             self.move(tensors["padding"].device)
 

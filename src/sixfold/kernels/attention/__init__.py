@@ -1,10 +1,12 @@
 """Attention over compressed pages, over dense tokens, and the exact merge of the two."""
 
+import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._operation import checked_softcap, operation, plain
+from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 from sixfold.kernels.types import Coding, Pages
@@ -59,7 +61,11 @@ def page_attention(
         The output in the *rotated* value domain, float32 [batch heads queries value_dim], and its
         log-sum-exp [batch heads queries]; zero and -inf where no token is attended.
     """
-    part: Partial = implementation("attention", query.device).page_attention(
+    kernel = implementation("attention", query.device)
+    if query.requires_grad and torch.is_grad_enabled():
+        # What others compute has no graph.
+        kernel = reference
+    part: Partial = kernel.page_attention(
         plain(query),
         pages,
         keys,

@@ -14,7 +14,6 @@ from sixfold.kernels._groups import (
     pages_group,
 )
 from sixfold.kernels._native import compiled
-from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.types import Coding, Pages
 
@@ -35,17 +34,6 @@ def page_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `sixfold.kernels.attention.page_attention`."""
-    if query.requires_grad and torch.is_grad_enabled():
-        return reference.page_attention(
-            query,
-            pages,
-            keys,
-            values,
-            first_token,
-            logit_offset=logit_offset,
-            mask=mask,
-            softcap=softcap,
-        )
     batch, heads, queries, _ = query.shape
     kv_heads = pages.pool.key_codes.shape[1]
     check_heads(heads, kv_heads)

@@ -14,7 +14,6 @@ from sixfold.kernels._groups import check_heads, mask_strides, page_sizes
 from sixfold.kernels._tables import check_pages
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels._triton.operators import operator
-from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.types import Coding, Pages
 from sixfold.packing import (
@@ -49,17 +48,6 @@ def page_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `sixfold.kernels.attention.page_attention`."""
-    if query.requires_grad and torch.is_grad_enabled():
-        return reference.page_attention(
-            query,
-            pages,
-            keys,
-            values,
-            first_token,
-            logit_offset=logit_offset,
-            mask=mask,
-            softcap=softcap,
-        )
     check_pages(pages)
     out, lse = _page_attention(
         query,

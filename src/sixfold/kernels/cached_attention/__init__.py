@@ -14,7 +14,7 @@ from sixfold.kernels._operation import (
     plain,
     plain_tokens,
 )
-from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
 
 __all__ = ["cached_attention"]
 
@@ -78,12 +78,14 @@ def cached_attention(
         keys,
         values,
         key_map,
-        position=position,
-        start=start,
-        scaling=checked_scaling(scaling),
-        mask=mask if mask is None else plain(mask),
-        sliding_window=sliding_window,
-        softcap=softcap if softcap is None else checked_softcap(softcap),
-        sink_logits=sink_logits if sink_logits is None else plain(sink_logits),
+        position,
+        start,
+        Softmax(
+            checked_scaling(scaling),
+            mask if mask is None else plain(mask),
+            sliding_window,
+            softcap if softcap is None else checked_softcap(softcap),
+            sink_logits if sink_logits is None else plain(sink_logits),
+        ),
     )
     return out

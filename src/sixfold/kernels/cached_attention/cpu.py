@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from operator import is_
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._groups import (
@@ -22,7 +22,7 @@ from sixfold.kernels._groups import (
 )
 from sixfold.kernels._native import compiled
 from sixfold.kernels.cached_attention import reference
-from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
 
 _cpu = compiled()
 
@@ -37,38 +37,20 @@ def cached_attention(
     keys: Coding,
     values: Coding,
     key_map: KeyMap,
-    *,
     position: Int64[Tensor, " batch"],
     start: Int64[Tensor, " batch"],
-    scaling: float,
-    mask: Bool[Tensor, "#batch #heads queries kv"]
-    | Float[Tensor, "#batch #heads queries kv"]
-    | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Float[Tensor, " heads"] | None = None,
+    softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
-    if not _native(query, tokens, mask, sink_logits):
+    mask, sinks = softmax.mask, softmax.sink_logits
+    if not _native(query, tokens, mask, sinks):
         return reference.cached_attention(
-            query,
-            tokens,
-            pages,
-            keys,
-            values,
-            key_map,
-            position=position,
-            start=start,
-            scaling=scaling,
-            mask=mask,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sink_logits=sink_logits,
+            query, tokens, pages, keys, values, key_map, position, start, softmax
         )
     batch, heads, queries, _ = query.shape
     kv_heads, dims, dtype = key_map.mean.shape[1], (keys.dim, values.dim), query.dtype
     # Kept until the call returns: an address does not keep what was converted.
-    query, _readable, mask_numbers, sinks = query.contiguous(), None, NO_MASK, sink_logits
+    query, _readable, mask_numbers = query.contiguous(), None, NO_MASK
     if mask is not None:
         _readable, mask_numbers = mask_group(mask, batch, heads, queries)
     if sinks is not None:
@@ -78,7 +60,7 @@ def cached_attention(
     kept: list[Tensor] = []
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
-        (batch, heads, kv_heads, queries, DTYPES[dtype], sliding_window or 0),
+        (batch, heads, kv_heads, queries, DTYPES[dtype], softmax.sliding_window or 0),
         address("query", query, dtype, (batch, heads, queries, keys.dim)),
         out.data_ptr(),
         [tokens_group(part, batch, kv_heads, dims, dtype, kept) for part in tokens],
@@ -87,9 +69,9 @@ def cached_attention(
         side_group(values, "value"),
         map_group(key_map, batch, kv_heads, keys.dim, kept),
         *numbers_group(batch, ("position", "start"), (position, start), kept),
-        scaling,
+        softmax.scaling,
         mask_numbers,
-        softcap or 0.0,
+        softmax.softcap or 0.0,
         0 if sinks is None else address("sink_logits", sinks, torch.float32, (heads,)),
         torch.get_num_threads(),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._narrow import narrow
@@ -16,7 +16,7 @@ from sixfold.kernels.attention import (
     with_sinks,
 )
 from sixfold.kernels.rotate import rotate
-from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
 
 
 def cached_attention(
@@ -26,16 +26,9 @@ def cached_attention(
     keys: Coding,
     values: Coding,
     key_map: KeyMap,
-    *,
     position: Int64[Tensor, " batch"],
     start: Int64[Tensor, " batch"],
-    scaling: float,
-    mask: Bool[Tensor, "#batch #heads queries kv"]
-    | Float[Tensor, "#batch #heads queries kv"]
-    | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Float[Tensor, " heads"] | None = None,
+    softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
     check_positions("position", position)
@@ -45,18 +38,18 @@ def cached_attention(
             query,
             *visible_tokens(part),
             own,
-            scaling=scaling,
-            mask=mask,
-            sliding_window=sliding_window,
-            softcap=softcap,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
         )
         for part in tokens
     ]
     if pages:
         first_token = start[:, None].expand_as(own)
-        if sliding_window is not None and mask is None:
-            first_token = torch.maximum(first_token, own - sliding_window + 1)
-        mapped, offset = _to_keys(query.float() * scaling, key_map)
+        if softmax.sliding_window is not None and softmax.mask is None:
+            first_token = torch.maximum(first_token, own - softmax.sliding_window + 1)
+        mapped, offset = _to_keys(query.float() * softmax.scaling, key_map)
         mapped = rotate(mapped, keys.turns, keys.factor)
         coded = [
             page_attention(
@@ -66,15 +59,15 @@ def cached_attention(
                 values,
                 first_token,
                 logit_offset=offset,
-                mask=mask,
-                softcap=softcap,
+                mask=softmax.mask,
+                softcap=softmax.softcap,
             )
             for part in pages
         ]
         merged = merge_partials(coded)
         out = rotate(merged.out, values.turns, values.factor, inverse=True)
         parts.append(Partial(out, merged.lse))
-    return narrow(with_sinks(merge_partials(parts), sink_logits).out, query.dtype)
+    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
 def visible_tokens(part: Tokens) -> tuple[Tensor, Tensor, Int64[Tensor, "batch tokens"]]:

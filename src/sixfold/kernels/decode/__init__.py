@@ -5,7 +5,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import operation, plain, readable
+from sixfold.kernels._operation import operation, plain, plain_dense
 from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import Bits, Layout
 
@@ -26,9 +26,9 @@ def decode(
     Source: arXiv:2504.19874 Algorithm 1.
     """
     turns, factor, centroids = (
-        readable("turns", turns),
-        readable("factor", factor),
-        readable("centroids", centroids),
+        plain_dense("turns", turns),
+        plain_dense("factor", factor),
+        plain_dense("centroids", centroids),
     )
     kernel = implementation("decode", rows.device)
     vectors: Tensor = kernel.decode(

@@ -8,7 +8,7 @@ from torch import Tensor
 from sixfold.arguments import choice
 from sixfold.errors import ShapeError
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import operation, plain, readable
+from sixfold.kernels._operation import operation, plain, plain_dense
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import PAGE_TOKENS, Bits, Layout
 
@@ -48,14 +48,14 @@ def encode(
     Source: arXiv:2504.19874 Algorithm 1; scales from DRIVE/EDEN (arXiv:2108.08842).
     """
     turns, factor, centroids = (
-        readable("turns", turns),
-        readable("factor", factor),
-        readable("centroids", centroids),
+        plain_dense("turns", turns),
+        plain_dense("factor", factor),
+        plain_dense("centroids", centroids),
     )
     scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("encode", x.device)
     codes: tuple[Tensor, Tensor] = kernel.encode(
-        readable("x", x), turns, factor, centroids, bits=bits, scale=scale
+        plain_dense("x", x), turns, factor, centroids, bits=bits, scale=scale
     )
     return codes
 
@@ -84,7 +84,7 @@ def encode_pages(
         key_map: Applied before.
     """
     implementation("encode", x.device).encode_pages(
-        readable("x", x), slots, coding, layout, codes, scales, key_map
+        plain_dense("x", x), slots, coding, layout, codes, scales, key_map
     )
 
 

@@ -1,5 +1,7 @@
 """Encoding by the compiled extension."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
@@ -19,7 +21,7 @@ from sixfold.kernels._groups import (
 from sixfold.kernels._native import compiled
 from sixfold.kernels._tables import sequence_maps
 from sixfold.kernels.encode import reference
-from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
+from sixfold.kernels.types import Coding, KeyMap, Scale
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -136,15 +138,4 @@ def encode_pages(
     )
 
 
-def store_pages(
-    keys: Float[Tensor, "batch heads tokens key_dim"],
-    values: Float[Tensor, "batch heads tokens value_dim"],
-    slots: Int64[Tensor, "batch n_pages"],
-    pool: Pool,
-    key_coding: Coding,
-    value_coding: Coding,
-    key_map: KeyMap | None = None,
-) -> None:
-    """See `sixfold.kernels.encode.store_pages`."""
-    encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
-    encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)
+store_pages = partial(reference.store_sides, encode_pages)

@@ -1,6 +1,8 @@
 """Encoding in plain PyTorch."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
@@ -76,7 +78,8 @@ def encode_pages(
         scales[where] = stored
 
 
-def store_pages(
+def store_sides(
+    encode_pages: Callable[..., None],
     keys: Float[Tensor, "batch heads tokens key_dim"],
     values: Float[Tensor, "batch heads tokens value_dim"],
     slots: Int64[Tensor, "batch n_pages"],
@@ -85,9 +88,12 @@ def store_pages(
     value_coding: Coding,
     key_map: KeyMap | None = None,
 ) -> None:
-    """See `sixfold.kernels.encode.store_pages`."""
+    """`store_pages` by a backend's own `encode_pages`, one side after the other."""
     encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
     encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)
+
+
+store_pages = partial(store_sides, encode_pages)
 
 
 def _encode(

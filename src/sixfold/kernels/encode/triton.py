@@ -68,8 +68,8 @@ def store_pages(
     if together(keys, values, key_coding, value_coding):
         store_together(keys, values, slots, pool, key_coding, value_coding, key_map)
     else:
-        encode_pages(keys, slots, key_coding, "key", pool.key_codes, pool.key_scales, key_map)
-        encode_pages(values, slots, value_coding, "value", pool.value_codes, pool.value_scales)
+        sides = keys, values, slots, pool, key_coding, value_coding, key_map
+        reference.store_sides(encode_pages, *sides)
 
 
 def _code_shapes(

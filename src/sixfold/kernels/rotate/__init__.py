@@ -4,7 +4,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import operation, readable
+from sixfold.kernels._operation import operation, plain_dense
 
 
 @operation
@@ -34,6 +34,10 @@ def rotate(
 
     Source: arXiv:2504.19874 §3.1, with Hadamard rounds for the QR factor (see README.md).
     """
-    x, turns, factor = readable("x", x), readable("turns", turns), readable("factor", factor)
+    x, turns, factor = (
+        plain_dense("x", x),
+        plain_dense("turns", turns),
+        plain_dense("factor", factor),
+    )
     rotated: Tensor = implementation("rotate", x.device).rotate(x, turns, factor, inverse)
     return rotated

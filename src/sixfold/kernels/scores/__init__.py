@@ -4,7 +4,7 @@ from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import operation, plain, readable
+from sixfold.kernels._operation import operation, plain, plain_dense
 from sixfold.packing import Bits
 
 
@@ -31,6 +31,6 @@ def scores(
     """
     kernel = implementation("scores", rows.device)
     products: Tensor = kernel.scores(
-        readable("queries", queries), rows, plain(scales), centroids, bits=bits
+        plain_dense("queries", queries), rows, plain(scales), centroids, bits=bits
     )
     return products

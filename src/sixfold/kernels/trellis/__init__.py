@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sixfold.arguments import choice
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import operation, readable
+from sixfold.kernels._operation import operation, plain_dense
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 
@@ -39,10 +39,10 @@ def encode(
     Source: Tseng et al. 2024, QTIP (arXiv:2406.11235), Algorithm 4.
     """
     x, turns, factor, codewords = (
-        readable("x", x),
-        readable("turns", turns),
-        readable("factor", factor),
-        readable("codewords", codewords),
+        plain_dense("x", x),
+        plain_dense("turns", turns),
+        plain_dense("factor", factor),
+        plain_dense("codewords", codewords),
     )
     scale = choice("scale", scale, get_args(Scale))
     kernel = implementation("trellis", x.device)
@@ -66,9 +66,9 @@ def decode(
     """R⁻¹ of scale·codewords: the inverse of `encode`, up to its distortion."""
     kernel = implementation("trellis", rows.device)
     turns, factor, codewords = (
-        readable("turns", turns),
-        readable("factor", factor),
-        readable("codewords", codewords),
+        plain_dense("turns", turns),
+        plain_dense("factor", factor),
+        plain_dense("codewords", codewords),
     )
     vectors: Tensor = kernel.decode(rows, scales, turns, factor, codewords, dim=dim, bits=bits)
     return vectors
@@ -93,6 +93,6 @@ def scores(
         bits: Width in bits per coordinate.
     """
     kernel = implementation("trellis", rows.device)
-    queries, codewords = readable("queries", queries), readable("codewords", codewords)
+    queries, codewords = plain_dense("queries", queries), plain_dense("codewords", codewords)
     products: Tensor = kernel.scores(queries, rows, scales, codewords, bits=bits)
     return products
