@@ -334,7 +334,7 @@ class TestRefusals:
             Step([1], [0, 1], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2).long())
 
     def test_no_new_token(self) -> None:
-        with pytest.raises(SixfoldError, match="new must be at least 1|new must be 1 to"):
+        with pytest.raises(SixfoldError, match="new must be 1 to"):
             Step([0], [5], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2).long())
 
     @pytest.mark.usefixtures("unhooked")

@@ -15,7 +15,7 @@ from torch import Tensor
 from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
-from sixfold.cache.code import Code, Softmax, codebook_code
+from sixfold.cache.code import Code, codebook_code
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Fill, Part, Step
@@ -23,7 +23,7 @@ from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._groups import check_heads
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Pool, Tokens
+from sixfold.kernels.types import KeyMap, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 SCALE_BYTES = PAGE_TOKENS * 2
@@ -173,10 +173,11 @@ class EngineLayer:
         """
         dense("blocks", blocks)
         expected = self.copies[0].shape[1], self.block_bytes
-        if blocks.dtype is not torch.uint8 or blocks.ndim != 3 or blocks.shape[1:] != expected:
+        fits = blocks.ndim == 3 and blocks.shape[1:] == expected and blocks.stride(2) == 1
+        if blocks.dtype is not torch.uint8 or not fits:
             raise ShapeError(
-                f"blocks: expected uint8 [slots, {expected[0]}, {expected[1]}], got "
-                f"{blocks.dtype} {list(blocks.shape)}."
+                f"blocks: expected uint8 [slots, {expected[0]}, {expected[1]}], the last dimension "
+                f"contiguous, got {blocks.dtype} {list(blocks.shape)} of stride {blocks.stride()}."
             )
         key_bytes, value_bytes = self.code.page_bytes
         sizes = [key_bytes, SCALE_BYTES, value_bytes, SCALE_BYTES]

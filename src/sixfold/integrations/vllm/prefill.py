@@ -10,10 +10,9 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from sixfold.cache.code import Softmax
 from sixfold.cache.engine import AttendChunks, EngineLayer, attend_part
 from sixfold.cache.step import Part, Step
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax
 from sixfold.packing import PAGE_TOKENS
 
 BLOCK = 64

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sixfold.kernels._operation import checked_scaling, checked_softcap, operation, readable
+from sixfold.kernels._operation import checked_scaling, checked_softcap, operation, plain_dense
 from sixfold.kernels._tables import check_columns
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
@@ -45,9 +45,9 @@ def dense_attention(
     softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
     # Nothing else looks whether they have memory, and products of what has none crash.
     query, keys, values = (
-        readable("query", query),
-        readable("keys", keys),
-        readable("values", values),
+        plain_dense("query", query),
+        plain_dense("keys", keys),
+        plain_dense("values", values),
     )
     batch, heads, n_queries, _ = query.shape
     block = max(1, LOGITS_PER_BLOCK // max(1, batch * heads * keys.shape[2]))
