@@ -286,6 +286,22 @@ def test_a_shared_prefix_is_read_from_the_same_blocks() -> None:
     assert relative(out, exact(second)[128:158]) < 0.02
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("recent", [False, True])
+def test_blocks_are_shared_in_the_step_that_fills_them(order: list[int], recent: bool) -> None:
+    """Of the first step, too: before it there is no map."""
+    engine = Engine(engine_layer(), recent=recent)
+    first, second = request(200, 1), request(200, 1)
+    engine.start(first)
+    engine.start(second)
+    first.blocks = [engine.free.pop() for _ in range(3)]
+    second.blocks, second.done = first.blocks[:2], 128
+    work = [(first, 150), (second, 40)]
+    found = engine.step([work[i] for i in order])
+    assert relative(found[order.index(1)], exact(second)[128:168]) < 0.02
+    assert relative(found[order.index(0)], exact(first)[:150]) < 0.02
+
+
 def test_the_map_is_fitted_once_to_the_first_pages() -> None:
     layer = engine_layer(bits=4)
     engine, one = Engine(layer), request(200, 3)

@@ -33,13 +33,8 @@ class Memory:
         ends = [one.done + new for one, new in work]
         blocks = [one.blocks[: -(-(one.done + new) // PAGE_TOKENS)] for one, new in work]
         table = self.pages.step(context, ends, blocks)
-        read: set[int] = set()
         for row, old, own in zip(table, context, blocks, strict=True):
             page, held = divmod(old, PAGE_TOKENS)
-            if page and row[page - 1] >= 0:
-                block = own[page - 1]
-                assert self.rows[row[page - 1]] == (block, self.generation[block], PAGE_TOKENS)
-                read.add(int(row[page - 1]))
             if held:
                 assert self.rows[row[page]] == (own[page], self.generation[own[page]], held)
         written: list[int] = []
@@ -55,7 +50,12 @@ class Memory:
             if self.pages.recent and end // PAGE_TOKENS > old // PAGE_TOKENS:
                 assert row[end // PAGE_TOKENS - 1] >= 0
         assert len(set(written)) == len(written)
-        assert not read & set(written)
+        # All is written before anything is read.
+        for row, old, own in zip(table, context, blocks, strict=True):
+            page = old // PAGE_TOKENS
+            if page and row[page - 1] >= 0:
+                block = own[page - 1]
+                assert self.rows[row[page - 1]] == (block, self.generation[block], PAGE_TOKENS)
         assert len(self.pages) <= self.pages.rows
 
 
@@ -85,6 +85,13 @@ def test_every_row_read_holds_what_was_written_for_its_page(
             if order.random() < 0.9 and need <= len(free):
                 one.blocks += [free.pop() for _ in range(max(0, need))]
                 work.append((one, new))
+        begun = [one for one, new in work if one.done == 0 and new >= 2 * PAGE_TOKENS]
+        if begun and free and not shared and len(running) < most:
+            # As vLLM does: blocks count as cached from the moment that they are to be filled.
+            shared = begun[0].blocks[:2]
+            one = Request(2 * PAGE_TOKENS + 50, [*shared, free.pop()], 2 * PAGE_TOKENS)
+            running.append(one)
+            work.append((one, 40))
         if work:
             memory.step(work)
         for one, new in work:
@@ -109,6 +116,8 @@ def test_sinks_are_found_by_the_block_that_a_prefix_begins_with() -> None:
     sinks = SinkRows(1)
     (first,) = sinks.step([0], [5])
     assert sinks.step([64, 0], [5, 6]).tolist()[0] == first
+    begun, shares = sinks.step([0, 64], [5, 5])
+    assert begun == shares
     assert sinks.step([64], [7]).tolist() == [-1]
     for block in range(10, 10 + sinks.rows):
         sinks.step([0], [block])

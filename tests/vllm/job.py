@@ -16,9 +16,8 @@ def main(out: Path) -> None:
     from vllm import LLM
 
     job = json.load(sys.stdin)
-    llm = LLM(
-        **{"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False}, **job["llm"]
-    )
+    usual = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False}
+    llm = LLM(**{**usual, **job["llm"]})
     cache = llm.llm_engine.vllm_config.cache_config
     found: dict[str, Any] = {
         "capacity": cache.kv_cache_size_tokens,

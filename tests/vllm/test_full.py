@@ -39,6 +39,7 @@ def test_other_architectures_at_eight_bits(
     assert ours["capacity"] > 1.8 * base["capacity"]
     for x, y in zip(base["runs"][0], ours["runs"][0], strict=True):
         assert divergence(x["prompt_logprobs"], y["prompt_logprobs"]) < 2e-3
+        assert divergence(x["prompt_logprobs"], y["prompt_logprobs"].roll(1, 0)) > 0.02
     for x, y in zip(base["runs"][1], ours["runs"][1], strict=True):
         both = zip(x["ids"], y["ids"], strict=True)
         same = next((i for i, (a, b) in enumerate(both) if a != b), 89) + 1

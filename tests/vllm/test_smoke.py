@@ -41,6 +41,9 @@ def ours(job: Job, prompts: list[list[int]], text: list[int]) -> Any:
         decoded,
         again,
         {**decoded, "one_by_one": True},
+        # All new at once: vLLM shares blocks in the very step that fills them.
+        {**decoded, "prompts": [text[2000 : 2000 + n] for n in (300, 330, 400)], "max_tokens": 8},
+        {**decoded, "prompts": [text[2000:2330]], "max_tokens": 8},
         attention_backend="SIXFOLD_4BIT",
         max_num_batched_tokens=64,
         **EVERYTHING,
@@ -92,6 +95,13 @@ def test_prefixes_are_shared(ours: Any) -> None:
     (again,) = ours["runs"][2]
     assert again["cached"] == 600 // ours["block_size"] * ours["block_size"]
     assert all(x["cached"] == 0 for x in ours["runs"][0][:1])
+
+
+def test_prefixes_are_shared_in_the_step_that_fills_them(ours: Any) -> None:
+    together, alone = ours["runs"][4][1], ours["runs"][5][0]
+    assert together["cached"] > 0
+    assert together["ids"][0] == alone["ids"][0]
+    assert divergence(together["logprobs"][:1], alone["logprobs"][:1]) < 0.004
 
 
 def test_without_being_selected_it_changes_nothing(job: Job, prompts: list[list[int]]) -> None:

@@ -200,7 +200,7 @@ class EngineLayer:
         sink_logits: Float[Tensor, " heads"] | None = None,
         chunks: AttendChunks | None = None,
     ) -> Float[Tensor, "tokens heads value_dim"]:
-        """Causal attention of new tokens over their own sequences; then they are stored.
+        """Store new tokens, and attend with them, each over its own sequence and causally.
 
         Args:
             query: Queries of all new tokens, sequence by sequence.
@@ -220,10 +220,12 @@ class EngineLayer:
         self._check(query, keys, values, pool, step)
         self._observe(query)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
-        # Until it is encoded a step can be repeated: what is written first changes no token.
+        # All is stored first: a sequence may begin with blocks that another fills in this step.
+        # What is written changes no token, and is written again if the step is repeated.
         for i, x in enumerate((keys, values)):
             step.fill.raw.put(self.copies[i], x)
             step.fill.sinks.put(self.sinks[i], x)
+        self._encode(keys, values, pool, step.fill)
         out = query.new_empty(*query.shape[:2], values.shape[2])
         if step.single.batch:
             one, raw = step.single.take(query), self.raw(step.single, 1)
@@ -231,7 +233,6 @@ class EngineLayer:
             step.single.put(out, found.transpose(1, 2).flatten(0, 1))
         if step.chunked:
             (chunks or attend_chunks)(self, query, keys, values, pool, step, softmax, out)
-        self._encode(keys, values, pool, step.fill)
         return out
 
     def raw(self, part: Part, more: int) -> list[Tokens]:
@@ -314,7 +315,8 @@ class EngineLayer:
                 f"{step.sink_tokens}."
             )
         step.check(len(pool.key_codes), len(own_keys), len(self.sinks[0]))
-        if self.key_map is None and max(step.context, default=0) >= PAGE_TOKENS:
+        coded = len(step.fill.beginning) > 0 or self.key_map is not None
+        if not coded and max(step.context, default=0) >= PAGE_TOKENS:
             raise SixfoldError(
                 f"expected sequences that this layer began, got {max(step.context)} tokens of "
                 "context and nothing coded yet: pass the key_map that their pages were coded with"

@@ -94,18 +94,14 @@ class Step:
             check_table("sinks", self.sinks + 1, sinks + 1)
         self._check_open()
         written = torch.cat([self.fill.row_slots, self.fill.page_slots])
-        own = self.fill.rows_of_pages
-        read = self.row_table[np.arange(len(self.new)), np.asarray(self.context) // PAGE_TOKENS - 1]
         for name, x, what in (
-            ("rows", own, "each page that is written to"),
+            ("rows", self.fill.rows_of_pages, "each page that is written to"),
             ("slots", written, "each page that is filled"),
             ("sinks", self.fill.sinks_of_sequences, "each sequence that begins"),
         ):
             if readable(x) and x.unique().numel() < len(x):
                 raise ShapeError(f"{name}: expected one of its own for {what}, got {x.tolist()}.")
-        both = set(own.tolist()) & set(read[np.asarray(self.context) >= PAGE_TOKENS].tolist())
-        if both:
-            raise ShapeError(f"rows: {sorted(both)} are read and written to in one step.")
+        self._check_copies()
         self._checked.add((blocks, rows, sinks))
 
     def _check_open(self) -> None:
@@ -116,6 +112,22 @@ class Step:
                         f"rows: expected a row for page {tokens // PAGE_TOKENS} of sequence {b}, "
                         f"which is open at {tokens} tokens, got -1."
                     )
+
+    def _check_copies(self) -> None:
+        """Refuse a row that is read as the copy of one page and written as that of another."""
+        if not readable(self.slots):
+            return
+        written: dict[int, int] = {}
+        for b, (old, end) in enumerate(zip(self.context, self.ends, strict=True)):
+            for page in range(old // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
+                written[int(self.row_table[b, page])] = int(self.slots[b, page])
+        for b, old in enumerate(self.context):
+            row, page = self.previous(b), old // PAGE_TOKENS - 1
+            if row >= 0 and written.get(row, self.slots[b, page]) != self.slots[b, page]:
+                raise ShapeError(
+                    f"rows: row {row} is read as the copy of block {int(self.slots[b, page])} and "
+                    f"written as that of block {written[row]}."
+                )
 
     @cached_property
     def _checked(self) -> set[tuple[int, int, int]]:

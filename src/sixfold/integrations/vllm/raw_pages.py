@@ -46,12 +46,16 @@ class RawPages:
         Args:
             context: Tokens of each before the step.
             ends: Tokens after it.
-            blocks: The block of each of its pages.
+            blocks: The block of each of its pages. One that a request fills in this step may be
+                in the context of another.
 
         Raises:
             SixfoldError: A request has an open page that nobody kept.
         """
         table = np.full((len(blocks), max(map(len, blocks), default=0)), -1, dtype=np.int64)
+        for old, own in zip(context, blocks, strict=True):
+            for block in own[-(-old // PAGE_TOKENS) :]:
+                self._drop(block)
         for rows, old, own in zip(table, context, blocks, strict=True):
             self._read(rows, old, own)
         # Rows of this step are nobody else's before the next.
@@ -83,8 +87,6 @@ class RawPages:
         page, held = divmod(context, PAGE_TOKENS)
         last, rest = divmod(end, PAGE_TOKENS)
         fresh = page + (held > 0)
-        for block in blocks[fresh : last + (rest > 0)]:
-            self._drop(block)
         if last > page:
             # What was read as the page before the open one is no longer.
             if page and blocks[page - 1] in self._full:
@@ -144,19 +146,16 @@ class SinkRows:
             context: Tokens of each before the step.
             first: The block of each one's first page.
         """
-        rows = np.full(len(first), -1, dtype=np.int64)
-        for i, (old, block) in enumerate(zip(context, first, strict=True)):
+        for old, block in zip(context, first, strict=True):
             if old and block in self._row_of:
                 self._row_of.move_to_end(block)
-                rows[i] = self._row_of[block]
-        for i, (old, block) in enumerate(zip(context, first, strict=True)):
+        for old, block in zip(context, first, strict=True):
             if not old:
-                rows[i] = self._begin(block)
-        return rows
+                self._begin(block)
+        return np.array([self._row_of.get(block, -1) for block in first], dtype=np.int64)
 
-    def _begin(self, block: int) -> int:
+    def _begin(self, block: int) -> None:
         row = self._row_of.pop(block, None)
         if row is None:
             row = self._free.pop() if self._free else self._row_of.popitem(last=False)[1]
         self._row_of[block] = row
-        return row
