@@ -2,8 +2,10 @@
 
 Run by the interpreter that has vLLM and sixfold (`make test-vllm` makes one):
 
-    .venv-vllm/bin/python -m benchmarks.vllm_serving load --json docs/results/vllm_load.json
+    .venv-vllm/bin/python -m benchmarks.vllm_serving load --json out.json
     .venv-vllm/bin/python -m benchmarks.vllm_serving quality MODEL... --json out.json
+
+    .venv-vllm/bin/python -m benchmarks.vllm_serving capacity --json out.json
 
 Load is that of `vllm bench serve`, against `vllm serve`, contender after contender, several rounds.
 """
@@ -49,6 +51,7 @@ BENCH = (
     "add_cli_args(parser)\n"
     "main(parser.parse_args())\n"
 )
+DIMS = [64, 128, 256]
 Row = dict[str, Any]
 
 
@@ -309,15 +312,31 @@ def _parsed() -> argparse.Namespace:
     two.add_argument("--window", type=int, default=768)
     two.add_argument("--windows", type=int, default=1)
     two.add_argument("--chunks", type=lambda x: [*map(int, x.split(","))], default=[64, 48])
+    three = kinds.add_parser("capacity")
+    three.add_argument("--json", type=Path, required=True)
     for kind in (one, two):
         kind.add_argument("--json", type=Path)
         kind.add_argument("--contenders", type=lambda x: x.split(","), default=list(CONTENDERS))
     return parser.parse_args()
 
 
+def capacities() -> list[Row]:
+    """Bytes a token; that vLLM's capacity is their ratio to one block is a test."""
+    from sixfold.integrations.vllm.names import WIDTHS
+
+    return [
+        {"contender": name, "bytes": [bytes_a_token(name, dim) for dim in DIMS]}
+        for name in ("fp8", *WIDTHS)
+    ]
+
+
 def main() -> None:
     """Measure, and write what was found."""
     arguments = _parsed()
+    if arguments.kind == "capacity":
+        found = {"dims": DIMS, "rows": capacities()}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        return
     rows = loads(arguments) if arguments.kind == "load" else qualities(arguments)
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
     asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models")}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import needles
-from tools import long_context_tables, reproduction_tables
+from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table
 from tools.blocks import RESULTS, ROOT, Block
 from tools.quality_tables import (
@@ -297,6 +297,15 @@ GPU_BLOCKS = tuple(
     Block(ROOT / "docs/gpu.md", RESULTS / f"{name}.json", name, kernels_table)
     for name in ("gpu_kernels", "gpu_kernels_triton36")
 )
+VLLM_BLOCKS = tuple(
+    Block(ROOT / "docs/vllm.md", RESULTS / f"{name}.json", name, table)
+    for name, table in (
+        ("vllm_capacity", vllm_tables.capacity),
+        ("vllm_kl", vllm_tables.divergence),
+        ("vllm_load", vllm_tables.load),
+        ("vllm_pressure", vllm_tables.load),
+    )
+)
 OPTIONAL_BLOCKS = (
     *(
         *CPU_BLOCKS,
@@ -306,7 +315,7 @@ OPTIONAL_BLOCKS = (
         *RECIPE_BLOCKS,
         *TRELLIS_BLOCKS,
     ),
-    *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS),
+    *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS, *VLLM_BLOCKS),
 )
 ARCHITECTURES = ROOT / "docs/architectures.md", RESULTS / "architectures.json"
 BLOCKS = (

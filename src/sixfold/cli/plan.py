@@ -14,6 +14,8 @@ from sixfold.cli.render import Output, human_bytes
 from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
 from sixfold.integrations.transformers.config import layer_shapes, layer_types
+from sixfold.integrations.vllm.capacity import BLOCK_TOKENS, block_capacity
+from sixfold.packing import Bits
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
@@ -62,6 +64,7 @@ def plan(
     contexts: Annotated[
         str, typer.Option(help="Tokens a user, separated by commas.")
     ] = "4096,8192,16384,32768,65536,131072",
+    vllm: Annotated[bool, typer.Option(help="Blocks that vLLM has, to the block.")] = False,
     json: JsonOption = None,
 ) -> None:
     """How many users x context fit in memory: the cache's own byte accounting."""
@@ -69,6 +72,9 @@ def plan(
     free = parse_size(memory) - parse_size(weights)
     if free <= 0:
         raise SixfoldError(f"weights of {weights} leave nothing of a memory of {memory}")
+    if vllm:
+        _plan_blocks(shape.layer_shapes(None), parse_bits(bits), free, output)
+        return
     sizes = parse_list(contexts, int, "--contexts")
     if min(sizes) < 1:
         raise SixfoldError(f"--contexts: expected positive numbers of tokens, got {contexts!r}")
@@ -89,6 +95,38 @@ def plan(
         "of context is not applied."
     )
     output.json({"free_bytes": free, "rows": [asdict(one) for one in found]})
+
+
+def _plan_blocks(
+    shapes: Sequence[LayerShape], bits: Sequence[Bits], free: int, output: Output
+) -> None:
+    """What vLLM's log will say."""
+    widths: list[Bits | None] = [None, *bits]
+    found = [block_capacity(shapes, width, free) for width in widths]
+    plain = found[0].tokens
+    output.table(
+        f"vLLM's blocks of {BLOCK_TOKENS} tokens in {human_bytes(free)}",
+        ["bits", "bytes a block", "blocks", "tokens", "beside uncompressed"],
+        [
+            [
+                "uncompressed" if width is None else f"{width:g}",
+                f"{one.block_bytes:,}",
+                f"{one.blocks:,}",
+                f"{one.tokens:,}",
+                f"{one.tokens / plain:.2f}×" if plain else "-",
+            ]
+            for width, one in zip(widths, found, strict=True)
+        ],
+    )
+    output.say(
+        "vLLM's CPU platform takes blocks of 128 tokens. Beside them each running request has up "
+        "to 132 uncompressed tokens (docs/vllm.md)."
+    )
+    rows = [
+        {"bits": width or UNCOMPRESSED, **asdict(one)}
+        for width, one in zip(widths, found, strict=True)
+    ]
+    output.json({"free_bytes": free, "rows": rows})
 
 
 def _shape(

@@ -20,7 +20,7 @@ from sixfold.cache.key_maps import KeyMaps
 from sixfold.cache.step import Step
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.impl import SixfoldImpl
-from sixfold.integrations.vllm.names import Options
+from sixfold.integrations.vllm.names import TESTED, Options
 from sixfold.integrations.vllm.prefill import Scratch
 from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
 from sixfold.kernels.types import KeyMap
@@ -52,6 +52,7 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse(vllm_config)
+        _warn_of_version()
         options = Options.read(vllm_config.additional_config)
         maps = None if options.key_map is None else KeyMaps.load(options.key_map)
         requests = vllm_config.scheduler_config.max_num_seqs
@@ -153,6 +154,15 @@ def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, parallel: Any) -> Ke
         f"key_map: layer {index} has {heads} KV heads, {name} has {kv_heads} in each of {size} "
         "processes: the file was made for another model."
     )
+
+
+def _warn_of_version() -> None:
+    from vllm import __version__
+
+    if not __version__.startswith(TESTED):
+        logger.warning_once(
+            "Sixfold's backend was tested with vLLM %s; this is %s.", ", ".join(TESTED), __version__
+        )
 
 
 def _announce(impl: SixfoldImpl, layers: int, pages: int, dtype: torch.dtype) -> None:

@@ -21,6 +21,8 @@ WIDTHS: dict[str, Bits] = {
     "SIXFOLD_2BIT": 2,
 }
 SECTION = "sixfold"
+# Minor versions of vLLM that the tests run with.
+TESTED = ("0.32",)
 
 
 def cache_dtype(name: str) -> str:

@@ -11,8 +11,6 @@ from sixfold.integrations.vllm.names import WIDTHS, cache_dtype
 
 logger = init_logger("vllm.sixfold")
 BACKENDS = "sixfold.integrations.vllm.backend"
-# Minor versions of vLLM that the tests run with.
-TESTED = ("0.32",)
 
 
 def install() -> None:

@@ -1,0 +1,96 @@
+"""Tables of docs/vllm.md."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Results = dict[str, Any]
+NAMES = {"auto": "bfloat16", "fp8": "fp8"}
+
+
+def capacity(results: Results) -> str:
+    """Tokens in the same memory, beside bfloat16."""
+    dims = results["dims"]
+    lines = [
+        _joined(["backend", *(f"head dimension {dim}" for dim in dims)]),
+        _joined(["---", *["---:"] * len(dims)]),
+    ]
+    for row in results["rows"]:
+        cells = [
+            f"{x:g} bytes, {4 * dim / x:.2f}×" for x, dim in zip(row["bytes"], dims, strict=True)
+        ]
+        lines.append(_joined([f"`{row['contender']}`", *cells]))
+    return "\n".join(
+        [*lines, "", "Bytes of a key and a value of one head; bfloat16 has 4 a dimension."]
+    )
+
+
+def divergence(results: Results) -> str:
+    """KL by model and contender, chunks side by side."""
+    chunks = results["asked"]["chunks"]
+    lines = [
+        _joined(["model", "cache", *(f"KL, chunks of {n}" for n in chunks), "same top token"]),
+        _joined(["---", "---", *["---:"] * (len(chunks) + 1)]),
+    ]
+    found: dict[tuple[str, str], list[Results]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["model"], row["contender"]), []).append(row)
+    for (model, contender), rows in found.items():
+        cells = [f"{row['kl']:.4f}" for row in rows]
+        top = " / ".join(f"{row['same_top_token']:.1%}" for row in rows)
+        lines.append(_joined([model, _name(contender), *cells, top]))
+    asked = results["asked"]
+    scored = asked["window"] // 3
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{asked['windows']} window of {asked['window']} tokens of a novel a model, the last "
+            f"{scored} scored; weights in bfloat16.",
+        ]
+    )
+
+
+def load(results: Results) -> str:
+    """One row a contender and number of streams."""
+    lines = [
+        _joined(
+            [
+                *("streams", "cache", "output tokens/s (slowest to fastest round)"),
+                *("all tokens/s", "first token, median", "each further", "preemptions"),
+            ]
+        ),
+        _joined(["---:", "---", *["---:"] * 5]),
+    ]
+    for row in results["rows"]:
+        speed = f"{row['output_tokens_per_second']:.1f}"
+        cells = [
+            str(row["streams"]),
+            _name(row["contender"]),
+            f"{speed} ({row['slowest']:.1f} to {row['fastest']:.1f})",
+            f"{row['total_tokens_per_second']:.0f}",
+            f"{row['first_token_ms'] / 1000:.1f} s",
+            f"{row['token_ms']:.0f} ms",
+            f"{row['preemptions']:.0f}",
+        ]
+        lines.append(_joined(cells))
+    machine, asked = results["machine"], results["asked"]
+    memory = f", {asked['memory']:g} MiB of blocks" if asked["memory"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine['processor']} ({', '.join(machine['instruction_sets'])}), "
+            f"{asked['threads']} thread(s), prompts of {asked['tokens'] * 4 // 10:,} to "
+            f"{asked['tokens'] * 16 // 10:,} tokens, {asked['output']} tokens of output, "
+            f"{asked['requests']} request(s) a stream{memory}; medians of "
+            f"{asked['rounds']} rounds.",
+        ]
+    )
+
+
+def _name(contender: str) -> str:
+    return NAMES.get(contender, f"`{contender}`")
+
+
+def _joined(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
