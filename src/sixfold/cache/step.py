@@ -117,16 +117,17 @@ class Step:
         """Refuse a row that is read as the copy of one page and written as that of another."""
         if not readable(self.slots):
             return
+        slots = self.slots.cpu().numpy()
         written: dict[int, int] = {}
-        for b, (old, end) in enumerate(zip(self.context, self.ends, strict=True)):
-            for page in range(old // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
-                written[int(self.row_table[b, page])] = int(self.slots[b, page])
+        for own, rows, old, end in zip(slots, self.row_table, self.context, self.ends, strict=True):
+            new = slice(old // PAGE_TOKENS, -(-end // PAGE_TOKENS))
+            written.update(zip(rows[new].tolist(), own[new].tolist(), strict=True))
         for b, old in enumerate(self.context):
-            row, page = self.previous(b), old // PAGE_TOKENS - 1
-            if row >= 0 and written.get(row, self.slots[b, page]) != self.slots[b, page]:
+            row, slot = self.previous(b), int(slots[b, old // PAGE_TOKENS - 1])
+            if row >= 0 and written.get(row, slot) != slot:
                 raise ShapeError(
-                    f"rows: row {row} is read as the copy of block {int(self.slots[b, page])} and "
-                    f"written as that of block {written[row]}."
+                    f"rows: row {row} is read as the copy of block {slot} and written as that of "
+                    f"block {written[row]}."
                 )
 
     @cached_property

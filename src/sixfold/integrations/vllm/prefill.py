@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,12 +30,12 @@ class Group:
     """Requests whose prompts are one call.
 
     Attributes:
-        tokens: Where their new tokens are among all of the step.
+        tokens: Where their new tokens are among all of the step: a slice where they lie together.
         pages: Blocks of their coded context, that of one request after the other.
         rows: Of every token of their context that is read raw, its row.
         offsets: And its place there.
         sinks: Which of the coded tokens are read raw, too, and where: row and place there.
-        places: Where in the scratch coded, raw and new tokens go, in this order.
+        places: Where in the scratch coded, raw and new tokens go.
         starts: Where each request's new tokens start among theirs, and the end.
         lengths: Tokens of each in the scratch.
         table: The scratch blocks of each.
@@ -42,12 +43,12 @@ class Group:
         blocks: Scratch blocks in all.
     """
 
-    tokens: Tensor
+    tokens: slice | Tensor
     pages: Tensor
     rows: Tensor
     offsets: Tensor
     sinks: tuple[Tensor, Tensor, Tensor]
-    places: Tensor
+    places: tuple[Tensor, Tensor, Tensor]
     starts: Tensor
     lengths: Tensor
     table: Tensor
@@ -135,12 +136,12 @@ class Scratch:
         starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
         sizes = torch.tensor(lengths, dtype=torch.int32)
         return Group(
-            torch.from_numpy(np.concatenate(tokens)),
+            _together(np.concatenate(tokens)),
             torch.cat(pages).long(),
             torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(offsets)),
             (replaced[0], replaced[1], replaced[2]),
-            torch.from_numpy(np.concatenate(coded_places + raw_places + new_places)),
+            (_joined(coded_places), _joined(raw_places), _joined(new_places)),
             starts,
             sizes,
             table.clamp(max=blocks[-1] - 1),
@@ -197,14 +198,14 @@ class Prefill:
             # One vector subtracted from all keys changes no weight, and what is left of them rounds
             # less: keys of Qwen2.5 are hundreds of times longer than what distinguishes them.
             centred = softmax.softcap is None and softmax.sink_logits is None
-            found = _vectors(layer, keys, values, pool, group, centred and len(group.pages) > 0)
             memory = self.scratch.memory(group.blocks)
-            ops.cpu_attn_reshape_and_cache(*found, *memory, group.places, self.scratch.isa)
-            everything = len(group.tokens) == len(query)
-            own = query if everything else query[group.tokens]
-            target = out if everything else torch.empty_like(own)
+            parts = _vectors(layer, keys, values, pool, group, centred and len(group.pages) > 0)
+            for place, vectors in zip(group.places, parts, strict=True):
+                if len(place):
+                    ops.cpu_attn_reshape_and_cache(*vectors, *memory, place, self.scratch.isa)
+            own, target = query[group.tokens], out[group.tokens]
             self._attend(own, memory, target, group, softmax)
-            if not everything:
+            if not isinstance(group.tokens, slice):
                 out[group.tokens] = target
 
     def _attend(
@@ -234,16 +235,28 @@ class Prefill:
         )
 
 
+def _together(tokens: np.ndarray) -> slice | Tensor:
+    first, count = int(tokens[0]), len(tokens)
+    if int(tokens[-1]) == first + count - 1:
+        return slice(first, first + count)
+    return torch.from_numpy(tokens)
+
+
+def _joined(places: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(places))
+
+
+Vectors: TypeAlias = tuple[Tensor, Tensor]
+
+
 def _vectors(
     layer: EngineLayer, keys: Tensor, values: Tensor, pool: Pool, group: Group, centred: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Vectors, Vectors, Vectors]:
     """Keys and values of a group, [tokens, kv_heads, dim]: coded, raw and new."""
-    raw = [
-        torch.cat([held[group.rows, :, group.offsets], x[group.tokens]])
-        for held, x in zip(layer.copies, (keys, values), strict=True)
-    ]
+    raw = [x[group.rows, :, group.offsets] for x in layer.copies]
+    new = [x[group.tokens] for x in (keys, values)]
     if not len(group.pages):
-        return raw[0], raw[1]
+        return (raw[0][:0], raw[1][:0]), (raw[0], raw[1]), (new[0], new[1])
     assert layer.key_map is not None
     slots = group.pages[None]
     starts = torch.arange(slots.shape[1])[None] * PAGE_TOKENS
@@ -254,7 +267,9 @@ def _vectors(
     places, rows, offsets = group.sinks
     sinks = [x[rows, :, offsets] for x in layer.sinks]
     if centred:
-        raw[0], sinks[0] = ((x.float() - mean[0]).to(x.dtype) for x in (raw[0], sinks[0]))
+        raw[0], new[0], sinks[0] = (
+            (x.float() - mean[0]).to(x.dtype) for x in (raw[0], new[0], sinks[0])
+        )
     for x, first in zip(coded, sinks, strict=True):
         x[places] = first
-    return torch.cat([coded[0], raw[0]]), torch.cat([coded[1], raw[1]])
+    return (coded[0], coded[1]), (raw[0], raw[1]), (new[0], new[1])
