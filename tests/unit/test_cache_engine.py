@@ -23,7 +23,7 @@ SCALING = DIM**-0.5
 
 
 def engine_layer(rows: int = 16, bits: float = 8, sinks: int = 0, **options: Any) -> EngineLayer:
-    return EngineLayer(
+    layer = EngineLayer(
         CachePolicy(bits, bits, sink_tokens=sinks, recent_window=0),
         KV_HEADS,
         DIM,
@@ -34,6 +34,10 @@ def engine_layer(rows: int = 16, bits: float = 8, sinks: int = 0, **options: Any
         sink_rows=rows if sinks else 0,
         **options,
     )
+    for x in (*layer.copies, *layer.sinks):
+        # What was never written may be anything.
+        x.fill_(torch.nan)
+    return layer
 
 
 @dataclasses.dataclass
@@ -370,7 +374,7 @@ class TestRefusals:
             given = good | {name: x}
             with pytest.raises(ShapeError, match=r"(query|keys|values): expected"):
                 layer.attend(*given.values(), pool, step, scaling=1.0)
-        assert not layer.copies[0].any()
+        assert layer.copies[0].isnan().all()
 
     def test_blocks_of_another_width(self) -> None:
         with pytest.raises(ShapeError, match="blocks: expected uint8"):
@@ -390,7 +394,7 @@ class TestRefusals:
         own = (x[:new] for x in (one.query, one.keys, one.values))
         with pytest.raises(ShapeError, match=r"(slots|rows): expected slots 0 to"):
             layer.attend(*own, pool, step, scaling=1.0)
-        assert not layer.copies[0].any()
+        assert layer.copies[0].isnan().all()
         assert layer.key_map is None
 
     def test_two_sequences_in_one_row(self) -> None:
@@ -408,7 +412,7 @@ class TestRefusals:
         step = Step([130], [0], torch.tensor([[1, 1, 0]]), torch.tensor([[-1, -1, 3]]))
         with pytest.raises(ShapeError, match="slots: expected one of its own for each page"):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
-        assert not layer.copies[0].any()
+        assert layer.copies[0].isnan().all()
 
     def test_a_context_that_nobody_coded(self) -> None:
         layer, one = engine_layer(), request(1, 1)

@@ -103,6 +103,16 @@ def test_every_row_read_holds_what_was_written_for_its_page(
                 free = [block for block in one.blocks if block not in shared] + free
 
 
+def test_memory_is_taken_as_requests_come_not_as_they_go() -> None:
+    """A thousand requests, two at a time: rows that were used before are used again."""
+    pages = RawPages(256, recent=True)
+    running = [(n, n + 1) for n in range(0, 2000, 2)]
+    for blocks in running:
+        for context in range(0, 128, 32):
+            pages.step([context] * 2, [context + 32] * 2, [[b * 2, b * 2 + 1] for b in blocks])
+    assert pages.used < 100
+
+
 def test_a_request_whose_open_page_is_gone_is_refused() -> None:
     pages = RawPages(1, recent=False)
     pages.step([0], [10], [[1]])
@@ -125,7 +135,7 @@ def test_sinks_are_found_by_the_block_that_a_prefix_begins_with() -> None:
 
 
 class TestOptions:
-    @pytest.mark.parametrize("config", [None, {}, {"other": 1}, object()])
+    @pytest.mark.parametrize("config", [None, {}, {"other": 1}, {"sixfold": {}}, object()])
     def test_none(self, config: object) -> None:
         assert Options.read(config) == Options()
 
@@ -146,3 +156,7 @@ class TestOptions:
     def test_others_are_refused(self, given: object, message: str) -> None:
         with pytest.raises(SixfoldError, match=message):
             Options.read({"sixfold": given})
+
+    def test_a_section_of_another_name(self) -> None:
+        with pytest.raises(SixfoldError, match='did you mean "sixfold"'):
+            Options.read({"sixfld": {"key_map": "x"}})

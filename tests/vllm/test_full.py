@@ -167,3 +167,25 @@ def test_what_cannot_be_served_is_refused(
     options: dict[str, Any], message: str, refusal: Any
 ) -> None:
     assert message in refusal(**options)
+
+
+def test_maps_of_another_model_are_refused(refusal: Any, tmp_path: Path) -> None:
+    maps = KeyMaps({layer: (torch.zeros(2, 64), torch.ones(2, 64)) for layer in range(28)})
+    maps.save(tmp_path / "maps.safetensors")
+    options = {"sixfold": {"key_map": str(tmp_path / "maps.safetensors")}}
+    said = refusal(attention_backend="SIXFOLD_4BIT", additional_config=options)
+    assert "expected maps of 4 layers" in said
+
+
+def test_many_requests_share_a_prefix(job: Job, text: list[int]) -> None:
+    """Their pages are decoded once for all; some have short and some have long ends."""
+    long = text[:640]
+    prompts = [long + text[1000 + i : 1000 + i + 3 + 5 * i] for i in range(30)]
+    first = {"prompts": [long], "max_tokens": 1}
+    scored = {"prompts": prompts, "max_tokens": 1, "logprobs": -1}
+    options = {"max_num_batched_tokens": 1024, **EVERYTHING}
+    base = job(first, scored, **options)
+    ours = job(first, scored, attention_backend="SIXFOLD_8BIT", **options)
+    assert all(x["cached"] == 640 for x in ours["runs"][1])
+    for x, y in zip(base["runs"][1], ours["runs"][1], strict=True):
+        assert divergence(x["logprobs"], y["logprobs"]) < 2e-3

@@ -153,8 +153,10 @@ class EngineLayer:
         with torch.inference_mode(False):
             self.copies, self.sinks = (
                 (
-                    torch.zeros(count, kv_heads, tokens, key_dim, dtype=dtype, device=device),
-                    torch.zeros(count, kv_heads, tokens, value_dim, dtype=dtype, device=device),
+                    # The system gives memory that is only reserved when it is written to. What was
+                    # not written is never read but hidden.
+                    torch.empty(count, kv_heads, tokens, key_dim, dtype=dtype, device=device),
+                    torch.empty(count, kv_heads, tokens, value_dim, dtype=dtype, device=device),
                 )
                 for count, tokens in ((rows, PAGE_TOKENS), (sink_rows, policy.sink_tokens))
             )

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sixfold.cache.code import codebook_code
 from sixfold.cache.engine import page_nbytes
+from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
 from sixfold.integrations.vllm.names import cache_dtype, policy
@@ -31,8 +32,14 @@ class SixfoldBackend(AttentionBackend):
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
-    def __init_subclass__(cls, *, bits: Bits, **options: Any) -> None:
+    def __init_subclass__(cls, *, bits: Bits | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if bits is None:
+            # vLLM derives backends for layers that see a batch cut to pieces, or pooled.
+            raise SixfoldError(
+                f"Sixfold's backend does not support layers of the kind {cls.__name__} (such as "
+                "chunked local attention): serve this model without --attention-backend."
+            )
         cls.bits = bits
         cls.name = f"SIXFOLD_{f'{bits:g}'.replace('.', '_')}BIT"
         # vLLM makes layers of this class, and passes them no word of the backend.

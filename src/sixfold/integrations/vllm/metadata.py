@@ -63,7 +63,7 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             impl, dtype = layer.impl, vllm_config.model_config.dtype
-            found = _map_of(maps, name, impl.num_kv_heads, vllm_config.parallel_config)
+            found = _map_of(maps, name, impl.num_kv_heads, vllm_config)
             rows = self.raw_pages.rows
             impl.open(kv_cache_spec.head_size_v, rows, sinks, dtype, device, found)
         first: SixfoldImpl = next(iter(layers.values())).impl
@@ -120,6 +120,9 @@ def refuse(vllm_config: Any) -> None:
             vllm_config.kv_transfer_config is not None
         ),
         "models with Mamba layers": vllm_config.model_config.is_hybrid,
+        "leaving layers uncompressed (--kv-cache-dtype-skip-layers)": bool(
+            getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None)
+        ),
     }
     for name, found in wrong.items():
         if found:
@@ -129,19 +132,22 @@ def refuse(vllm_config: Any) -> None:
             )
 
 
-def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, parallel: Any) -> KeyMap | None:
+def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, vllm_config: Any) -> KeyMap | None:
     """The map of a layer, of the heads that this process has of it."""
     if maps is None:
         return None
-    index = extract_layer_index(name)
-    if index not in maps.layers:
+    index, layers = (
+        extract_layer_index(name),
+        vllm_config.model_config.get_total_num_hidden_layers(),
+    )
+    if index not in maps.layers or max(maps.layers) >= layers:
         raise SixfoldError(
-            f"key_map: expected a map of every layer, got {sorted(maps.layers)} and none of "
-            f"{index} ({name}): the file was made for another model."
+            f"key_map: expected maps of {layers} layers, {index} ({name}) among them, got those of "
+            f"{sorted(maps.layers)}: the file was made for another model."
         )
     mean, scale, _ = maps[index]
-    heads, size = mean.shape[1], parallel.tensor_parallel_size
-    if heads == kv_heads:
+    heads, size = mean.shape[1], vllm_config.parallel_config.tensor_parallel_size
+    if size == 1 and heads == kv_heads:
         return maps[index]
     if size > 1 and max(1, heads // size) == kv_heads:
         from vllm.distributed import get_tensor_model_parallel_rank
@@ -171,9 +177,11 @@ def _announce(impl: SixfoldImpl, layers: int, pages: int, dtype: torch.dtype) ->
     content = layer.block_bytes // PAGE_TOKENS
     raw = sum(x.shape[3] for x in layer.copies) * dtype.itemsize
     beside = raw * (pages * PAGE_TOKENS + layer.policy.sink_tokens) * impl.num_kv_heads * layers
+    most = sum(x.nbytes for x in (*layer.copies, *layer.sinks)) * layers
     logger.info(
         "Sixfold: %d layers at %g bits, %d bytes a token and KV head (%s: %d), %.2f times the "
-        "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request.",
+        "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request, taken "
+        "as they come and at most %s MiB in all (--max-num-seqs).",
         layers,
         impl.bits,
         content,
@@ -181,4 +189,5 @@ def _announce(impl: SixfoldImpl, layers: int, pages: int, dtype: torch.dtype) ->
         raw,
         raw / content,
         f"{beside / 1024:,.0f}",
+        f"{most / 2**20:,.0f}",
     )

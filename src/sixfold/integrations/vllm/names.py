@@ -60,6 +60,9 @@ class Options:
         """
         # vLLM allows its own classes there, for backends that define one.
         found = additional_config if isinstance(additional_config, Mapping) else {}
+        for name in difflib.get_close_matches(SECTION, map(str, found), 1, 0.75):
+            if name != SECTION:
+                raise SixfoldError(f'additional_config: got "{name}": did you mean "{SECTION}"?')
         given = found.get(SECTION, {})
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(given, Mapping):

@@ -1,7 +1,7 @@
 """Prompts, attended by vLLM's own kernel on a scratch cache that lives for one call."""
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ from sixfold.cache.step import Part, Step
 from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax
 from sixfold.packing import PAGE_TOKENS
 
-BLOCK = 64
+BLOCK = PAGE_TOKENS
 # Scratch of one call, unless one request alone needs more.
 MOST_TOKENS = 16_384
 # From so many new tokens on it is faster to decode the context once and attend it uncompressed than
@@ -31,7 +31,7 @@ class Group:
 
     Attributes:
         tokens: Where their new tokens are among all of the step: a slice where they lie together.
-        pages: Blocks of their coded context, that of one request after the other.
+        pages: Blocks of their coded context, each once.
         rows: Of every token of their context that is read raw, its row.
         offsets: And its place there.
         sinks: Which of the coded tokens are read raw, too, and where: row and place there.
@@ -77,22 +77,44 @@ class Scratch:
 
     def plan(self, step: Step) -> AttendChunks:
         """What attends the prompts of a step."""
-        least = WORTH_DECODING.get(self.isa, OTHERWISE)
-        decoded: list[int] = []
-        coded: list[int] = []
-        for b in step.chunked:
-            short = step.new[b] < least and step.context[b] >= PAGE_TOKENS
-            (coded if short else decoded).append(b)
+        decoded, coded = self._sorted(step)
+        groups = self._groups(step, decoded)
+        alike: dict[int, list[int]] = {}
+        for b in coded:
+            alike.setdefault(step.new[b], []).append(b)
+        parts = [Part.of(step, which) for which in alike.values()]
+        return Prefill(self, [self._group(step, which) for which in groups], parts)
+
+    def _groups(self, step: Step, which: list[int]) -> list[list[int]]:
+        """As many requests together as the scratch is for; pages that they share count once."""
         groups: list[list[int]] = []
         room = 0
-        for b in decoded:
-            room -= step.ends[b]
-            if room < 0 or not groups:
+        seen: set[int] = set()
+        for b in which:
+            own = step.slots[b, self._first(step, b) : step.coded(b)].tolist()
+            private = step.ends[b] - step.coded(b) * PAGE_TOKENS
+            needed = private + PAGE_TOKENS * len(set(own) - seen)
+            if not groups or needed > room:
                 groups.append([])
-                room = MOST_TOKENS - step.ends[b]
+                room, needed = MOST_TOKENS, private + PAGE_TOKENS * len(own)
+                seen = set()
             groups[-1].append(b)
-        parts = [Part.of(step, [b]) for b in coded]
-        return Prefill(self, [self._group(step, which) for which in groups], parts)
+            seen.update(own)
+            room -= needed
+        return groups
+
+    def _sorted(self, step: Step) -> tuple[list[int], list[int]]:
+        """Whose context is decoded, and who attends the codes.
+
+        What a page costs to decode is spread over all new tokens that attend it: those of requests
+        that share it, too.
+        """
+        least = WORTH_DECODING.get(self.isa, OTHERWISE)
+        short = [b for b in step.chunked if step.new[b] < least and step.coded(b) > 0]
+        pages = {int(slot) for b in short for slot in step.slots[b, : step.coded(b)].tolist()}
+        if sum(step.new[b] * step.coded(b) for b in short) >= least * len(pages):
+            short = []
+        return [b for b in step.chunked if b not in short], short
 
     def memory(self, blocks: int) -> tuple[Tensor, Tensor]:
         """Keys and values of so many scratch blocks, [blocks, kv_heads, 64, dim] each."""
@@ -103,33 +125,35 @@ class Scratch:
         return keys, values
 
     def _group(self, step: Step, which: list[int]) -> Group:
-        tokens, pages, rows, offsets, sinks = [], [], [], [], []
-        coded_places, raw_places, new_places = [], [], []
-        lengths, blocks, n_coded = [], [0], 0
+        tokens, rows, offsets, sinks = [], [], [], []
+        raw_places, new_places, lengths = [], [], []
+        # Requests that share pages share their scratch blocks, which come first.
+        first = {b: self._first(step, b) for b in which}
+        slots = {b: step.slots[b, first[b] : step.coded(b)].tolist() for b in which}
+        pages = {
+            slot: i for i, slot in enumerate(dict.fromkeys(x for b in which for x in slots[b]))
+        }
+        tables, blocks = [], len(pages)
         for b in which:
             context, new, span = step.context[b], step.new[b], step.spans[b]
-            hidden = 0 if self.window is None else max(0, context - self.window + 1)
-            last = step.coded(b)
-            first = min(hidden // PAGE_TOKENS, last)
-            base = blocks[-1] * BLOCK - first * PAGE_TOKENS
+            raw = step.coded(b) * PAGE_TOKENS
+            base = blocks * BLOCK - raw
             tokens.append(np.arange(span.start, span.stop))
-            pages.append(step.slots[b, first:last])
-            if step.sink_rows[b] >= 0 and first == 0 < last:
+            if step.sink_rows[b] >= 0 and first[b] == 0 and slots[b]:
                 own = np.arange(step.sink_tokens)
-                sinks.append(np.stack([own + n_coded, np.full_like(own, step.sink_rows[b]), own]))
-            n_coded += (last - first) * PAGE_TOKENS
-            raw = np.arange(last * PAGE_TOKENS, context)
-            rows.append(step.row_table[b, raw // PAGE_TOKENS])
-            offsets.append(raw % PAGE_TOKENS)
-            coded_places.append(np.arange(first * PAGE_TOKENS, last * PAGE_TOKENS) + base)
-            raw_places.append(raw + base)
+                place = own + pages[slots[b][0]] * PAGE_TOKENS
+                sinks.append(np.stack([place, np.full_like(own, step.sink_rows[b]), own]))
+            held = np.arange(raw, context)
+            rows.append(step.row_table[b, held // PAGE_TOKENS])
+            offsets.append(held % PAGE_TOKENS)
+            raw_places.append(held + base)
             new_places.append(np.arange(context, context + new) + base)
-            lengths.append(context + new - first * PAGE_TOKENS)
-            blocks.append(blocks[-1] - (-lengths[-1] // BLOCK))
-        most = max(end - start for start, end in pairwise(blocks))
-        table = torch.tensor(blocks[:-1], dtype=torch.int32)[:, None] + torch.arange(
-            most, dtype=torch.int32
-        )
+            lengths.append(context + new - first[b] * PAGE_TOKENS)
+            private = -(-(context + new - raw) // BLOCK)
+            tables.append([pages[x] for x in slots[b]] + list(range(blocks, blocks + private)))
+            blocks += private
+        most = max(map(len, tables))
+        table = torch.tensor([own + [0] * (most - len(own)) for own in tables], dtype=torch.int32)
         counts = [step.new[b] for b in which]
         empty = np.zeros((3, 0), dtype=np.int64)
         replaced = torch.from_numpy(np.concatenate([empty, *sinks], axis=1))
@@ -137,17 +161,22 @@ class Scratch:
         sizes = torch.tensor(lengths, dtype=torch.int32)
         return Group(
             _together(np.concatenate(tokens)),
-            torch.cat(pages).long(),
+            torch.tensor(list(pages), dtype=torch.int64),
             torch.from_numpy(np.concatenate(rows)),
             torch.from_numpy(np.concatenate(offsets)),
             (replaced[0], replaced[1], replaced[2]),
-            (_joined(coded_places), _joined(raw_places), _joined(new_places)),
+            (torch.arange(len(pages) * PAGE_TOKENS), _joined(raw_places), _joined(new_places)),
             starts,
             sizes,
-            table.clamp(max=blocks[-1] - 1),
+            table,
             self._schedule(starts, sizes),
-            blocks[-1],
+            blocks,
         )
+
+    def _first(self, step: Step, b: int) -> int:
+        """The first page that any new token sees."""
+        hidden = 0 if self.window is None else max(0, step.context[b] - self.window + 1)
+        return min(hidden // PAGE_TOKENS, step.coded(b))
 
     def _schedule(self, starts: Tensor, lengths: Tensor) -> Tensor:
         found: Tensor = ops.cpu_attn_get_scheduler_metadata(

@@ -12,6 +12,9 @@ import numpy as np
 from sixfold.errors import SixfoldError
 from sixfold.packing import PAGE_TOKENS
 
+# Steps that no running request is left out of in a row.
+LONG_AGO = 64
+
 
 class RawPages:
     """Rows for the open pages of running requests and the page before each, found by their blocks.
@@ -30,10 +33,14 @@ class RawPages:
         self.recent = recent
         # In one step a request may read two and write two.
         self.rows = (4 if recent else 2) * requests
-        self._free = list(reversed(range(self.rows)))
+        # Rows from here on were never used, and have no memory yet.
+        self.used = 0
+        self._free: list[int] = []
         self._open: OrderedDict[int, int] = OrderedDict()
         self._full: OrderedDict[int, int] = OrderedDict()
         self._busy: set[int] = set()
+        self._now = 0
+        self._seen: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._open) + len(self._full)
@@ -60,6 +67,8 @@ class RawPages:
             self._read(rows, old, own)
         # Rows of this step are nobody else's before the next.
         self._busy = set(table[table >= 0].tolist())
+        self._now += 1
+        self._seen.update(dict.fromkeys(self._busy, self._now))
         later: list[int] = []
         for rows, old, end, own in zip(table, context, ends, blocks, strict=True):
             self._write(rows, old, end, own, later)
@@ -108,11 +117,20 @@ class RawPages:
                 self._free.append(entries.pop(block))
 
     def _take(self) -> int:
-        if not self._free:
-            self._free.append(self._evicted())
-        row = self._free.pop()
+        row = self._free.pop() if self._free else self._another()
         self._busy.add(row)
+        self._seen[row] = self._now
         return row
+
+    def _another(self) -> int:
+        oldest = next(iter(self._full.items()), None)
+        # Whoever runs was in some step not long ago: this page's request has ended.
+        if oldest is not None and self._now - self._seen[oldest[1]] > LONG_AGO:
+            return self._full.pop(oldest[0])
+        if self.used < self.rows:
+            self.used += 1
+            return self.used - 1
+        return self._evicted()
 
     def _evicted(self) -> int:
         """The row that was not used for the longest time, of full pages if there are any."""
@@ -134,8 +152,8 @@ class SinkRows:
     """
 
     def __init__(self, requests: int) -> None:
-        """Rows for so many requests that run at once, and seven times as many cached prefixes."""
-        self.rows = 8 * requests
+        """Rows for so many requests that run at once, and as many cached prefixes."""
+        self.rows = 2 * requests
         self._free = list(reversed(range(self.rows)))
         self._row_of: OrderedDict[int, int] = OrderedDict()
 
