@@ -19,11 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ def _healthy(address: str, process: "subprocess.Popen[bytes]") -> bool:
         except (urllib.error.URLError, OSError):
             if process.poll() is not None:
                 return False
-            time.sleep(1)
+            sleep(1)
         else:
             return True
     return False
