@@ -303,7 +303,6 @@ VLLM_BLOCKS = tuple(
         ("vllm_capacity", vllm_tables.capacity),
         ("vllm_kl", vllm_tables.divergence),
         ("vllm_load", vllm_tables.load),
-        ("vllm_pressure", vllm_tables.load),
     )
 )
 OPTIONAL_BLOCKS = (
