@@ -64,12 +64,10 @@ def options_of(contender: str) -> dict[str, Any]:
 
 def bytes_a_token(contender: str, dim: int) -> float:
     """Of a key and a value of one head, scales included."""
-    from sixfold.cache.code import codebook_code
-    from sixfold.cache.engine import page_nbytes
-    from sixfold.integrations.vllm.names import WIDTHS, policy
+    from sixfold.integrations.vllm.names import WIDTHS, token_nbytes
 
     if contender in WIDTHS:
-        return page_nbytes(codebook_code(policy(WIDTHS[contender], dim, dim), dim, dim)) / 64
+        return token_nbytes(WIDTHS[contender], dim, dim)
     return {"auto": 4.0, "fp8": 2.0}[contender] * dim
 
 

@@ -17,8 +17,7 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
-from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
-from sixfold.kernels.types import Softmax as Softmax
+from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Softmax, Tokens
 
 
 @runtime_checkable

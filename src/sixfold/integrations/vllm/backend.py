@@ -8,12 +8,10 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from sixfold.cache.code import codebook_code
-from sixfold.cache.engine import page_nbytes
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
-from sixfold.integrations.vllm.names import cache_dtype, policy
+from sixfold.integrations.vllm.names import cache_dtype, token_nbytes
 from sixfold.packing import PAGE_TOKENS, Bits
 
 
@@ -124,11 +122,7 @@ class SixfoldBackend(AttentionBackend):
         """Blocks of codes: vLLM counts its memory in them."""
         if spec.state_content_bytes is not None:
             return spec
-        code = codebook_code(
-            policy(cls.bits, spec.head_size, spec.head_size_v), spec.head_size, spec.head_size_v
-        )
-        content, rest = divmod(page_nbytes(code), PAGE_TOKENS)
-        assert not rest, (cls.bits, spec.head_size)
+        content = token_nbytes(cls.bits, spec.head_size, spec.head_size_v)
         return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 

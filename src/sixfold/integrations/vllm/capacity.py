@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sixfold.cache.accounting import LayerShape
-from sixfold.cache.code import codebook_code
-from sixfold.cache.engine import page_nbytes
 from sixfold.errors import SixfoldError
-from sixfold.integrations.vllm.names import policy
-from sixfold.packing import PAGE_TOKENS, Bits
+from sixfold.integrations.vllm.names import token_nbytes
+from sixfold.packing import Bits
 
 # What vLLM's CPU platform takes without --block-size.
 BLOCK_TOKENS = 128
@@ -49,14 +47,9 @@ def block_capacity(
             "vLLM's blocks are predicted for models whose attention layers are all alike and "
             "without sliding windows; for this one read the capacity in vLLM's log"
         )
-    if bits is None:
-        page = PAGE_TOKENS * 2 * (first.key_dim + first.value_dim)
-    else:
-        code = codebook_code(
-            policy(bits, first.key_dim, first.value_dim), first.key_dim, first.value_dim
-        )
-        page = page_nbytes(code)
-    layer = page * first.kv_heads * block_tokens // PAGE_TOKENS
+    dims = first.key_dim, first.value_dim
+    token = 2 * sum(dims) if bits is None else token_nbytes(bits, *dims)
+    layer = token * first.kv_heads * block_tokens
     # As vLLM divides: the same number for every layer.
     blocks = memory // layer // len(shapes)
     return BlockCapacity(layer * len(shapes), blocks, blocks * block_tokens)

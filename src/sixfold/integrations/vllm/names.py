@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from sixfold.arguments import shown, whole
+from sixfold.cache.code import codebook_code
+from sixfold.cache.engine import page_nbytes
 from sixfold.cache.policy import CachePolicy
 from sixfold.errors import SixfoldError
 from sixfold.packing import PAGE_TOKENS, Bits
@@ -34,6 +36,14 @@ def policy(bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0) -> Ca
     """How a layer of vLLM is coded."""
     dims = [(key_dim, value_dim)]
     return CachePolicy.spending(bits, dims, sink_tokens=sink_tokens, recent_window=0)
+
+
+def token_nbytes(bits: Bits, key_dim: int, value_dim: int) -> int:
+    """Bytes of a key and a value of one head in a block, scales included."""
+    code = codebook_code(policy(bits, key_dim, value_dim), key_dim, value_dim)
+    content, rest = divmod(page_nbytes(code), PAGE_TOKENS)
+    assert not rest, (bits, key_dim, value_dim)
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
