@@ -22,6 +22,7 @@ from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.names import TESTED, Options
 from sixfold.integrations.vllm.prefill import Scratch
+from sixfold.integrations.vllm.prefill_cpu import CpuKernel
 from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
@@ -67,13 +68,10 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
             rows = self.raw_pages.rows
             impl.open(kv_cache_spec.head_size_v, rows, sinks, dtype, device, found)
         first: SixfoldImpl = next(iter(layers.values())).impl
-        self.scratch = Scratch(
-            first.num_heads,
-            first.num_kv_heads,
-            first.head_size,
-            vllm_config.model_config.dtype,
-            windows={layer.impl.sliding_window for layer in layers.values()},
-        )
+        dtype = vllm_config.model_config.dtype
+        kernel = CpuKernel(first.num_heads, first.num_kv_heads, first.head_size, dtype)
+        windows = {layer.impl.sliding_window for layer in layers.values()}
+        self.scratch = Scratch(kernel, windows=windows)
         pages = 1 + options.recent_window // PAGE_TOKENS
         _announce(first, len(layers), pages, vllm_config.model_config.dtype)
 

@@ -1,4 +1,4 @@
-"""Prompts, attended by vLLM's own kernel on a scratch cache that lives for one call."""
+"""Prompts, attended by the platform's own kernel on a scratch cache that lives for one call."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -7,22 +7,16 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
-from vllm import envs
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from sixfold.cache.engine import AttendChunks, EngineLayer, attend_part
 from sixfold.cache.step import Part, Step
+from sixfold.integrations.vllm.prefill_kernel import Batch, Kernel
 from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax
 from sixfold.packing import PAGE_TOKENS
 
 BLOCK = PAGE_TOKENS
 # Scratch of one call, unless one request alone needs more.
 MOST_TOKENS = 16_384
-# From so many new tokens on it is faster to decode the context once and attend it uncompressed than
-# to attend the codes (docs/vllm.md). What vLLM's kernel runs on decides.
-WORTH_DECODING = {"amx": 64}
-OTHERWISE = 256
 
 
 @dataclass(frozen=True)
@@ -36,10 +30,7 @@ class Group:
         offsets: And its place there.
         sinks: Which of the coded tokens are read raw, too, and where: row and place there.
         places: Where in the scratch coded, raw and new tokens go.
-        starts: Where each request's new tokens start among theirs, and the end.
-        lengths: Tokens of each in the scratch.
-        table: The scratch blocks of each.
-        schedule: How vLLM's kernel divides the work.
+        batch: Where each request is among new tokens and scratch blocks.
         blocks: Scratch blocks in all.
     """
 
@@ -49,31 +40,18 @@ class Group:
     offsets: Tensor
     sinks: tuple[Tensor, Tensor, Tensor]
     places: tuple[Tensor, Tensor, Tensor]
-    starts: Tensor
-    lengths: Tensor
-    table: Tensor
-    schedule: Tensor
+    batch: Batch
     blocks: int
 
 
 class Scratch:
     """Makes the attention of prompts for layers of one shape, and holds the memory it needs."""
 
-    def __init__(
-        self,
-        heads: int,
-        kv_heads: int,
-        dim: int,
-        dtype: torch.dtype,
-        *,
-        windows: set[int | None],
-    ) -> None:
-        """For layers of so many heads, with these sliding windows."""
-        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+    def __init__(self, kernel: Kernel, *, windows: set[int | None]) -> None:
+        """For layers with these sliding windows."""
+        self.kernel = kernel
         # Where layers differ, each masks for itself, and nothing is left out.
         self.window = next(iter(windows)) if len(windows) == 1 else None
-        self.isa = _get_attn_isa(dtype, BLOCK, dim)
-        self._memory = torch.zeros(0, kv_heads, 2 * BLOCK, dim, dtype=dtype)
 
     def plan(self, step: Step) -> AttendChunks:
         """What attends the prompts of a step."""
@@ -83,7 +61,7 @@ class Scratch:
         for b in coded:
             alike.setdefault(step.new[b], []).append(b)
         parts = [Part.of(step, which) for which in alike.values()]
-        return Prefill(self, [self._group(step, which) for which in groups], parts)
+        return Prefill(self.kernel, [self._group(step, which) for which in groups], parts)
 
     def _groups(self, step: Step, which: list[int]) -> list[list[int]]:
         """As many requests together as the scratch is for; pages that they share count once."""
@@ -109,20 +87,12 @@ class Scratch:
         What a page costs to decode is spread over all new tokens that attend it: those of requests
         that share it, too.
         """
-        least = WORTH_DECODING.get(self.isa, OTHERWISE)
+        least = self.kernel.worth_decoding
         short = [b for b in step.chunked if step.new[b] < least and step.coded(b) > 0]
         pages = {int(slot) for b in short for slot in step.slots[b, : step.coded(b)].tolist()}
         if sum(step.new[b] * step.coded(b) for b in short) >= least * len(pages):
             short = []
         return [b for b in step.chunked if b not in short], short
-
-    def memory(self, blocks: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of so many scratch blocks, [blocks, kv_heads, 64, dim] each."""
-        if len(self._memory) < blocks:
-            # What no token was written to is read and masked: it must be finite.
-            self._memory = self._memory.new_zeros(blocks, *self._memory.shape[1:])
-        keys, values = self._memory[:blocks].chunk(2, 2)
-        return keys, values
 
     def _group(self, step: Step, which: list[int]) -> Group:
         tokens, rows, offsets, sinks = [], [], [], []
@@ -166,10 +136,13 @@ class Scratch:
             torch.from_numpy(np.concatenate(offsets)),
             (replaced[0], replaced[1], replaced[2]),
             (torch.arange(len(pages) * PAGE_TOKENS), _joined(raw_places), _joined(new_places)),
-            starts,
-            sizes,
-            table,
-            self._schedule(starts, sizes),
+            Batch(
+                starts,
+                sizes,
+                table,
+                self.kernel.schedule(starts, sizes, self.window),
+                (max(counts), max(lengths)),
+            ),
             blocks,
         )
 
@@ -178,34 +151,18 @@ class Scratch:
         hidden = 0 if self.window is None else max(0, step.context[b] - self.window + 1)
         return min(hidden // PAGE_TOKENS, step.coded(b))
 
-    def _schedule(self, starts: Tensor, lengths: Tensor) -> Tensor:
-        found: Tensor = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(lengths),
-            num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.dim,
-            seq_lens=lengths,
-            dtype=self.dtype,
-            query_start_loc=starts,
-            causal=True,
-            sliding_window_size=-1 if self.window is None else self.window,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-        )
-        return found
-
 
 @dataclass(frozen=True)
 class Prefill:
     """See `AttendChunks`.
 
     Attributes:
-        scratch: Memory, and the kernel's instruction set.
+        kernel: What attends uncompressed tokens, and its memory.
         groups: Requests attended on decoded context.
         parts: Those attended on the codes.
     """
 
-    scratch: Scratch
+    kernel: Kernel
     groups: list[Group]
     parts: list[Part]
 
@@ -227,41 +184,15 @@ class Prefill:
             # One vector subtracted from all keys changes no weight, and what is left of them rounds
             # less: keys of Qwen2.5 are hundreds of times longer than what distinguishes them.
             centred = softmax.softcap is None and softmax.sink_logits is None
-            memory = self.scratch.memory(group.blocks)
+            memory = self.kernel.memory(group.blocks)
             parts = _vectors(layer, keys, values, pool, group, centred and len(group.pages) > 0)
             for place, vectors in zip(group.places, parts, strict=True):
                 if len(place):
-                    ops.cpu_attn_reshape_and_cache(*vectors, *memory, place, self.scratch.isa)
+                    self.kernel.write(*vectors, memory, place)
             own, target = query[group.tokens], out[group.tokens]
-            self._attend(own, memory, target, group, softmax)
+            self.kernel.attend(own, memory, target, group.batch, softmax)
             if not isinstance(group.tokens, slice):
                 out[group.tokens] = target
-
-    def _attend(
-        self,
-        query: Tensor,
-        memory: tuple[Tensor, Tensor],
-        out: Tensor,
-        group: Group,
-        softmax: Softmax,
-    ) -> None:
-        sinks, window = softmax.sink_logits, softmax.sliding_window
-        ops.cpu_attention_with_kv_cache(
-            query=query,
-            key_cache=memory[0],
-            value_cache=memory[1],
-            output=out,
-            query_start_loc=group.starts,
-            seq_lens=group.lengths,
-            scale=softmax.scaling,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1 if window is None else window,
-            block_table=group.table,
-            softcap=softmax.softcap or 0.0,
-            scheduler_metadata=group.schedule,
-            s_aux=sinks if sinks is None or sinks.dtype is torch.bfloat16 else sinks.float(),
-        )
 
 
 def _together(tokens: np.ndarray) -> slice | Tensor:
