@@ -220,7 +220,7 @@ class EngineLayer:
             SixfoldError: There are coded tokens and no map that they were coded with.
         """
         self._check(query, keys, values, pool, step)
-        self._observe(query)
+        self._observe(query, step)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
         # All is stored first: a sequence may begin with blocks that another fills in this step.
         # What is written changes no token, and is written again if the step is repeated.
@@ -324,8 +324,11 @@ class EngineLayer:
                 "context and nothing coded yet: pass the key_map that their pages were coded with"
             )
 
-    def _observe(self, query: Tensor) -> None:
+    def _observe(self, query: Tensor, step: Step) -> None:
         if self.key_map is None:
+            if not any(step.context):
+                # Of whom the queries before were (an engine that warms up, say) asks no longer.
+                self._energy = None
             kv_heads = self.copies[0].shape[1]
             energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
             self._energy = energy if self._energy is None else self._energy + energy
@@ -334,7 +337,8 @@ class EngineLayer:
         """One map, fitted to all pages in hand, without the attention sinks of those that begin."""
         together = keys.transpose(0, 1).flatten(1, 2)[None]
         seen = torch.ones(len(keys), PAGE_TOKENS, dtype=torch.bool, device=keys.device)
-        seen[beginning, : self.policy.sink_tokens] = False
+        # With a mask for an index it would wait for a GPU.
+        seen[:, : self.policy.sink_tokens] &= ~beginning[:, None]
         seen = seen.view(1, -1)
         center, equalize = self.policy.center_keys, self.policy.equalize_keys
         return estimate_key_map(together, seen, self._energy, center=center, equalize=equalize)

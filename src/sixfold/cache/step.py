@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from sixfold.arguments import dense, sequence, settle, whole
+from sixfold.cache.transfer import to_device
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._tables import check_table, readable
 from sixfold.kernels.types import Pages, Pool, Tokens
@@ -262,7 +263,7 @@ class Fill:
         copied, sunk = rows >= 0, (sinks >= 0) & (position < step.sink_tokens)
 
         def on(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(device)
+            return to_device(x, device)
 
         def written(chosen: np.ndarray, to: np.ndarray, offsets: np.ndarray) -> Written:
             return Written(on(token[chosen]), on(to[chosen]), on(offsets[chosen]))
@@ -323,7 +324,7 @@ class Part:
         device = step.slots.device
 
         def on(x: list[int]) -> Tensor:
-            return torch.tensor(x, dtype=torch.int64, device=device)
+            return to_device(np.array(x, dtype=np.int64), device)
 
         context = [step.context[b] for b in which]
         position, coded = on(context), [step.coded(b) for b in which]

@@ -1,6 +1,8 @@
 """Prompts, attended by the platform's own kernel on a scratch cache that lives for one call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -10,13 +12,13 @@ from torch import Tensor
 
 from sixfold.cache.engine import AttendChunks, EngineLayer, attend_part
 from sixfold.cache.step import Part, Step
-from sixfold.integrations.vllm.prefill_kernel import Batch, Kernel
+from sixfold.cache.transfer import to_device
+from sixfold.integrations.vllm.beside import SCRATCH_TOKENS
+from sixfold.integrations.vllm.prefill_kernel import Batch, FirstChunks, Kernel, together
 from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax
 from sixfold.packing import PAGE_TOKENS
 
 BLOCK = PAGE_TOKENS
-# Scratch of one call, unless one request alone needs more.
-MOST_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,43 @@ class Scratch:
         # Where layers differ, each masks for itself, and nothing is left out.
         self.window = next(iter(windows)) if len(windows) == 1 else None
 
-    def plan(self, step: Step) -> AttendChunks:
-        """What attends the prompts of a step."""
-        decoded, coded = self._sorted(step)
-        groups = self._groups(step, decoded)
+    def plan(self, step: Step, blocks: Sequence[Sequence[int]]) -> AttendChunks:
+        """What attends the prompts of a step, whose sequences have these blocks."""
+        decoded, coded = self._sorted(step, blocks)
+        first = None
+        if self.kernel.takes_packed:
+            fresh = [b for b in decoded if not step.context[b]]
+            decoded = [b for b in decoded if step.context[b]]
+            first = FirstChunks.of(step, fresh) if fresh else None
+        groups = self._groups(step, decoded, blocks)
         alike: dict[int, list[int]] = {}
         for b in coded:
             alike.setdefault(step.new[b], []).append(b)
         parts = [Part.of(step, which) for which in alike.values()]
-        return Prefill(self.kernel, [self._group(step, which) for which in groups], parts)
+        made = [self._group(step, which, blocks) for which in groups]
+        return Prefill(self.kernel, first, made, parts)
 
-    def _groups(self, step: Step, which: list[int]) -> list[list[int]]:
+    def _groups(
+        self, step: Step, which: list[int], blocks: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
         """As many requests together as the scratch is for; pages that they share count once."""
         groups: list[list[int]] = []
         room = 0
         seen: set[int] = set()
         for b in which:
-            own = step.slots[b, self._first(step, b) : step.coded(b)].tolist()
-            private = step.ends[b] - step.coded(b) * PAGE_TOKENS
+            own = blocks[b][self._first(step, b) : step.coded(b)]
+            private = -(-step.ends[b] // BLOCK) * BLOCK - step.coded(b) * PAGE_TOKENS
             needed = private + PAGE_TOKENS * len(set(own) - seen)
             if not groups or needed > room:
                 groups.append([])
-                room, needed = MOST_TOKENS, private + PAGE_TOKENS * len(own)
+                room, needed = SCRATCH_TOKENS, private + PAGE_TOKENS * len(own)
                 seen = set()
             groups[-1].append(b)
             seen.update(own)
             room -= needed
         return groups
 
-    def _sorted(self, step: Step) -> tuple[list[int], list[int]]:
+    def _sorted(self, step: Step, blocks: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
         """Whose context is decoded, and who attends the codes.
 
         What a page costs to decode is spread over all new tokens that attend it: those of requests
@@ -89,17 +99,17 @@ class Scratch:
         """
         least = self.kernel.worth_decoding
         short = [b for b in step.chunked if step.new[b] < least and step.coded(b) > 0]
-        pages = {int(slot) for b in short for slot in step.slots[b, : step.coded(b)].tolist()}
+        pages = {block for b in short for block in blocks[b][: step.coded(b)]}
         if sum(step.new[b] * step.coded(b) for b in short) >= least * len(pages):
             short = []
         return [b for b in step.chunked if b not in short], short
 
-    def _group(self, step: Step, which: list[int]) -> Group:
+    def _group(self, step: Step, which: list[int], held_in: Sequence[Sequence[int]]) -> Group:
         tokens, rows, offsets, sinks = [], [], [], []
         raw_places, new_places, lengths = [], [], []
         # Requests that share pages share their scratch blocks, which come first.
         first = {b: self._first(step, b) for b in which}
-        slots = {b: step.slots[b, first[b] : step.coded(b)].tolist() for b in which}
+        slots = {b: held_in[b][first[b] : step.coded(b)] for b in which}
         pages = {
             slot: i for i, slot in enumerate(dict.fromkeys(x for b in which for x in slots[b]))
         }
@@ -123,23 +133,29 @@ class Scratch:
             tables.append([pages[x] for x in slots[b]] + list(range(blocks, blocks + private)))
             blocks += private
         most = max(map(len, tables))
-        table = torch.tensor([own + [0] * (most - len(own)) for own in tables], dtype=torch.int32)
+        table = np.array([own + [0] * (most - len(own)) for own in tables], dtype=np.int32)
         counts = [step.new[b] for b in which]
         empty = np.zeros((3, 0), dtype=np.int64)
-        replaced = torch.from_numpy(np.concatenate([empty, *sinks], axis=1))
-        starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
-        sizes = torch.tensor(lengths, dtype=torch.int32)
+        replaced = np.concatenate([empty, *sinks], axis=1)
+        on = partial(to_device, device=step.slots.device)
+        starts = on(np.array(list(accumulate(counts, initial=0)), dtype=np.int32))
+        sizes = on(np.array(lengths, dtype=np.int32))
+        places = (
+            np.arange(len(pages) * PAGE_TOKENS),
+            np.concatenate(raw_places),
+            np.concatenate(new_places),
+        )
         return Group(
-            _together(np.concatenate(tokens)),
-            torch.tensor(list(pages), dtype=torch.int64),
-            torch.from_numpy(np.concatenate(rows)),
-            torch.from_numpy(np.concatenate(offsets)),
-            (replaced[0], replaced[1], replaced[2]),
-            (torch.arange(len(pages) * PAGE_TOKENS), _joined(raw_places), _joined(new_places)),
+            together(np.concatenate(tokens), on),
+            on(np.array(list(pages), dtype=np.int64)),
+            on(np.concatenate(rows)),
+            on(np.concatenate(offsets)),
+            (on(replaced[0]), on(replaced[1]), on(replaced[2])),
+            (on(places[0]), on(places[1]), on(places[2])),
             Batch(
                 starts,
                 sizes,
-                table,
+                on(table),
                 self.kernel.schedule(starts, sizes, self.window),
                 (max(counts), max(lengths)),
             ),
@@ -158,11 +174,13 @@ class Prefill:
 
     Attributes:
         kernel: What attends uncompressed tokens, and its memory.
+        first: Requests without context; None: there are none, or they are among `groups`.
         groups: Requests attended on decoded context.
         parts: Those attended on the codes.
     """
 
     kernel: Kernel
+    first: FirstChunks | None
     groups: list[Group]
     parts: list[Part]
 
@@ -180,6 +198,8 @@ class Prefill:
         """See `AttendChunks`."""
         for part in self.parts:
             attend_part(layer, query, keys, values, pool, part, softmax, out)
+        if self.first is not None:
+            self.first.attend(self.kernel, query, keys, values, softmax, out)
         for group in self.groups:
             # One vector subtracted from all keys changes no weight, and what is left of them rounds
             # less: keys of Qwen2.5 are hundreds of times longer than what distinguishes them.
@@ -195,17 +215,6 @@ class Prefill:
                 out[group.tokens] = target
 
 
-def _together(tokens: np.ndarray) -> slice | Tensor:
-    first, count = int(tokens[0]), len(tokens)
-    if int(tokens[-1]) == first + count - 1:
-        return slice(first, first + count)
-    return torch.from_numpy(tokens)
-
-
-def _joined(places: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(places))
-
-
 Vectors: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -219,7 +228,7 @@ def _vectors(
         return (raw[0][:0], raw[1][:0]), (raw[0], raw[1]), (new[0], new[1])
     assert layer.key_map is not None
     slots = group.pages[None]
-    starts = torch.arange(slots.shape[1])[None] * PAGE_TOKENS
+    starts = torch.arange(slots.shape[1], device=slots.device)[None] * PAGE_TOKENS
     pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
     mean, scale = layer.key_map.mean, layer.key_map.scale
     decoded = KeyMap(torch.zeros_like(mean), scale) if centred else layer.key_map
