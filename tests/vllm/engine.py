@@ -86,7 +86,7 @@ class Engine:
     ) -> None:
         """With this kernel for prompts, and memory as on a GPU or a CPU.
 
-        With a `FakeTensorMode` tensors of the device are those of a GPU, without data.
+        With a `FakeGpu` tensors of the device are those of a GPU, without data.
         """
         self.device = torch.device("cpu" if fake is None else "cuda:0")
         self.padding, self.mode = padding, fake or contextlib.nullcontext()
@@ -128,8 +128,8 @@ class Engine:
         """On the device."""
         if self.device.type == "cpu":
             return x
-        with self.mode:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device)
+        placed: Tensor = self.mode.place(x)
+        return placed
 
     def common(self, running: list[tuple[Request, int]]) -> CommonAttentionMetadata:
         """What vLLM tells of a step, before it counts its tokens as done."""
@@ -181,7 +181,9 @@ class Engine:
             with self.mode, self.watch(layer):
                 impl.forward(None, query, keys, values, cache, built, out)
             sizes = [count for _, count in running]
-            for own, x in zip(found, out[: sum(sizes)].split(sizes), strict=True):
+            with self.mode:
+                outputs = out[: sum(sizes)].split(sizes)
+            for own, x in zip(found, outputs, strict=True):
                 own.append(x)
         for one, count in running:
             one.done += count

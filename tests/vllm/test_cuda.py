@@ -6,14 +6,15 @@ ones of a GPU, which have no data that could be looked at, where the place of ea
 """
 
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.vllm.fake_gpu import FakeGpu
 
 # What vLLM imports warns of what PyTorch deprecates.
 with warnings.catch_warnings():
@@ -140,41 +141,43 @@ def test_a_batch_gives_what_requests_alone_do(monkeypatch: pytest.MonkeyPatch) -
                 torch.testing.assert_close(x, y, atol=NEAR, rtol=0)
 
 
-class Watch(TorchDispatchMode):
-    """Notes what waits for a GPU, and what is copied to it.
-
-    A number, or how many entries of a mask are true, fake tensors refuse to tell.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-        self.uploads: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        places = {x.device.type for x in args if isinstance(x, Tensor)}
-        made = out.device.type if isinstance(out, Tensor) else None
-        if "cuda" in places and made == "cpu":
-            self.waits.append(str(function))
-        if "cpu" in places and made == "cuda":
-            self.uploads.append(str(function))
-        return out
-
-
 class Watched(Engine):
-    """On a fake GPU."""
+    """On a fake GPU; keeps what each layer waited for and copied."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.layers: list[tuple[int, Watch]] = []
+    def __init__(self, *arguments: Any, fake: FakeGpu, **options: Any) -> None:
+        super().__init__(*arguments, fake=fake, **options)
+        self.fake = fake
+        self.layers: list[tuple[int, list[str], list[str]]] = []
 
-    def watch(self, layer: int) -> AbstractContextManager[Any]:
-        watch = Watch()
-        self.layers.append((layer, watch))
-        return watch
+    @contextmanager
+    def watch(self, layer: int) -> Iterator[None]:
+        self.fake.waits, self.fake.uploads = [], []
+        yield
+        self.layers.append((layer, [*self.fake.waits], [*self.fake.uploads]))
+
+
+def test_a_fake_gpu_notices_what_waits_for_it() -> None:
+    with FakeGpu() as fake:
+        x = fake.place(torch.ones(3, 4))
+        row, (mask, _) = x[0, None], (x > 0, x[1:])
+        assert row.shape == (1, 4)
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: bool(mask.any()),
+            lambda: x[mask],
+            lambda: mask.nonzero(),
+            lambda: x.tolist(),
+            lambda: x + torch.ones(3, 4),
+        ):
+            with pytest.raises(
+                (RuntimeError, DataDependentOutputException, DynamicOutputShapeException)
+            ):
+                wait()
+        assert not fake.waits
+        x.cpu()
+        assert len(fake.waits) == 1
+        torch.ones(2).to(x.device)
+        assert len(fake.uploads) == 1
 
 
 def fake_flash(**of: Any) -> None:
@@ -197,12 +200,13 @@ def test_no_layer_waits_for_the_gpu(
     monkeypatch.setenv("SIXFOLD_BACKEND", backend)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", fake_flash)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    fake = FakeGpu()
+    with fake:
         kernel = cuda_kernel("cuda:0")
-    engine = Watched(monkeypatch, kernel, fake=mode, **options)
+    engine = Watched(monkeypatch, kernel, fake=fake, **options)
     outputs = serve(engine)
     assert all(x.device.type == "cuda" for *_, out in outputs for x in out)
-    assert len(engine.layers) == LAYERS * 9
-    for layer, watch in engine.layers:
-        assert not watch.waits
-        assert layer == 0 or not watch.uploads, watch.uploads
+    assert len(engine.layers) == LAYERS * 10
+    for layer, waits, uploads in engine.layers:
+        assert not waits
+        assert layer == 0 or not uploads
