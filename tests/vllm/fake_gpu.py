@@ -73,6 +73,8 @@ def _indexed(x: Tensor, index: Any, *value: Any) -> Tensor:
             x = torch.ops.aten.slice(x, dim, one.start, one.stop)
         elif one is None:
             x = x.unsqueeze(dim)
+        if isinstance(one, Tensor) and one.dtype is torch.bool:
+            raise RuntimeError("a mask as an index waits for the GPU, to count what is true")
         indices.append(one if isinstance(one, Tensor) else None)
         dim += 1
     tensors = any(one is not None for one in indices)
