@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.vllm.fake_gpu import FakeGpu
+from tests.fake_gpu import FakeGpu
 
 # What vLLM imports warns of what PyTorch deprecates.
 with warnings.catch_warnings():
@@ -156,29 +156,6 @@ class Watched(Engine):
         self.layers.append((layer, [*self.fake.waits], [*self.fake.uploads]))
 
 
-def test_a_fake_gpu_notices_what_waits_for_it() -> None:
-    with FakeGpu() as fake:
-        x = fake.place(torch.ones(3, 4))
-        row, (mask, _) = x[0, None], (x > 0, x[1:])
-        assert row.shape == (1, 4)
-        for wait in (
-            lambda: x.sum().item(),
-            lambda: bool(mask.any()),
-            lambda: x[mask],
-            lambda: x.__setitem__(mask, 0),
-            lambda: mask.nonzero(),
-            lambda: x.tolist(),
-            lambda: x + torch.ones(3, 4),
-        ):
-            with pytest.raises(RuntimeError):
-                wait()
-        assert not fake.waits
-        x.cpu()
-        assert len(fake.waits) == 1
-        torch.ones(2).to(x.device)
-        assert len(fake.uploads) == 1
-
-
 def fake_flash(**of: Any) -> None:
     places = {x.device.type for x in of.values() if isinstance(x, Tensor)}
     assert places == {"cuda"}, of
@@ -186,9 +163,13 @@ def fake_flash(**of: Any) -> None:
     of["out"].copy_(of["q"])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 100, "softcap": 8.0}], ids=["plain", "window and softcap"]
+    ("backend", "options"),
+    [
+        ("reference", {}),
+        pytest.param("reference", {"window": 100, "softcap": 8.0}, marks=pytest.mark.slow),
+        pytest.param("triton", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_no_layer_waits_for_the_gpu(
     backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

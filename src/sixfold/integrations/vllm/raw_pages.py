@@ -44,6 +44,7 @@ class RawPages:
         self._open: OrderedDict[int, int] = OrderedDict()
         self._full: OrderedDict[int, int] = OrderedDict()
         self._busy: set[int] = set()
+        self._leaving = 0
         self._now = 0
         self._seen: dict[int, int] = {}
 
@@ -75,6 +76,7 @@ class RawPages:
         self._now += 1
         self._seen.update(dict.fromkeys(self._busy, self._now))
         later: list[int] = []
+        self._leaving = 0
         for rows, old, end, own in zip(table, context, ends, blocks, strict=True):
             self._write(rows, old, end, own, later)
         self._free += later
@@ -105,7 +107,10 @@ class RawPages:
             # What was read as the page before the open one is no longer.
             if page and blocks[page - 1] in self._full:
                 later.append(self._full.pop(blocks[page - 1]))
-            kept = self.recent and self._room_for_full()
+                self._leaving += 1
+            # Where the open page is the full one then, its row is.
+            leaving = 0 if last == fresh and held else self._leaving
+            kept = self.recent and self._room_for_full(leaving)
             if kept and last > fresh:
                 rows[last - 1] = self._take()
             if kept:
@@ -117,14 +122,18 @@ class RawPages:
                 rows[last] = self._take()
             self._open[blocks[last]] = int(rows[last])
 
-    def _room_for_full(self) -> bool:
-        """Whether another full page may have a row: the oldest that is not read gives up its."""
-        if len(self._full) < self.most_full:
+    def _room_for_full(self, leaving: int) -> bool:
+        """Whether another full page may have a row: the oldest that is not read gives up its.
+
+        Args:
+            leaving: Rows of full pages that are free after the step only.
+        """
+        if len(self._full) + leaving < self.most_full:
             return True
         for block, row in self._full.items():
             if row not in self._busy:
                 self._free.append(self._full.pop(block))
-                return True
+                return len(self._full) + leaving < self.most_full
         return False
 
     def _drop(self, block: int) -> None:
