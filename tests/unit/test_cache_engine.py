@@ -275,6 +275,51 @@ def test_any_schedule_is_each_sequence_alone(
         assert relative(together, exact(one)) < 0.03
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_codes_are_those_of_each_page_alone(pinned: bool) -> None:
+    """Prompts of any length, at any place of a page, together."""
+    maps = KeyMap(torch.randn(1, KV_HEADS, DIM), torch.rand(1, KV_HEADS, DIM) + 0.5)
+    layer = engine_layer(bits=4, key_map=maps if pinned else None)
+    engine = Engine(layer, blocks=60)
+    lengths = [(20, 300), (0, 70), (0, 128), (64, 64), (0, 600), (63, 1), (64, 256), (5, 190)]
+    requests = [request(sum(parts), i) for i, parts in enumerate(lengths)]
+    for i, one in enumerate(requests):
+        engine.start(one)
+        if lengths[i][0]:
+            engine.step([(one, lengths[i][0])])
+    engine.step([(one, new) for one, (_, new) in zip(requests, lengths, strict=True)])
+    assert layer.key_map is not None
+    shared = layer.key_map._replace(map_index=torch.zeros(1, dtype=torch.int64))
+    checked = 0
+    for one in requests:
+        for page in range(one.done // PAGE_TOKENS):
+            tokens = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
+            expected = layer.pool(torch.zeros(1, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
+            keys, values = (x[tokens].transpose(0, 1)[None] for x in (one.keys, one.values))
+            layer.code.store(keys, values, torch.zeros(1, 1, dtype=torch.int64), expected, shared)
+            for found, alone in zip(engine.pool, expected, strict=True):
+                assert torch.equal(found[one.blocks[page]], alone[0])
+            checked += 1
+    assert checked == 28
+
+
+def test_the_output_may_be_somebody_elses_memory() -> None:
+    plain, given = Engine(engine_layer()), Engine(engine_layer())
+    outs = []
+    for engine in (plain, given):
+        one, found = request(90, 1), []
+        engine.start(one)
+        for new in (70, 1, 19):
+            memory = torch.full((new + 5, 2 * HEADS, VALUE_DIM), torch.nan)
+            own = memory[2 : 2 + new, ::2]
+            found += engine.step([(one, new)], **({"out": own} if engine is given else {}))
+            if engine is given:
+                assert found[-1].data_ptr() == own.data_ptr()
+                assert memory[:, 1::2].isnan().all()
+        outs.append(found)
+    assert all(map(torch.equal, *outs))
+
+
 def test_a_shared_prefix_is_read_from_the_same_blocks() -> None:
     engine = Engine(engine_layer())
     first, second = request(200, 1), request(200, 1)
@@ -443,6 +488,22 @@ class TestRefusals:
         step = Step([1], [64], torch.tensor([[0, 1]]), torch.tensor([[-1, 3]]))
         with pytest.raises(SixfoldError, match="64 tokens of context and nothing coded yet"):
             layer.attend(one.query, one.keys, one.values, pool, step, scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(80, HEADS, DIM),
+        torch.zeros(79, HEADS, VALUE_DIM),
+        torch.zeros(80, HEADS, VALUE_DIM, dtype=torch.float64),
+        torch.zeros(80, HEADS, VALUE_DIM, device="meta"),
+    ],
+)
+def test_memory_for_the_output_must_fit(out: Tensor, unhooked: None) -> None:
+    engine, one = Engine(engine_layer()), request(80, 1)
+    engine.start(one)
+    with pytest.raises(SixfoldError, match="out"):
+        engine.step([(one, 80)], out=out)
 
 
 def test_chunks_may_be_attended_by_others() -> None:

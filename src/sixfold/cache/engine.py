@@ -16,9 +16,10 @@ from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, 
 from sixfold.arguments import device as checked_device
 from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Code, codebook_code
+from sixfold.cache.fill import Fill
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.policy import CachePolicy
-from sixfold.cache.step import Fill, Part, Step
+from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._groups import check_heads
@@ -85,6 +86,16 @@ def attend_part(
 def page_nbytes(code: Code) -> int:
     """Bytes of one head's page in a block: key codes and scales, value codes and scales."""
     return sum(code.page_bytes) + 2 * SCALE_BYTES
+
+
+def _check_out(out: Tensor, query: Tensor, values: Tensor) -> None:
+    dense("out", out)
+    expected = *query.shape[:2], values.shape[2]
+    if out.shape != expected or (out.dtype, out.device) != (query.dtype, query.device):
+        raise ShapeError(
+            f"out: expected {query.dtype} {list(expected)} on {query.device}, got {out.dtype} "
+            f"{list(out.shape)} on {out.device}."
+        )
 
 
 class EngineLayer:
@@ -201,6 +212,7 @@ class EngineLayer:
         softcap: float | None = None,
         sink_logits: Float[Tensor, " heads"] | None = None,
         chunks: AttendChunks | None = None,
+        out: Float[Tensor, "tokens heads value_dim"] | None = None,
     ) -> Float[Tensor, "tokens heads value_dim"]:
         """Store new tokens, and attend with them, each over its own sequence and causally.
 
@@ -214,12 +226,19 @@ class EngineLayer:
             softcap: Logits become ``softcap·tanh(logit/softcap)``.
             sink_logits: A learned logit a head without a value (GPT-OSS).
             chunks: What attends for sequences with several new tokens; `attend_chunks` without.
+            out: Memory for the output; new without.
+
+        Returns:
+            The output of all new tokens, `out` if that is given.
 
         Raises:
             ShapeError: There are not as many tokens as the step has, or tensors do not fit.
             SixfoldError: There are coded tokens and no map that they were coded with.
         """
         self._check(query, keys, values, pool, step)
+        if out is None:
+            out = query.new_empty(*query.shape[:2], values.shape[2])
+        _check_out(out, query, values)
         self._observe(query, step)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
         # All is stored first: a sequence may begin with blocks that another fills in this step.
@@ -228,7 +247,6 @@ class EngineLayer:
             step.fill.raw.put(self.copies[i], x)
             step.fill.sinks.put(self.sinks[i], x)
         self._encode(keys, values, pool, step.fill)
-        out = query.new_empty(*query.shape[:2], values.shape[2])
         if step.single.batch:
             one, raw = step.single.take(query), self.raw(step.single, 1)
             found = self.attention(one, raw, pool, step.single, softmax)
@@ -270,19 +288,15 @@ class EngineLayer:
 
     def _encode(self, keys: Tensor, values: Tensor, pool: Pool, fill: Fill) -> None:
         """Encode all pages that are full."""
-        slots = torch.cat([fill.row_slots, fill.page_slots])
-        if not len(slots):
-            return
         full_keys, full_values = (
-            torch.cat([old[fill.full], x[fill.pages].transpose(1, 2)])
-            for old, x in zip(self.copies, (keys, values), strict=True)
+            list(fill.filled(old, x)) for old, x in zip(self.copies, (keys, values), strict=True)
         )
-        if self.key_map is None:
-            self.key_map = self._fitted(full_keys, fill.beginning)
+        if full_keys and self.key_map is None:
+            self.key_map = self._fitted([x for x, _ in full_keys], fill.beginning)
             self._energy = None
-        self.code.store(
-            full_keys, full_values, slots[:, None], pool, shared(self.key_map, len(slots))
-        )
+        for (own_keys, slots), (own_values, _) in zip(full_keys, full_values, strict=True):
+            assert self.key_map is not None
+            self.code.store(own_keys, own_values, slots, pool, shared(self.key_map, len(slots)))
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""
@@ -333,10 +347,11 @@ class EngineLayer:
             energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
             self._energy = energy if self._energy is None else self._energy + energy
 
-    def _fitted(self, keys: Tensor, beginning: Tensor) -> KeyMap:
+    def _fitted(self, keys: list[Tensor], beginning: Tensor) -> KeyMap:
         """One map, fitted to all pages in hand, without the attention sinks of those that begin."""
-        together = keys.transpose(0, 1).flatten(1, 2)[None]
-        seen = torch.ones(len(keys), PAGE_TOKENS, dtype=torch.bool, device=keys.device)
+        together = torch.cat([x.transpose(0, 1).flatten(1, 2) for x in keys], 1)[None]
+        pages, device = len(beginning), beginning.device
+        seen = torch.ones(pages, PAGE_TOKENS, dtype=torch.bool, device=device)
         # With a mask for an index it would wait for a GPU.
         seen[:, : self.policy.sink_tokens] &= ~beginning[:, None]
         seen = seen.view(1, -1)

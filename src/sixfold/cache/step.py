@@ -7,10 +7,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from sixfold.arguments import dense, sequence, settle, whole
+from sixfold.cache.fill import Fill
 from sixfold.cache.transfer import to_device
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._tables import check_table, readable
@@ -94,10 +95,9 @@ class Step:
         if self.sinks is not None:
             check_table("sinks", self.sinks + 1, sinks + 1)
         self._check_open()
-        written = torch.cat([self.fill.row_slots, self.fill.page_slots])
         for name, x, what in (
             ("rows", self.fill.rows_of_pages, "each page that is written to"),
-            ("slots", written, "each page that is filled"),
+            ("slots", self.fill.slots, "each page that is filled"),
             ("sinks", self.fill.sinks_of_sequences, "each sequence that begins"),
         ):
             if readable(x) and x.unique().numel() < len(x):
@@ -175,9 +175,16 @@ class Step:
         return [b for b, new in enumerate(self.new) if new > 1]
 
     @cached_property
-    def fill(self) -> "Fill":
+    def fill(self) -> Fill:
         """Where the new tokens are kept."""
-        return Fill.of(self)
+        return Fill.of(
+            np.asarray(self.new, dtype=np.int64),
+            np.asarray(self.context, dtype=np.int64),
+            self.slots,
+            self.row_table,
+            self.sink_rows,
+            self.sink_tokens,
+        )
 
     @cached_property
     def single(self) -> "Part":
@@ -197,92 +204,6 @@ def _check_tables(**tables: Tensor) -> None:
             raise SixfoldError(f"{name}: expected whole numbers, got {x.dtype}.")
         if name != "slots" and x.device.type != "cpu":
             raise SixfoldError(f"{name}: expected a tensor on the CPU, got one on {x.device}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """New tokens and the places of their raw copies.
-
-    Attributes:
-        tokens: Which of all new tokens.
-        rows: Row of each.
-        offsets: Its place there.
-    """
-
-    tokens: Int64[Tensor, " some"]
-    rows: Int64[Tensor, " some"]
-    offsets: Int64[Tensor, " some"]
-
-    def put(self, target: Tensor, x: Tensor) -> None:
-        """Write them, of packed tokens [all, heads, dim]."""
-        if len(self.tokens):
-            target[self.rows, :, self.offsets] = x[self.tokens]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fill:
-    """Where the new tokens of a step are kept, those of all sequences at once.
-
-    Attributes:
-        raw: Raw copies to write. They change no token that was there.
-        sinks: Raw copies of first tokens.
-        full: Rows of pages that were open and are full then.
-        row_slots: The block of each.
-        pages: Tokens of the pages that are new as a whole.
-        page_slots: The block of each.
-        beginning: Which of all these pages, `full` and then `pages`, are the first of a sequence.
-        rows_of_pages: Each row that is written to.
-        sinks_of_sequences: Each row of `sinks` that is written to.
-    """
-
-    raw: Written
-    sinks: Written
-    full: Int64[Tensor, " full"]
-    row_slots: Int64[Tensor, " full"]
-    pages: Int64[Tensor, "whole page"]
-    page_slots: Int64[Tensor, " whole"]
-    beginning: Bool[Tensor, " full_and_whole"]
-    rows_of_pages: Int64[Tensor, " written"]
-    sinks_of_sequences: Int64[Tensor, " begun"]
-
-    @classmethod
-    def of(cls, step: Step) -> "Fill":
-        """Where the tokens of this step go."""
-        device = step.slots.device
-        new, context = (np.asarray(x, dtype=np.int64) for x in (step.new, step.context))
-        end, opened, held = context + new, context // PAGE_TOKENS, context % PAGE_TOKENS > 0
-        sequence, token = np.repeat(np.arange(len(new)), new), np.arange(new.sum())
-        position = token + np.repeat(end - new.cumsum(), new)
-        page = position // PAGE_TOKENS
-        whole = ((page + 1) * PAGE_TOKENS <= end[sequence]) & ~(
-            (page == opened[sequence]) & held[sequence]
-        )
-        filled = (held & ((opened + 1) * PAGE_TOKENS <= end)).nonzero()[0]
-        starts = whole.nonzero()[0][::PAGE_TOKENS]
-        rows, sinks = step.row_table[sequence, page], step.sink_rows[sequence]
-        copied, sunk = rows >= 0, (sinks >= 0) & (position < step.sink_tokens)
-
-        def on(x: np.ndarray) -> Tensor:
-            return to_device(x, device)
-
-        def written(chosen: np.ndarray, to: np.ndarray, offsets: np.ndarray) -> Written:
-            return Written(on(token[chosen]), on(to[chosen]), on(offsets[chosen]))
-
-        def slots(sequences: np.ndarray, pages: np.ndarray) -> Tensor:
-            return step.slots[on(sequences), on(pages)].long()
-
-        places = np.unique(np.stack([sequence, page])[:, copied], axis=1)
-        return cls(
-            written(copied, rows, position % PAGE_TOKENS),
-            written(sunk, sinks, position),
-            on(step.row_table[filled, opened[filled]]),
-            slots(filled, opened[filled]),
-            on(token[whole].reshape(-1, PAGE_TOKENS)),
-            slots(sequence[starts], page[starts]),
-            on(np.concatenate([opened[filled], page[starts]]) == 0),
-            torch.from_numpy(step.row_table[places[0], places[1]]),
-            torch.from_numpy(step.sink_rows[np.unique(sequence[sunk])]),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

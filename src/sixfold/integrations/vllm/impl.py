@@ -116,7 +116,7 @@ class SixfoldImpl(AttentionImpl):
         assert self.layer is not None, "vLLM runs a layer before it made a cache for it"
         step = attn_metadata.step
         tokens = sum(step.new)
-        output[:tokens] = self.layer.attend(
+        self.layer.attend(
             query[:tokens],
             key[:tokens],
             value[:tokens],
@@ -126,6 +126,7 @@ class SixfoldImpl(AttentionImpl):
             softcap=self.softcap,
             sink_logits=self.sinks,
             chunks=attn_metadata.chunks,
+            out=output[:tokens],
         )
         return output
 

@@ -231,14 +231,14 @@ def _vectors(
     starts = torch.arange(slots.shape[1], device=slots.device)[None] * PAGE_TOKENS
     pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
     mean, scale = layer.key_map.mean, layer.key_map.scale
-    decoded = KeyMap(torch.zeros_like(mean), scale) if centred else layer.key_map
+    # In the model's dtype: subtracting it from new keys is one pass then.
+    offset = mean.to(keys.dtype) if centred else torch.zeros_like(mean)
+    decoded = KeyMap(mean - offset.float(), scale)
     coded = [x[0].transpose(0, 1) for x in layer.code.read(pages, keys.dtype, decoded)]
     places, rows, offsets = group.sinks
     sinks = [x[rows, :, offsets] for x in layer.sinks]
     if centred:
-        raw[0], new[0], sinks[0] = (
-            (x.float() - mean[0]).to(x.dtype) for x in (raw[0], new[0], sinks[0])
-        )
+        raw[0], new[0], sinks[0] = (x - offset[0] for x in (raw[0], new[0], sinks[0]))
     for x, first in zip(coded, sinks, strict=True):
         x[places] = first
     return (coded[0], coded[1]), (raw[0], raw[1]), (new[0], new[1])
