@@ -111,6 +111,11 @@ def test_what_is_kept_beside_the_blocks() -> None:
     assert Beside.of(config, Options(recent_window=0), gpu=False) == Beside(32, 0, 32, 4)
     assert Beside.of(config, Options(), gpu=True) == Beside(48, 16, 16, 4)
     assert Beside.of(config, Options(None, 0, 0), gpu=True) == Beside(32, 0, 0, 0)
+    short = SimpleNamespace(
+        max_num_seqs=256, max_num_batched_tokens=512, long_prefill_token_threshold=16
+    )
+    config = SimpleNamespace(scheduler_config=short)
+    assert Beside.of(config, Options(None, 0, 0), gpu=True) == Beside(256 + 32, 0, 0, 0)
 
 
 def drive(pages: RawPages, most: int, order: random.Random, starving: float) -> None:

