@@ -366,6 +366,29 @@ def test_the_map_is_fitted_once_to_the_first_pages() -> None:
     assert layer.key_map is fitted
 
 
+def test_what_was_asked_before_all_sequences_of_now_began_does_not_count() -> None:
+    """An engine warms up with sequences of a few tokens, as many as it can run at once."""
+    maps = []
+    for warmed in (False, True):
+        layer = engine_layer(bits=4)
+        engine, one = Engine(layer), request(100, 3)
+        if warmed:
+            dummy = [request(3, seed) for seed in range(4)]
+            for other in dummy:
+                other.query[:, :, :8] *= 1000
+                engine.start(other)
+            engine.step([(other, 2) for other in dummy])
+            engine.step([(other, 1) for other in dummy])
+            for other in dummy:
+                engine.stop(other)
+        engine.start(one)
+        engine.step([(one, 50)])
+        engine.step([(one, 50)])
+        assert layer.key_map is not None
+        maps.append(layer.key_map)
+    torch.testing.assert_close(*(x.scale for x in maps), rtol=0, atol=0)
+
+
 def test_blocks_lie_where_they_may() -> None:
     """Codes in an engine's blocks are those in memory of our own."""
     layer = engine_layer(bits=3)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.beside import Beside
 from sixfold.integrations.vllm.names import Options
 from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
 from sixfold.packing import PAGE_TOKENS
@@ -47,7 +49,8 @@ class Memory:
                 if row[page] >= 0:
                     written.append(int(row[page]))
                     self.rows[int(row[page])] = own[page], self.generation[own[page]], tokens
-            if self.pages.recent and end // PAGE_TOKENS > old // PAGE_TOKENS:
+            every = self.pages.recent and self.pages.most_full == self.pages.rows
+            if every and end // PAGE_TOKENS > old // PAGE_TOKENS:
                 assert row[end // PAGE_TOKENS - 1] >= 0
         assert len(set(written)) == len(written)
         # All is written before anything is read.
@@ -65,8 +68,59 @@ def test_every_row_read_holds_what_was_written_for_its_page(
     seed: int, recent: bool, most: int
 ) -> None:
     """Chunks, decodes, late arrivals, aborts, preemption, shared prefixes; blocks are few."""
-    order = random.Random(seed)
-    memory = Memory(RawPages(most, recent=recent))
+    drive(RawPages(most, recent=recent), most, random.Random(seed), starving=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), recent=st.booleans(), most=st.integers(1, 6))
+def test_the_fewer_rows_of_a_gpu_are_enough(seed: int, recent: bool, most: int) -> None:
+    """Where every request that runs is in every step, as vLLM schedules them."""
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=most, max_num_batched_tokens=200 * most)
+    )
+    options = Options(recent_window=PAGE_TOKENS if recent else 0)
+    beside = Beside.of(config, options, gpu=True)
+    # Fewer than requests, as where there are many.
+    full = min(beside.full, 2)
+    rows = beside.rows - beside.full + full
+    pages = RawPages(most, recent=recent, rows=rows, full=full)
+    drive(pages, most, random.Random(seed), starving=0)
+    assert pages.used <= rows
+
+
+def test_all_requests_begin_and_end_pages_at_once() -> None:
+    """The rows of a GPU hold an open page of each, and the last full page of some."""
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=600, max_num_batched_tokens=2048)
+    )
+    beside = Beside.of(config, Options(), gpu=True)
+    assert beside.rows == 600 + 2048 // PAGE_TOKENS + 256
+    memory = Memory(RawPages(600, recent=True, rows=beside.rows, full=beside.full))
+    running = [Request(200, [3 * i, 3 * i + 1, 3 * i + 2]) for i in range(600)]
+    for _ in range(190):
+        memory.step([(one, 1) for one in running])
+        for one in running:
+            one.done += 1
+
+
+def test_what_is_kept_beside_the_blocks() -> None:
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=8192)
+    )
+    assert Beside.of(config, Options(), gpu=False) == Beside(64, 64, 32, 4)
+    assert Beside.of(config, Options(recent_window=0), gpu=False) == Beside(32, 0, 32, 4)
+    assert Beside.of(config, Options(), gpu=True) == Beside(48, 16, 16, 4)
+    assert Beside.of(config, Options(None, 0, 0), gpu=True) == Beside(32, 0, 0, 0)
+    short = SimpleNamespace(
+        max_num_seqs=256, max_num_batched_tokens=512, long_prefill_token_threshold=16
+    )
+    config = SimpleNamespace(scheduler_config=short)
+    assert Beside.of(config, Options(None, 0, 0), gpu=True) == Beside(256 + 32, 0, 0, 0)
+
+
+def drive(pages: RawPages, most: int, order: random.Random, starving: float) -> None:
+    """A scheduler of random requests; those that run are left out of some steps."""
+    memory = Memory(pages)
     free = list(range(1, 60))
     running: list[Request] = []
     shared: list[int] = []
@@ -82,7 +136,7 @@ def test_every_row_read_holds_what_was_written_for_its_page(
         for one in running:
             new = min(one.tokens - one.done, order.choice([1, 1, 1, 30, 64, 200]))
             need = -(-(one.done + new) // PAGE_TOKENS) - len(one.blocks)
-            if order.random() < 0.9 and need <= len(free):
+            if order.random() < 1 - starving and need <= len(free):
                 one.blocks += [free.pop() for _ in range(max(0, need))]
                 work.append((one, new))
         begun = [one for one, new in work if one.done == 0 and new >= 2 * PAGE_TOKENS]

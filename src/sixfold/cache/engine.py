@@ -239,7 +239,7 @@ class EngineLayer:
         if out is None:
             out = query.new_empty(*query.shape[:2], values.shape[2])
         _check_out(out, query, values)
-        self._observe(query)
+        self._observe(query, step)
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
         # All is stored first: a sequence may begin with blocks that another fills in this step.
         # What is written changes no token, and is written again if the step is repeated.
@@ -338,8 +338,11 @@ class EngineLayer:
                 "context and nothing coded yet: pass the key_map that their pages were coded with"
             )
 
-    def _observe(self, query: Tensor) -> None:
+    def _observe(self, query: Tensor, step: Step) -> None:
         if self.key_map is None:
+            if not any(step.context):
+                # Of whom the queries before were (an engine that warms up, say) asks no longer.
+                self._energy = None
             kv_heads = self.copies[0].shape[1]
             energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
             self._energy = energy if self._energy is None else self._energy + energy
@@ -349,7 +352,8 @@ class EngineLayer:
         together = torch.cat([x.transpose(0, 1).flatten(1, 2) for x in keys], 1)[None]
         pages, device = len(beginning), beginning.device
         seen = torch.ones(pages, PAGE_TOKENS, dtype=torch.bool, device=device)
-        seen[beginning, : self.policy.sink_tokens] = False
+        # With a mask for an index it would wait for a GPU.
+        seen[:, : self.policy.sink_tokens] &= ~beginning[:, None]
         seen = seen.view(1, -1)
         center, equalize = self.policy.center_keys, self.policy.equalize_keys
         return estimate_key_map(together, seen, self._energy, center=center, equalize=equalize)

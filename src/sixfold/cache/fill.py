@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from sixfold.cache.transfer import to_device
 from sixfold.packing import PAGE_TOKENS
 
 # From so many pages of a sequence on they are encoded where their tokens lie, in a call of their
@@ -94,7 +95,7 @@ class Fill:
         first = (start[owner] + place * PAGE_TOKENS)[: few.sum()]
 
         def on(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(slots.device)
+            return to_device(x, slots.device)
 
         def written(chosen: np.ndarray, to: np.ndarray, offsets: np.ndarray) -> Written:
             return Written(on(token[chosen]), on(to[chosen]), on(offsets[chosen]))

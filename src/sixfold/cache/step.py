@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sixfold.arguments import dense, sequence, settle, whole
 from sixfold.cache.fill import Fill
+from sixfold.cache.transfer import to_device
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._tables import check_table, readable
 from sixfold.kernels.types import Pages, Pool, Tokens
@@ -244,7 +245,7 @@ class Part:
         device = step.slots.device
 
         def on(x: list[int]) -> Tensor:
-            return torch.tensor(x, dtype=torch.int64, device=device)
+            return to_device(np.array(x, dtype=np.int64), device)
 
         context = [step.context[b] for b in which]
         position, coded = on(context), [step.coded(b) for b in which]

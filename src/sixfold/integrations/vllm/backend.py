@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sixfold.errors import SixfoldError
@@ -13,6 +13,10 @@ from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
 from sixfold.integrations.vllm.names import cache_dtype, token_nbytes
 from sixfold.packing import PAGE_TOKENS, Bits
+
+LEAST_CAPABILITY = (8, 0)
+SINKS_CAPABILITY = (9, 0)
+FLASH_HEAD_SIZES = list(range(8, 257, 8))
 
 
 class SixfoldBackend(AttentionBackend):
@@ -76,6 +80,10 @@ class SixfoldBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """Those of the kernel that attends prompts."""
+        if not current_platform.is_cpu():
+            return FLASH_HEAD_SIZES
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
         sizes: list[int] = CPUAttentionBackend.get_supported_head_sizes()
         return sizes
 
@@ -91,8 +99,17 @@ class SixfoldBackend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Yes: logits without a value (GPT-OSS)."""
-        return True
+        """Logits without a value (GPT-OSS), where the kernel that attends prompts has them."""
+        if current_platform.is_cpu():
+            return True
+        from vllm.v1.attention.backends.fa_utils import flash_attn_supports_sinks
+
+        return bool(flash_attn_supports_sinks())
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """From 8.0 on (A100): bfloat16 in the tensor cores. On a CPU there is none."""
+        return capability is None or tuple(capability) >= LEAST_CAPABILITY
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -113,8 +130,14 @@ class SixfoldBackend(AttentionBackend):
         device_capability: Any,
     ) -> str | None:
         """What cannot be served for a reason that vLLM has no word for."""
-        if device_capability is not None:
-            return "Sixfold's backend runs on vLLM's CPU platform so far, not on GPUs"
+        if not (current_platform.is_cpu() or current_platform.is_cuda()):
+            return "Sixfold's backend runs on vLLM's CPU and CUDA platforms"
+        if device_capability is None:
+            return None
+        if dtype is torch.float32:
+            return "FlashAttention, which attends prompts on GPUs, has no float32"
+        if has_sink and tuple(device_capability) < SINKS_CAPABILITY:
+            return "attention sinks need compute capability 9.0"
         return None
 
     @classmethod

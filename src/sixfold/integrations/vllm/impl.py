@@ -4,11 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from sixfold.cache.engine import EngineLayer
 from sixfold.errors import SixfoldError
-from sixfold.integrations.vllm.names import policy
+from sixfold.integrations.vllm.beside import Beside, scratch_blocks
+from sixfold.integrations.vllm.names import Options, policy
 from sixfold.kernels.types import KeyMap, Pool
 from sixfold.packing import Bits
 
@@ -54,30 +56,40 @@ class SixfoldImpl(AttentionImpl):
         self.kv_sharing_target_layer_name = None
         self.layer: EngineLayer | None = None
         self._blocks: tuple[Tensor, Pool] | None = None
+        device = torch.get_default_device()
+        if device.type == "cuda":
+            # What is taken while vLLM loads the model it leaves out of the memory for blocks.
+            reserve(self, get_current_vllm_config(), device)
 
     def open(
         self,
         value_dim: int,
-        rows: int,
-        sinks: tuple[int, int],
+        beside: Beside,
         dtype: torch.dtype,
         device: torch.device,
         key_map: KeyMap | None,
     ) -> None:
-        """Make room for what is kept raw: pages, and first tokens of so many sequences."""
-        sink_tokens, sink_rows = sinks
+        """Begin without any sequence, in the memory of before where there is some."""
+        held = self.layer
+        if held is not None and value_dim != held.copies[1].shape[3]:
+            raise SixfoldError(
+                f"Sixfold's backend does not support values of {value_dim} coordinates beside keys "
+                f"of {self.head_size} on GPUs: serve this model without --attention-backend."
+            )
         self.layer = EngineLayer(
-            policy(self.bits, self.head_size, value_dim, sink_tokens),
+            policy(self.bits, self.head_size, value_dim, beside.sink_tokens),
             self.num_kv_heads,
             self.head_size,
             value_dim,
-            rows,
+            beside.rows if held is None else 0,
             dtype=dtype,
             device=device,
-            sink_rows=sink_rows,
+            sink_rows=beside.sink_rows if held is None else 0,
             sliding_window=self.sliding_window,
             key_map=key_map,
         )
+        if held is not None:
+            self.layer.copies, self.layer.sinks = held.copies, held.sinks
 
     def forward(
         self,
@@ -124,3 +136,15 @@ class SixfoldImpl(AttentionImpl):
         if self._blocks is None or self._blocks[0] is not kv_cache:
             self._blocks = kv_cache, self.layer.pool(kv_cache.flatten(2))
         return self._blocks[1]
+
+
+def reserve(impl: SixfoldImpl, vllm_config: Any, device: torch.device) -> None:
+    """Take all memory that a layer on a GPU needs beside its blocks."""
+    from sixfold.integrations.vllm.prefill_cuda import scratch
+
+    dtype = vllm_config.model_config.dtype
+    beside = Beside.of(vllm_config, Options.read(vllm_config.additional_config), gpu=True)
+    # Tables of codes are made on the host, whatever the device of the model that is loaded.
+    with torch.device("cpu"):
+        impl.open(impl.head_size, beside, dtype, device, None)
+    scratch(scratch_blocks(vllm_config), impl.num_kv_heads, impl.head_size, dtype, device)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
@@ -18,15 +18,16 @@ from vllm.v1.attention.backend import (
 from sixfold.cache.engine import AttendChunks
 from sixfold.cache.key_maps import KeyMaps
 from sixfold.cache.step import Step
+from sixfold.cache.transfer import to_device
 from sixfold.errors import SixfoldError
-from sixfold.integrations.vllm.impl import SixfoldImpl
-from sixfold.integrations.vllm.names import TESTED, Options
+from sixfold.integrations.vllm.announce import announce
+from sixfold.integrations.vllm.beside import Beside
+from sixfold.integrations.vllm.names import Options
+from sixfold.integrations.vllm.platforms import kernel
 from sixfold.integrations.vllm.prefill import Scratch
 from sixfold.integrations.vllm.raw_pages import RawPages, SinkRows
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
-
-logger = init_logger("vllm.sixfold")
 
 
 @dataclass
@@ -52,30 +53,24 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse(vllm_config)
-        _warn_of_version()
         options = Options.read(vllm_config.additional_config)
         maps = None if options.key_map is None else KeyMaps.load(options.key_map)
+        beside = Beside.of(vllm_config, options, gpu=device.type != "cpu")
         requests = vllm_config.scheduler_config.max_num_seqs
-        self.raw_pages = RawPages(requests, recent=options.recent_window > 0)
-        self.sinks = SinkRows(requests) if options.sink_tokens else None
-        self.sink_tokens = options.sink_tokens
-        sinks = options.sink_tokens, 0 if self.sinks is None else self.sinks.rows
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        for name, layer in layers.items():
-            impl, dtype = layer.impl, vllm_config.model_config.dtype
-            found = _map_of(maps, name, impl.num_kv_heads, vllm_config)
-            rows = self.raw_pages.rows
-            impl.open(kv_cache_spec.head_size_v, rows, sinks, dtype, device, found)
-        first: SixfoldImpl = next(iter(layers.values())).impl
-        self.scratch = Scratch(
-            first.num_heads,
-            first.num_kv_heads,
-            first.head_size,
-            vllm_config.model_config.dtype,
-            windows={layer.impl.sliding_window for layer in layers.values()},
+        self.raw_pages = RawPages(
+            requests, recent=beside.full > 0, rows=beside.rows, full=beside.full
         )
-        pages = 1 + options.recent_window // PAGE_TOKENS
-        _announce(first, len(layers), pages, vllm_config.model_config.dtype)
+        self.sinks = SinkRows(requests, beside.sink_rows) if options.sink_tokens else None
+        self.sink_tokens = options.sink_tokens
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        dtype = vllm_config.model_config.dtype
+        for name, layer in layers.items():
+            found = _map_of(maps, name, layer.impl.num_kv_heads, vllm_config)
+            layer.impl.open(kv_cache_spec.head_size_v, beside, dtype, device, found)
+        impls = [layer.impl for layer in layers.values()]
+        windows = {impl.sliding_window for impl in impls}
+        self.scratch = Scratch(kernel(impls, vllm_config, device), windows=windows)
+        announce(impls, options, dtype, device)
 
     def build(
         self,
@@ -85,22 +80,37 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
     ) -> SixfoldMetadata:
         """See vLLM."""
         batch = common_attn_metadata
-        starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        starts, lengths = batch.query_start_loc_cpu.tolist(), _lengths(batch)
         running = [i for i in range(batch.num_reqs) if starts[i + 1] > starts[i]]
         new = [starts[i + 1] - starts[i] for i in running]
         ends = [lengths[i] for i in running]
         context = [end - count for end, count in zip(ends, new, strict=True)]
         table = batch.block_table_tensor[:, : max(-(-end // PAGE_TOKENS) for end in ends)]
-        table = table[torch.tensor(running)]
-        blocks = [
-            own[: -(-end // PAGE_TOKENS)] for own, end in zip(table.tolist(), ends, strict=True)
-        ]
+        table = table[to_device(np.array(running), table.device)]
+        host = zip(host_table(table), ends, strict=True)
+        blocks = [own[: -(-end // PAGE_TOKENS)] for own, end in host]
         rows = torch.from_numpy(self.raw_pages.step(context, ends, blocks))
         sinks = None
         if self.sinks is not None:
             sinks = torch.from_numpy(self.sinks.step(context, [own[0] for own in blocks]))
         step = Step(new, context, table, rows, sinks, self.sink_tokens)
-        return SixfoldMetadata(step, self.scratch.plan(step))
+        return SixfoldMetadata(step, self.scratch.plan(step, blocks))
+
+
+def _lengths(batch: CommonAttentionMetadata) -> list[int]:
+    """Tokens of each request after the step: exact, as nothing is speculated."""
+    known = batch.seq_lens_cpu_upper_bound
+    found: list[int] = (batch.seq_lens if known is None else known).tolist()
+    return found
+
+
+def host_table(table: torch.Tensor) -> list[list[int]]:
+    """The block table on the host, whose own copy vLLM does not hand on.
+
+    Here alone the host waits for a GPU: once a step and group of layers.
+    """
+    found: list[list[int]] = table.cpu().tolist()
+    return found
 
 
 def refuse(vllm_config: Any) -> None:
@@ -118,6 +128,9 @@ def refuse(vllm_config: Any) -> None:
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "offloading or transfer of the KV cache (--kv-transfer-config, --kv-offloading-size)": (
             vllm_config.kv_transfer_config is not None
+        ),
+        "overlapping two batches (--enable-dbo, --ubatch-size)": getattr(
+            parallel, "use_ubatching", False
         ),
         "models with Mamba layers": vllm_config.model_config.is_hybrid,
         "leaving layers uncompressed (--kv-cache-dtype-skip-layers)": bool(
@@ -159,35 +172,4 @@ def _map_of(maps: KeyMaps | None, name: str, kv_heads: int, vllm_config: Any) ->
     raise SixfoldError(
         f"key_map: layer {index} has {heads} KV heads, {name} has {kv_heads} in each of {size} "
         "processes: the file was made for another model."
-    )
-
-
-def _warn_of_version() -> None:
-    from vllm import __version__
-
-    if not __version__.startswith(TESTED):
-        logger.warning_once(
-            "Sixfold's backend was tested with vLLM %s; this is %s.", ", ".join(TESTED), __version__
-        )
-
-
-def _announce(impl: SixfoldImpl, layers: int, pages: int, dtype: torch.dtype) -> None:
-    layer = impl.layer
-    assert layer is not None
-    content = layer.block_bytes // PAGE_TOKENS
-    raw = sum(x.shape[3] for x in layer.copies) * dtype.itemsize
-    beside = raw * (pages * PAGE_TOKENS + layer.policy.sink_tokens) * impl.num_kv_heads * layers
-    most = sum(x.nbytes for x in (*layer.copies, *layer.sinks)) * layers
-    logger.info(
-        "Sixfold: %d layers at %g bits, %d bytes a token and KV head (%s: %d), %.2f times the "
-        "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request, taken "
-        "as they come and at most %s MiB in all (--max-num-seqs).",
-        layers,
-        impl.bits,
-        content,
-        str(dtype).removeprefix("torch."),
-        raw,
-        raw / content,
-        f"{beside / 1024:,.0f}",
-        f"{most / 2**20:,.0f}",
     )

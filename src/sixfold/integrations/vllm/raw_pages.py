@@ -23,22 +23,28 @@ class RawPages:
     full has codes as well, so that losing its row costs accuracy only.
     """
 
-    def __init__(self, requests: int, *, recent: bool) -> None:
+    def __init__(
+        self, requests: int, *, recent: bool, rows: int | None = None, full: int | None = None
+    ) -> None:
         """Rows for so many requests that run at once, and for as many that were left behind.
 
         Args:
             requests: That run at once.
             recent: Whether the last full page is kept raw, too.
+            rows: Fewer rows than that, where their memory is scarce (`Beside`).
+            full: Of these, most that full pages have.
         """
         self.recent = recent
         # In one step a request may read two and write two.
-        self.rows = (4 if recent else 2) * requests
+        self.rows = (4 if recent else 2) * requests if rows is None else rows
+        self.most_full = self.rows if full is None else full
         # Rows from here on were never used, and have no memory yet.
         self.used = 0
         self._free: list[int] = []
         self._open: OrderedDict[int, int] = OrderedDict()
         self._full: OrderedDict[int, int] = OrderedDict()
         self._busy: set[int] = set()
+        self._leaving = 0
         self._now = 0
         self._seen: dict[int, int] = {}
 
@@ -70,6 +76,7 @@ class RawPages:
         self._now += 1
         self._seen.update(dict.fromkeys(self._busy, self._now))
         later: list[int] = []
+        self._leaving = 0
         for rows, old, end, own in zip(table, context, ends, blocks, strict=True):
             self._write(rows, old, end, own, later)
         self._free += later
@@ -100,16 +107,34 @@ class RawPages:
             # What was read as the page before the open one is no longer.
             if page and blocks[page - 1] in self._full:
                 later.append(self._full.pop(blocks[page - 1]))
-            if self.recent and last > fresh:
+                self._leaving += 1
+            # Where the open page is the full one then, its row is.
+            leaving = 0 if last == fresh and held else self._leaving
+            kept = self.recent and self._room_for_full(leaving)
+            if kept and last > fresh:
                 rows[last - 1] = self._take()
-            if self.recent:
+            if kept:
                 self._full[blocks[last - 1]] = int(rows[last - 1])
-            if held and not (self.recent and last == fresh):
+            if held and not (kept and last == fresh):
                 later.append(int(rows[page]))
         if rest:
             if rows[last] < 0:
                 rows[last] = self._take()
             self._open[blocks[last]] = int(rows[last])
+
+    def _room_for_full(self, leaving: int) -> bool:
+        """Whether another full page may have a row: the oldest that is not read gives up its.
+
+        Args:
+            leaving: Rows of full pages that are free after the step only.
+        """
+        if len(self._full) + leaving < self.most_full:
+            return True
+        for block, row in self._full.items():
+            if row not in self._busy:
+                self._free.append(self._full.pop(block))
+                return len(self._full) + leaving < self.most_full
+        return False
 
     def _drop(self, block: int) -> None:
         for entries in (self._open, self._full):
@@ -151,9 +176,9 @@ class SinkRows:
     finds them. Without, they are read as codes.
     """
 
-    def __init__(self, requests: int) -> None:
-        """Rows for so many requests that run at once, and as many cached prefixes."""
-        self.rows = 2 * requests
+    def __init__(self, requests: int, rows: int | None = None) -> None:
+        """Rows for so many requests that run at once, and as many cached prefixes, or so many."""
+        self.rows = 2 * requests if rows is None else rows
         self._free = list(reversed(range(self.rows)))
         self._row_of: OrderedDict[int, int] = OrderedDict()
 

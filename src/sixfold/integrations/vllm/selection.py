@@ -19,7 +19,7 @@ def install() -> None:
         _add(name)
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() or current_platform.is_cuda():
         _honour_selection(type(current_platform))
 
 
@@ -44,7 +44,7 @@ def class_name(name: str) -> str:
 
 
 def _honour_selection(platform: Any) -> None:
-    """vLLM's CPU platform takes its own backend whichever is selected."""
+    """vLLM's CPU platform takes its own backend whichever is selected, CUDA's knows no dtypes."""
     inner = platform.get_attn_backend_cls.__func__
     if getattr(inner, "knows_sixfold", False):
         return
@@ -59,7 +59,7 @@ def _honour_selection(platform: Any) -> None:
             return path
         member = AttentionBackendEnum[name]
         reasons = member.get_class().validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            device_capability=cls.get_device_capability(), **attn_selector_config._asdict()
         )
         if reasons:
             raise SixfoldError(

@@ -1,0 +1,81 @@
+"""An engine's layer on a GPU that is not there: where tables are, and what waits for them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sixfold.cache.engine import EngineLayer
+from sixfold.cache.policy import CachePolicy
+from sixfold.cache.step import Step
+from tests.fake_gpu import GPU, FakeGpu
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with FakeGpu() as fake:
+        yield fake
+
+
+def step(gpu: FakeGpu, new: list[int], context: list[int]) -> Step:
+    """Sequences of four pages each, every one with a row of its own."""
+    rows = torch.arange(4 * len(new)).view(-1, 4)
+    sinks = torch.arange(len(new))
+    return Step(new, context, gpu.place(rows), rows, sinks, 4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_step_is_copied_once_and_nothing_waits(
+    backend: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, chunks and single tokens; the second layer finds every table where it needs it."""
+    monkeypatch.setenv("SIXFOLD_BACKEND", backend)
+    policy = CachePolicy(key_bits=4, value_bits=4, sink_tokens=4, recent_window=0)
+    layers = [
+        EngineLayer(policy, KV_HEADS, DIM, DIM, 16, dtype=torch.bfloat16, device=GPU, sink_rows=4)
+        for _ in range(2)
+    ]
+    blocks = gpu.place(torch.zeros(32, KV_HEADS, layers[0].block_bytes, dtype=torch.uint8))
+    for new, context in (
+        ([70, 3, 200], [0, 0, 0]),
+        ([1, 1, 1], [70, 3, 200]),
+        ([60, 1, 2], [71, 4, 201]),
+    ):
+        one = step(gpu, new, context)
+        for i, layer in enumerate(layers):
+            query, keys, values = (
+                gpu.place(torch.zeros(sum(new), heads, DIM, dtype=torch.bfloat16))
+                for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
+            gpu.uploads = []
+            out = layer.attend(query, keys, values, layer.pool(blocks), one, scaling=0.1)
+            assert out.device == GPU
+            assert out.shape == query.shape
+            assert not gpu.waits
+            assert i == 0 or not gpu.uploads
+
+
+def test_what_a_fake_gpu_is_asked_is_noticed() -> None:
+    with FakeGpu() as fake:
+        x = fake.place(torch.ones(3, 4))
+        assert x[0, None].shape == (1, 4)
+        mask = x > 0
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: bool(mask.any()),
+            lambda: x[mask],
+            lambda: x.__setitem__(mask, 0),
+            lambda: mask.nonzero(),
+            lambda: x.tolist(),
+            lambda: x + torch.ones(3, 4),
+        ):
+            with pytest.raises(RuntimeError):
+                wait()
+        assert not fake.waits
+        x.cpu()
+        assert len(fake.waits) == 1
+        torch.ones(2).to(x.device)
+        assert len(fake.uploads) == 1
