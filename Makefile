@@ -56,6 +56,13 @@ test-vllm: $(VLLM_VENV)/.installed
 test-vllm-full: $(VLLM_VENV)/.installed
 	$(PYTEST_VLLM)
 
+# Ten minutes of random load, and then about half as long to compare the answers.
+SECONDS := 600
+SEED := 0
+.PHONY: soak-vllm
+soak-vllm: $(VLLM_VENV)/.installed
+	$(VLLM)/python -m tests.vllm.soak --seconds $(SECONDS) --seed $(SEED)
+
 bench: setup
 	$(BIN)/python -m benchmarks.run --op attention
 
