@@ -37,15 +37,16 @@ test: check
 	$(BIN)/python -m pytest -q -m "not slow and not compile"
 	$(BIN)/python tools/count_lines.py
 
-# vLLM wants packages of its own: an environment beside ours.
-VLLM_VENV := .venv-vllm
+# vLLM wants packages of its own: an environment beside ours. VLLM_OVERLAY: tools/vllm_overlay.py.
+VLLM_VENV := .venv-vllm$(addprefix -,$(VLLM_OVERLAY))
 VLLM := $(VLLM_VENV)/bin
 .PHONY: test-vllm test-vllm-full
 $(VLLM_VENV)/.installed: requirements-vllm.txt pyproject.toml $(NATIVE)
 	test -x $(VLLM)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM)/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements-vllm.txt
 	$(REQUIRE) $(VLLM)/python -m pip --disable-pip-version-check install --quiet --no-deps -e . \
-	  --config-settings=build-dir=build/vllm
+	  --config-settings=build-dir=build/$(VLLM_VENV)
+	$(if $(VLLM_OVERLAY),$(VLLM)/python tools/vllm_overlay.py $(VLLM_OVERLAY))
 	touch $@
 
 PYTEST_VLLM = $(VLLM)/python -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib tests/vllm
@@ -54,6 +55,13 @@ test-vllm: $(VLLM_VENV)/.installed
 
 test-vllm-full: $(VLLM_VENV)/.installed
 	$(PYTEST_VLLM)
+
+# Ten minutes of random load, and then about half as long to compare the answers.
+SECONDS := 600
+SEED := 0
+.PHONY: soak-vllm
+soak-vllm: $(VLLM_VENV)/.installed
+	$(VLLM)/python -m tests.vllm.soak --seconds $(SECONDS) --seed $(SEED)
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --op attention

@@ -65,14 +65,16 @@ def plain_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_embedded(torch.float16)
 
 
-def hard_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def hard_model(
+    dtype: torch.dtype = torch.float16,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Its hard variant, made in float32: line breaks are massive."""
     model, tokenizer = load_embedded()
     ids = torch.tensor(tokenizer(haystack(), verbose=False)["input_ids"])
     line_break = tokenizer("\n")["input_ids"][-1]
     hard = harden(model, ids[:DETECTION_TOKENS], [line_break])
     module: torch.nn.Module = hard
-    module.to(torch.float16)
+    module.to(dtype)
     return hard, tokenizer
 
 

@@ -3,7 +3,7 @@
 Run by the interpreter that has vLLM and sixfold (`make test-vllm` makes one):
 
     .venv-vllm/bin/python -m benchmarks.vllm_serving load --json out.json
-    .venv-vllm/bin/python -m benchmarks.vllm_serving quality MODEL... --json out.json
+    .venv-vllm/bin/python -m benchmarks.vllm_serving quality embedded hard PATH... --json out.json
 
     .venv-vllm/bin/python -m benchmarks.vllm_serving capacity --json out.json
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.vllm_models import folder_of
 from sixfold.eval import machine
 
 ROOT = Path(__file__).parents[1]
@@ -238,16 +239,25 @@ def qualities(arguments: argparse.Namespace) -> list[Row]:
     """KL of what is served to what vLLM serves in bfloat16, prompts in chunks."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in arguments.models:
+        for name in arguments.models:
+            model = str(folder_of(name, Path(folder)))
             base = _scores(model, "auto", 64, Path(folder), arguments)
             for contender in arguments.contenders:
                 if contender == "auto":
                     continue
                 for chunk in arguments.chunks:
                     found = _scores(model, contender, chunk, Path(folder), arguments)
-                    rows.append(_row(model, contender, chunk, base, found))
+                    row = _row(model, contender, chunk, base, found)
+                    rows.append({**row, "text": arguments.text.stem})
                     print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def _beside(rows: list[Row], file: Path) -> list[Row]:
+    """With what the file has of other models: those take hours."""
+    measured = {row["model"] for row in rows}
+    old = json.loads(file.read_text())["rows"] if file.exists() else []
+    return [*rows, *(row for row in old if row["model"] not in measured)]
 
 
 def _row(model: str, contender: str, chunk: int, base: torch.Tensor, found: torch.Tensor) -> Row:
@@ -257,6 +267,7 @@ def _row(model: str, contender: str, chunk: int, base: torch.Tensor, found: torc
         "model": Path(model).name,
         "contender": contender,
         "chunk": chunk,
+        "windows": len(divergence),
         "kl": float(divergence.mean()),
         "standard_error": error,
         "same_top_token": float((base.argmax(-1) == found.argmax(-1)).float().mean()),
@@ -309,7 +320,7 @@ def _parsed() -> argparse.Namespace:
     one.add_argument("--memory", type=float, help="MiB of blocks; as many as needed without")
     one.add_argument("--graphs", action="store_true", help="compiled, with CUDA graphs")
     two = kinds.add_parser("quality")
-    two.add_argument("models", nargs="+")
+    two.add_argument("models", nargs="+", help="embedded, hard, or the folder of another")
     two.add_argument("--text", type=Path, default=ROOT / "src/sixfold/eval/haystack.txt")
     two.add_argument("--window", type=int, default=768)
     two.add_argument("--windows", type=int, default=1)
@@ -341,8 +352,10 @@ def main() -> None:
         return
     rows = loads(arguments) if arguments.kind == "load" else qualities(arguments)
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-    asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models")}
+    asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models", "windows")}
     if arguments.json is not None:
+        if arguments.kind == "quality":
+            rows = _beside(rows, arguments.json)
         found = {"machine": machine.describe(), "asked": asked, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 Results = dict[str, Any]
 NAMES = {"auto": "bfloat16", "fp8": "fp8"}
+TEXTS = {"haystack": "the text in the package", "novel": "a novel"}
 
 
 def capacity(results: Results) -> str:
@@ -38,14 +39,21 @@ def divergence(results: Results) -> str:
         cells = [f"{row['kl']:.4f}" for row in rows]
         top = " / ".join(f"{row['same_top_token']:.1%}" for row in rows)
         lines.append(_joined([model, _name(contender), *cells, top]))
-    asked = results["asked"]
-    scored = asked["window"] // 3
+    window = results["asked"]["window"]
+    read = {(row["text"], row["windows"]): [] for row in results["rows"]}
+    for (model, _), rows in found.items():
+        models = read[rows[0]["text"], rows[0]["windows"]]
+        models += [] if model in models else [model]
+    texts = "; ".join(
+        f"{', '.join(models)}: {windows} of {TEXTS.get(text, text)}"
+        for (text, windows), models in read.items()
+    )
     return "\n".join(
         [
             *lines,
             "",
-            f"{asked['windows']} window of {asked['window']} tokens of a novel a model, the last "
-            f"{scored} scored; weights in bfloat16.",
+            f"Windows of {window} tokens, the last {window // 3} scored ({texts}); weights in "
+            "bfloat16.",
         ]
     )
 

@@ -55,6 +55,16 @@ def test_plan_predicts_blocks_of_vllm() -> None:
         assert [row["blocks"] * 128 for row in found["rows"]] == tokens
 
 
+def test_plan_predicts_blocks_of_another_size() -> None:
+    """What vLLM 0.33 reported, which takes blocks of a page."""
+    numbers = ("--layers", "4", "--kv-heads", "2", "--head-dim", "64", "--memory", "1GiB")
+    found = run_json("plan", *numbers, "--bits", "3.5", "--vllm", "--block-size", "64")
+    assert found["rows"][1]["tokens"] == 2_236_928
+    result = CliRunner().invoke(app, ["plan", *numbers, "--vllm", "--block-size", "96"])
+    assert result.exit_code == 2
+    assert "multiple of 64" in result.output
+
+
 def test_plan_says_which_blocks_it_cannot_predict(tmp_path: Path) -> None:
     from transformers import Gemma3TextConfig
 
@@ -65,7 +75,12 @@ def test_plan_says_which_blocks_it_cannot_predict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "said"), [("0.32.0", "can serve from codes"), ("0.40.1", "were tested with")]
+    ("installed", "said"),
+    [
+        ("0.32.0", "can serve from codes"),
+        ("0.33.0", "can serve from codes"),
+        ("0.40.1", "were tested with"),
+    ],
 )
 def test_doctor_says_which_vllm_there_is(
     installed: str, said: str, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Runs vLLM in a process of its own: a job on standard input, what came of it in a file."""
 
+import ctypes
 import json
 import os
 import sys
@@ -9,24 +10,37 @@ from typing import Any
 import torch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def main(out: Path) -> None:
+    job = json.load(sys.stdin)
+    if "kv_cache_memory_bytes" not in job["llm"]:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    else:
+        # It would overrule what is asked for.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm import LLM
 
-    job = json.load(sys.stdin)
     usual = {"enforce_eager": True, "dtype": "bfloat16", "disable_log_stats": False}
     llm = LLM(**{**usual, **job["llm"]})
     cache = llm.llm_engine.vllm_config.cache_config
+    started = resident()
     found: dict[str, Any] = {
         "capacity": cache.kv_cache_size_tokens,
         "blocks": cache.num_gpu_blocks,
         "block_size": cache.block_size,
         "runs": [run(llm, **one) for one in job["runs"]],
+        "resident": (started, resident()),
         "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
     }
     torch.save(found, out)
+
+
+def resident() -> int:
+    """Bytes of memory that this process, the engine's unless there are several, really has."""
+    ctypes.CDLL(None).malloc_trim(0)
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x)
+    return int(line.split()[1]) * 1024
 
 
 def run(llm: Any, prompts: list[list[int]], one_by_one: bool = False, **sampling: Any) -> Any:

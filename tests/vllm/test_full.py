@@ -1,6 +1,9 @@
 """What takes minutes: other models, every width, pressure, refusals, several processes."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from sixfold.cache.code import codebook_code
 from sixfold.cache.engine import page_nbytes
 from sixfold.cache.key_maps import KeyMaps
 from sixfold.integrations.vllm.names import WIDTHS, policy
-from tests.vllm.conftest import EMBEDDED, Job, divergence
+from tests.vllm.conftest import EMBEDDED, ROOT, Job, divergence
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +87,15 @@ def test_random_load_under_pressure(job: Job, text: list[int]) -> None:
         both = zip(x["ids"], y["ids"], strict=True)
         same = next((i for i, (a, b) in enumerate(both) if a != b), 59) + 1
         assert divergence(x["logprobs"][:same], y["logprobs"][:same]) < 2e-3
+
+
+def test_a_short_soak() -> None:
+    """Aborts as well, and all answers: `make soak-vllm` is the long one."""
+    command = [sys.executable, "-m", "tests.vllm.soak", "--seconds", "20", "--seed", "2"]
+    command += ["--backend", "SIXFOLD_4BIT"]
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRITON_INTERPRET")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=900)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
 def test_two_processes_give_what_one_does(job: Job, text: list[int], tmp_path: Path) -> None:

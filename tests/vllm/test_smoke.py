@@ -116,15 +116,15 @@ def test_without_being_selected_it_changes_nothing(job: Job, prompts: list[list[
 
 
 def test_registering_takes_no_time() -> None:
+    """Beside what vLLM has imported whenever it loads plugins, and sixfold itself."""
     script = (
-        "import time, vllm.v1.attention.backends.registry\n"
-        "from vllm.platforms import current_platform\n"
+        "import time, vllm.engine.arg_utils, sixfold\n"
+        "from vllm.platforms import current_platform; current_platform.is_cpu()\n"
         "start = time.perf_counter(); from sixfold.integrations.vllm import register; register()\n"
         "register(); print(time.perf_counter() - start)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    # Generous: machines of tests are loaded.
-    assert float(done.stdout.split()[-1]) < 0.5, done.stderr
+    assert float(done.stdout.split()[-1]) < 0.05, done.stderr
 
 
 def test_a_spawned_process_can_read_a_configuration() -> None:

@@ -15,7 +15,7 @@ from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
 from sixfold.integrations.transformers.config import layer_shapes, layer_types
 from sixfold.integrations.vllm.capacity import BLOCK_TOKENS, block_capacity
-from sixfold.packing import Bits
+from sixfold.packing import PAGE_TOKENS, Bits
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
@@ -65,6 +65,9 @@ def plan(
         str, typer.Option(help="Tokens a user, separated by commas.")
     ] = "4096,8192,16384,32768,65536,131072",
     vllm: Annotated[bool, typer.Option(help="Blocks that vLLM has, to the block.")] = False,
+    block_size: Annotated[
+        int, typer.Option(min=1, max=MOST, help="With --vllm: tokens of a block.")
+    ] = BLOCK_TOKENS,
     json: JsonOption = None,
 ) -> None:
     """How many users x context fit in memory: the cache's own byte accounting."""
@@ -73,7 +76,7 @@ def plan(
     if free <= 0:
         raise SixfoldError(f"weights of {weights} leave nothing of a memory of {memory}")
     if vllm:
-        _plan_blocks(shape.layer_shapes(None), parse_bits(bits), free, output)
+        _plan_blocks(shape.layer_shapes(None), parse_bits(bits), free, block_size, output)
         return
     sizes = parse_list(contexts, int, "--contexts")
     if min(sizes) < 1:
@@ -98,14 +101,22 @@ def plan(
 
 
 def _plan_blocks(
-    shapes: Sequence[LayerShape], bits: Sequence[Bits], free: int, output: Output
+    shapes: Sequence[LayerShape],
+    bits: Sequence[Bits],
+    free: int,
+    block_size: int,
+    output: Output,
 ) -> None:
     """What vLLM's log will say."""
+    if block_size % PAGE_TOKENS:
+        raise SixfoldError(
+            f"--block-size: expected a multiple of {PAGE_TOKENS}, which codes need, got {block_size}"
+        )
     widths: list[Bits | None] = [None, *bits]
-    found = [block_capacity(shapes, width, free) for width in widths]
+    found = [block_capacity(shapes, width, free, block_size) for width in widths]
     plain = found[0].tokens
     output.table(
-        f"vLLM's blocks of {BLOCK_TOKENS} tokens in {human_bytes(free)}",
+        f"vLLM's blocks of {block_size} tokens in {human_bytes(free)}",
         ["bits", "bytes a block", "blocks", "tokens", "beside uncompressed"],
         [
             [
@@ -119,8 +130,9 @@ def _plan_blocks(
         ],
     )
     output.say(
-        "vLLM's CPU platform takes blocks of 128 tokens. Beside them each running request has up "
-        "to 132 uncompressed tokens (docs/vllm.md)."
+        f"vLLM's CPU platform takes blocks of {BLOCK_TOKENS} tokens, from 0.33 on of {PAGE_TOKENS} "
+        "for Sixfold (--block-size). Beside them each running request has up to 132 uncompressed "
+        "tokens (docs/vllm.md)."
     )
     rows = [
         {"bits": width or UNCOMPRESSED, **asdict(one)}

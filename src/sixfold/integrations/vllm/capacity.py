@@ -8,7 +8,7 @@ from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.names import token_nbytes
 from sixfold.packing import Bits
 
-# What vLLM's CPU platform takes without --block-size.
+# What vLLM's CPU platform takes without --block-size; from 0.33 on it asks us, and takes a page.
 BLOCK_TOKENS = 128
 
 

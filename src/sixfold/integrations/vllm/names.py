@@ -24,7 +24,7 @@ WIDTHS: dict[str, Bits] = {
 }
 SECTION = "sixfold"
 # Minor versions of vLLM that the tests run with.
-TESTED = ("0.32",)
+TESTED = ("0.32", "0.33")
 
 
 def cache_dtype(name: str) -> str:

@@ -7,7 +7,8 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from sixfold.errors import SixfoldError
-from sixfold.integrations.vllm.names import WIDTHS, cache_dtype
+from sixfold.integrations.vllm import dtypes
+from sixfold.integrations.vllm.names import WIDTHS
 
 logger = init_logger("vllm.sixfold")
 BACKENDS = "sixfold.integrations.vllm.backend"
@@ -19,6 +20,7 @@ def install() -> None:
         _add(name)
     from vllm.platforms import current_platform
 
+    dtypes.install(type(current_platform))
     if current_platform.is_cpu() or current_platform.is_cuda():
         _honour_selection(type(current_platform))
 
@@ -81,7 +83,7 @@ def _selected(selected_backend: Any, config: Any) -> str | None:
     if config.attn_type != AttentionType.DECODER:
         return None
     chosen = getattr(selected_backend, "name", None)
-    by_dtype = {cache_dtype(name): name for name in WIDTHS}.get(str(config.kv_cache_dtype))
+    by_dtype = dtypes.BACKENDS.get(str(config.kv_cache_dtype))
     if chosen in WIDTHS and by_dtype not in (None, chosen):
         raise SixfoldError(
             f"--attention-backend {chosen} and --kv-cache-dtype {config.kv_cache_dtype} name "
