@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)
 REQUIRE := SIXFOLD_REQUIRE_EXTENSION=$(if $(COMPILER),1,0)
 
-.PHONY: setup demo test check bench bench-gpu results results-cpu sanitize test-neon clean
+.PHONY: setup demo test check bench bench-gpu bench-vllm-gpu results results-cpu sanitize test-neon clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,11 @@ bench: setup
 # On the machine with the GPU, whose own Python has torch and Triton: no environment is made.
 bench-gpu:
 	PYTHONPATH=src:. $(PYTHON) -m benchmarks.gpu --json docs/results/gpu.json
+
+# The same for vLLM: the environment that PYTHON is of has vllm, sixfold, and their packages.
+bench-vllm-gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.vllm_gpu \
+	  --json $(if $(OUT),$(OUT),docs/results)/vllm_gpu.json
 
 # What does not depend on the machine's speed, but for the demo's tokens/s: an hour on two cores.
 results: setup

@@ -89,14 +89,17 @@ def random_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def server(model: Path, contender: str, threads: int, blocks: int | None) -> Iterator[str]:
+def server(
+    model: Path, contender: str, threads: int, blocks: int | None, graphs: bool = False
+) -> Iterator[str]:
     """`vllm serve`; gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", "model", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--dtype", "bfloat16"]
+    command += [] if graphs else ["--enforce-eager"]
     command += ["--max-model-len", "8192", "--max-num-seqs", "64", "--block-size", "64"]
     command += ["--no-enable-prefix-caching"]
     for name, value in options_of(contender).items():
@@ -146,7 +149,7 @@ def load(model: Path, contender: str, streams: int, arguments: argparse.Namespac
         of_block = 64 * bytes_a_token(contender, SHAPE["head_dim"])
         of_block *= SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"]
         blocks = int(arguments.memory * 2**20 // of_block)
-    with server(model, contender, arguments.threads, blocks) as address:
+    with server(model, contender, arguments.threads, blocks, arguments.graphs) as address:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", BENCH, "--backend", "openai", "--base-url", address]
             command += ["--model", "model", "--tokenizer", str(model), "--dataset-name", "random"]
@@ -315,6 +318,7 @@ def _parsed() -> argparse.Namespace:
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--memory", type=float, help="MiB of blocks; as many as needed without")
+    one.add_argument("--graphs", action="store_true", help="compiled, with CUDA graphs")
     two = kinds.add_parser("quality")
     two.add_argument("models", nargs="+", help="embedded, hard, or the folder of another")
     two.add_argument("--text", type=Path, default=ROOT / "src/sixfold/eval/haystack.txt")

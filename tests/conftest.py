@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ except ImportError:
 else:
     _jit = triton.jit
 
-    def _jit_unchecked(function: Any) -> Any:
+    def _jit_unchecked(function: Any = None, **options: Any) -> Any:
         """Triton reads a kernel's source and globals: not those of what checks its shapes."""
-        return _jit(inspect.unwrap(function))
+        if function is None:
+            return partial(_jit_unchecked, **options)
+        return _jit(inspect.unwrap(function), **options)
 
     triton.jit = _jit_unchecked
 
