@@ -40,9 +40,9 @@ def divergence(results: Results) -> str:
         top = " / ".join(f"{row['same_top_token']:.1%}" for row in rows)
         lines.append(_joined([model, _name(contender), *cells, top]))
     window = results["asked"]["window"]
-    read = {(row["text"], row["windows"]): [] for row in results["rows"]}
+    read: dict[tuple[str, int], list[str]] = {}
     for (model, _), rows in found.items():
-        models = read[rows[0]["text"], rows[0]["windows"]]
+        models = read.setdefault((rows[0]["text"], rows[0]["windows"]), [])
         models += [] if model in models else [model]
     texts = "; ".join(
         f"{', '.join(models)}: {windows} of {TEXTS.get(text, text)}"
