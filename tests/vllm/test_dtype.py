@@ -46,7 +46,10 @@ def test_a_dtype_is_the_same_as_the_backend_that_it_names(
     run = {"prompts": [text[:n] for n in (60, 300)], "max_tokens": 20, "logprobs": -1}
     dtype, backend = (
         job(run, max_logprobs=-1, **switch)
-        for switch in ({"kv_cache_dtype": "sixfold_3_5bit"}, {"attention_backend": "SIXFOLD_3_5BIT"})
+        for switch in (
+            {"kv_cache_dtype": "sixfold_3_5bit"},
+            {"attention_backend": "SIXFOLD_3_5BIT"},
+        )
     )
     assert "Sixfold: 4 layers at 3.5 bits" in dtype["log"]
     assert "was tested with vLLM" not in dtype["log"]
