@@ -79,3 +79,43 @@ def test_what_a_fake_gpu_is_asked_is_noticed() -> None:
         assert len(fake.waits) == 1
         torch.ones(2).to(x.device)
         assert len(fake.uploads) == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_does_and_nothing_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same steps on both; on the GPU whatever waits for it is an error."""
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    policy = CachePolicy(key_bits=8, value_bits=8, sink_tokens=4, recent_window=0)
+    kinds = [torch.device("cpu"), torch.device("cuda")]
+    layers = [
+        EngineLayer(policy, KV_HEADS, DIM, DIM, 16, dtype=torch.float32, device=at, sink_rows=4)
+        for at in kinds
+    ]
+    blocks = [
+        torch.zeros(32, KV_HEADS, layers[0].block_bytes, dtype=torch.uint8, device=at)
+        for at in kinds
+    ]
+    rows = torch.arange(12).view(-1, 4)
+    generator = torch.Generator().manual_seed(0)
+    for turn, (new, context) in enumerate(
+        [([70, 3, 200], [0, 0, 0]), ([1, 1, 1], [70, 3, 200]), ([60, 1, 2], [71, 4, 201])]
+    ):
+        packed = [
+            torch.randn(sum(new), heads, DIM, generator=generator)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+        found = []
+        for at, layer, memory in zip(kinds, layers, blocks, strict=True):
+            one = Step(new, context, rows.to(at), rows, torch.arange(3), 4)
+            own = [x.to(at) for x in packed]
+            pool = layer.pool(memory)
+            if at.type == "cuda" and turn:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                found.append(layer.attend(*own, pool, one, scaling=DIM**-0.5))
+            finally:
+                if at.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(found[1].cpu(), found[0], atol=0.03, rtol=0)

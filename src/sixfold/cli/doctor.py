@@ -104,7 +104,10 @@ def _vllm() -> str | None:
             continue
         names, where = ", ".join(WIDTHS), f"{package} {found}"
         if found.startswith(TESTED):
-            return f"{where} can serve from codes on CPUs: --attention-backend {names}."
+            return (
+                f"{where} can serve from codes on CPUs (no GPU has run it yet, see docs/vllm.md): "
+                f"--attention-backend {names}."
+            )
         return (
             f"{where} is installed; the backends {names} were tested with vLLM "
             f"{', '.join(TESTED)} alone."
