@@ -100,6 +100,8 @@ def test_a_short_soak() -> None:
 
 def test_two_processes_give_what_one_does(job: Job, text: list[int], tmp_path: Path) -> None:
     """Tensor parallel over gloo: each has its heads, and its part of a map from a file."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("vLLM gives each process a core of its own, and this one may use only one")
     generator = torch.Generator().manual_seed(0)
     maps = KeyMaps(
         {
