@@ -196,7 +196,13 @@ def serving(model: Path, contender: str, smoke: bool) -> Row:
     """`vllm bench serve` against `vllm serve`."""
     streams, tokens, output = (2, 200, 8) if smoke else (64, 2500, 128)
     asked = argparse.Namespace(
-        memory=None, threads=1, tokens=tokens, output=output, requests=2, graphs=not smoke
+        model=None,
+        memory=None,
+        threads=1,
+        tokens=tokens,
+        output=output,
+        requests=2,
+        graphs=not smoke,
     )
     try:
         return load(model, contender, streams, asked)

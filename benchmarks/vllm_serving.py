@@ -72,6 +72,15 @@ def bytes_a_token(contender: str, dim: int) -> float:
     return {"auto": 4.0, "fp8": 2.0}[contender] * dim
 
 
+def bytes_of_model(contender: str, model: Path) -> float:
+    """Of a token in all layers."""
+    config = json.loads((model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    of_layer = bytes_a_token(contender, dim) * config.get("num_key_value_heads", heads)
+    return float(of_layer * config["num_hidden_layers"])
+
+
 def random_model(folder: Path) -> Path:
     """A Llama of `SHAPE` with random weights."""
     import shutil
@@ -146,9 +155,7 @@ def load(model: Path, contender: str, streams: int, arguments: argparse.Namespac
     """One round of `vllm bench serve`, with as many requests as streams."""
     blocks = None
     if arguments.memory:
-        of_block = 64 * bytes_a_token(contender, SHAPE["head_dim"])
-        of_block *= SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"]
-        blocks = int(arguments.memory * 2**20 // of_block)
+        blocks = int(arguments.memory * 2**20 // (64 * bytes_of_model(contender, model)))
     with server(model, contender, arguments.threads, blocks, arguments.graphs) as address:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", BENCH, "--backend", "openai", "--base-url", address]
@@ -166,8 +173,10 @@ def load(model: Path, contender: str, streams: int, arguments: argparse.Namespac
             metrics = response.read().decode()
     preempted = [x for x in metrics.splitlines() if x.startswith("vllm:num_preemptions_total")]
     return {
-        "contender": contender,
+        "model": arguments.model.name if arguments.model else "random",
+        **{name: getattr(arguments, name) for name in ("threads", "tokens", "output", "memory")},
         "streams": streams,
+        "contender": contender,
         "blocks": blocks,
         "completed": found["completed"],
         "output_tokens_per_second": found["output_throughput"],
@@ -182,7 +191,7 @@ def loads(arguments: argparse.Namespace) -> list[Row]:
     """All contenders, alternating; medians over rounds."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(Path(folder))
+        model = arguments.model or random_model(Path(folder))
         for streams in arguments.streams:
             rounds: dict[str, list[Row]] = {name: [] for name in arguments.contenders}
             for _ in range(arguments.rounds):
@@ -195,9 +204,11 @@ def loads(arguments: argparse.Namespace) -> list[Row]:
 
 def _median(rounds: list[Row]) -> Row:
     numbers = [key for key, value in rounds[0].items() if isinstance(value, float)]
+    numbers = [key for key in numbers if key != "memory"]
     medians = {key: statistics.median(row[key] for row in rounds) for key in numbers}
     speeds = [row["output_tokens_per_second"] for row in rounds]
-    return {**rounds[0], **medians, "slowest": min(speeds), "fastest": max(speeds)}
+    spread = {"rounds": len(rounds), "slowest": min(speeds), "fastest": max(speeds)}
+    return {**rounds[0], **medians, **spread}
 
 
 SCORE = """
@@ -253,11 +264,12 @@ def qualities(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _beside(rows: list[Row], file: Path) -> list[Row]:
-    """With what the file has of other models: those take hours."""
-    measured = {row["model"] for row in rows}
+def _beside(rows: list[Row], file: Path, *keys: str) -> list[Row]:
+    """With what the file has of others: all together take hours."""
+    measured = {tuple(row[key] for key in keys) for row in rows}
     old = json.loads(file.read_text())["rows"] if file.exists() else []
-    return [*rows, *(row for row in old if row["model"] not in measured)]
+    kept = [row for row in old if tuple(row[key] for key in keys) not in measured]
+    return [*rows, *kept] if "chunk" in rows[0] else [*kept, *rows]
 
 
 def _row(model: str, contender: str, chunk: int, base: torch.Tensor, found: torch.Tensor) -> Row:
@@ -311,6 +323,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     one = kinds.add_parser("load")
+    one.add_argument("--model", type=Path, help="a folder; random weights without")
     one.add_argument("--streams", type=lambda x: [*map(int, x.split(","))], default=[16, 64])
     one.add_argument("--tokens", type=int, default=2500, help="of a prompt: 0.4 to 1.6 times that")
     one.add_argument("--output", type=int, default=64)
@@ -354,8 +367,8 @@ def main() -> None:
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
     asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models", "windows")}
     if arguments.json is not None:
-        if arguments.kind == "quality":
-            rows = _beside(rows, arguments.json)
+        same = ("model", "threads", "streams", "memory") if arguments.kind == "load" else ("model",)
+        rows = _beside(rows, arguments.json, *same)
         found = {"machine": machine.describe(), "asked": asked, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

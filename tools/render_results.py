@@ -303,6 +303,7 @@ VLLM_BLOCKS = tuple(
         ("vllm_capacity", vllm_tables.capacity),
         ("vllm_kl", vllm_tables.divergence),
         ("vllm_load", vllm_tables.load),
+        ("vllm_memory", vllm_tables.load),
     )
 )
 OPTIONAL_BLOCKS = (

@@ -5,6 +5,7 @@ from typing import Any
 
 Results = dict[str, Any]
 NAMES = {"auto": "bfloat16", "fp8": "fp8"}
+MODELS = {"random": "8 layers, shapes of Llama 3 8B"}
 TEXTS = {"haystack": "the text in the package", "novel": "a novel"}
 
 
@@ -40,7 +41,9 @@ def divergence(results: Results) -> str:
         top = " / ".join(f"{row['same_top_token']:.1%}" for row in rows)
         lines.append(_joined([model, _name(contender), *cells, top]))
     window = results["asked"]["window"]
-    read = {(row["text"], row["windows"]): [] for row in results["rows"]}
+    read: dict[tuple[str, int], list[str]] = {
+        (row["text"], row["windows"]): [] for row in results["rows"]
+    }
     for (model, _), rows in found.items():
         models = read[rows[0]["text"], rows[0]["windows"]]
         models += [] if model in models else [model]
@@ -59,39 +62,36 @@ def divergence(results: Results) -> str:
 
 
 def load(results: Results) -> str:
-    """One row a contender and number of streams."""
-    lines = [
-        _joined(
-            [
-                *("streams", "cache", "output tokens/s (slowest to fastest round)"),
-                *("all tokens/s", "first token, median", "each further", "preemptions"),
-            ]
-        ),
-        _joined(["---:", "---", *["---:"] * 5]),
-    ]
+    """One row a model, threads, number of streams and contender."""
+    titles = ["model", "threads", "streams", "cache", "output tokens/s", "all tokens/s"]
+    titles += ["first token, median", "each further", "preemptions"]
+    lines = [_joined(titles), _joined(["---", "---:", "---:", "---", *["---:"] * 5])]
     for row in results["rows"]:
         speed = f"{row['output_tokens_per_second']:.1f}"
+        if row["rounds"] > 1:
+            speed += f" ({row['slowest']:.1f} to {row['fastest']:.1f})"
         cells = [
+            MODELS.get(row["model"], row["model"]),
+            str(row["threads"]),
             str(row["streams"]),
             _name(row["contender"]),
-            f"{speed} ({row['slowest']:.1f} to {row['fastest']:.1f})",
+            speed,
             f"{row['total_tokens_per_second']:.0f}",
             f"{row['first_token_ms'] / 1000:.1f} s",
             f"{row['token_ms']:.0f} ms",
             f"{row['preemptions']:.0f}",
         ]
         lines.append(_joined(cells))
-    machine, asked = results["machine"], results["asked"]
-    memory = f", {asked['memory']:g} MiB of blocks" if asked["memory"] else ""
+    machine, first = results["machine"], results["rows"][0]
+    memory = f", {first['memory']:g} MiB of blocks" if first["memory"] else ""
     return "\n".join(
         [
             *lines,
             "",
-            f"{machine['processor']} ({', '.join(machine['instruction_sets'])}), "
-            f"{asked['threads']} thread(s), prompts of {asked['tokens'] * 4 // 10:,} to "
-            f"{asked['tokens'] * 16 // 10:,} tokens, {asked['output']} tokens of output, "
-            f"{asked['requests']} request(s) a stream{memory}; medians of "
-            f"{asked['rounds']} rounds.",
+            f"{machine['processor']} ({', '.join(machine['instruction_sets'])}), prompts of "
+            f"{first['tokens'] * 4 // 10:,} to {first['tokens'] * 16 // 10:,} tokens, "
+            f"{first['output']} tokens of output{memory}; medians, and the range where there was "
+            "more than one round.",
         ]
     )
 

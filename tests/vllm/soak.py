@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BLOCKS, BLOCK = 24, 64
 RUNNING, WAITING = 8, 4
-# Candidates of a token that was generated, and among how many of the same token alone they are found.
+# Candidates of a token as it was generated, and those among which they are found when it is alone.
 SHOWN, FOUND = 10, 100
 # Mean KL over a request's tokens. Two that are within x of a third are within 4x of each other, as
 # square roots of KL add up like distances; x is what test_smoke.py and test_full.py allow.

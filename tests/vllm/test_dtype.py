@@ -44,13 +44,8 @@ def test_a_dtype_is_the_same_as_the_backend_that_it_names(
     newer: None, job: Job, text: list[int]
 ) -> None:
     run = {"prompts": [text[:n] for n in (60, 300)], "max_tokens": 20, "logprobs": -1}
-    dtype, backend = (
-        job(run, max_logprobs=-1, **switch)
-        for switch in (
-            {"kv_cache_dtype": "sixfold_3_5bit"},
-            {"attention_backend": "SIXFOLD_3_5BIT"},
-        )
-    )
+    dtype = job(run, max_logprobs=-1, kv_cache_dtype="sixfold_3_5bit")
+    backend = job(run, max_logprobs=-1, attention_backend="SIXFOLD_3_5BIT")
     assert "Sixfold: 4 layers at 3.5 bits" in dtype["log"]
     assert "was tested with vLLM" not in dtype["log"]
     assert (dtype["blocks"], dtype["block_size"]) == (backend["blocks"], backend["block_size"])

@@ -14,6 +14,10 @@ pytestmark = pytest.mark.slow
 LAYERS, KV_HEADS, DIM = 4, 2, 64
 TOKENS, PROMPT, REQUESTS = 2**16, 2048, 4
 MIB = 2**20
+# What temporary tensors leave behind in the allocator, and pages of libraries that are first used.
+NOISE = 8 * MIB
+# Of a token in a list of this process's: a reference and a number.
+LISTED = 8 + 28
 
 
 def capacity(bits: int | None, memory: int) -> BlockCapacity:
@@ -69,8 +73,10 @@ def test_memory_shrinks_as_the_blocks_do(filled: Any) -> None:
         )
     }
     print({name: [round(x / MIB, 1) for x in both] for name, both in resident.items()})
-    saved = plain["resident"][1] - same_tokens["resident"][1]
-    added = same_bytes["resident"][1] - plain["resident"][1]
-    noise = 8 * MIB
-    assert memory - less - beside_blocks() - noise < saved < memory - less + noise
-    assert -block - noise < added < beside_blocks() + noise
+    started, ended = zip(*resident.values(), strict=True)
+    # vLLM writes zeros to all blocks when it starts: they are there from then on.
+    assert abs(started[0] - started[1] - (memory - less)) < NOISE
+    saved, added = ended[0] - ended[1], ended[2] - ended[0]
+    assert memory - less - beside_blocks() - NOISE < saved < memory - less + NOISE
+    prompts = (same_bytes["capacity"] - TOKENS) * LISTED
+    assert -block - NOISE < added - prompts < beside_blocks() + NOISE

@@ -110,7 +110,7 @@ def _plan_blocks(
     """What vLLM's log will say."""
     if block_size % PAGE_TOKENS:
         raise SixfoldError(
-            f"--block-size: expected a multiple of {PAGE_TOKENS}, which codes need, got {block_size}"
+            f"--block-size: expected a multiple of {PAGE_TOKENS} tokens, got {block_size}"
         )
     widths: list[Bits | None] = [None, *bits]
     found = [block_capacity(shapes, width, free, block_size) for width in widths]

@@ -1,9 +1,12 @@
 """What the log says of an engine that serves from codes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.names import TESTED, Options
@@ -15,10 +18,12 @@ MUCH = 0.05
 
 
 def announce(
-    impls: Sequence[SixfoldImpl], options: Options, dtype: torch.dtype, device: torch.device
+    impls: Sequence[SixfoldImpl], options: Options, vllm_config: Any, device: torch.device
 ) -> None:
-    """Say what is served, and warn of what was not tested."""
+    """Say what is served, and warn of what is not, or was not tested."""
     _warn_of_version()
+    _warn_of_others(vllm_config)
+    dtype = vllm_config.model_config.dtype
     impl, layers = impls[0], len(impls)
     layer = impl.layer
     assert layer is not None
@@ -58,6 +63,28 @@ def _warn_of_gpu(most: int, device: torch.device) -> None:
             "Sixfold: uncompressed tokens beside the blocks take %.0f%% of the GPU's memory. Set "
             "--max-num-seqs to what you mean to run at once.",
             100 * most / total,
+        )
+
+
+def uncompressed(vllm_config: Any) -> list[str]:
+    """Names of layers that keep a cache of their own kind: they bring their own attention."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    return [
+        name
+        for name, layer in layers.items()
+        if not isinstance(getattr(layer, "impl", None), SixfoldImpl)
+        and layer.get_kv_cache_spec(vllm_config) is not None
+    ]
+
+
+def _warn_of_others(vllm_config: Any) -> None:
+    others = uncompressed(vllm_config)
+    if others:
+        logger.warning_once(
+            "Sixfold: %d layers bring an attention of their own, and their cache stays as it is: "
+            "%s. The log's KV cache size counts them.",
+            len(others),
+            ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
         )
 
 

@@ -70,7 +70,7 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         impls = [layer.impl for layer in layers.values()]
         windows = {impl.sliding_window for impl in impls}
         self.scratch = Scratch(kernel(impls, vllm_config, device), windows=windows)
-        announce(impls, options, dtype, device)
+        announce(impls, options, vllm_config, device)
 
     def build(
         self,

@@ -79,8 +79,9 @@ class Scratch:
         room = 0
         seen: set[int] = set()
         for b in which:
-            own = blocks[b][self._first(step, b) : step.coded(b)]
-            private = -(-step.ends[b] // BLOCK) * BLOCK - step.coded(b) * PAGE_TOKENS
+            own = self._shared(step, b, blocks[b])
+            opened = step.context[b] // PAGE_TOKENS * PAGE_TOKENS
+            private = -(-step.ends[b] // BLOCK) * BLOCK - opened
             needed = private + PAGE_TOKENS * len(set(own) - seen)
             if not groups or needed > room:
                 groups.append([])
@@ -107,30 +108,35 @@ class Scratch:
     def _group(self, step: Step, which: list[int], held_in: Sequence[Sequence[int]]) -> Group:
         tokens, rows, offsets, sinks = [], [], [], []
         raw_places, new_places, lengths = [], [], []
-        # Requests that share pages share their scratch blocks, which come first.
-        first = {b: self._first(step, b) for b in which}
-        slots = {b: held_in[b][first[b] : step.coded(b)] for b in which}
-        pages = {
-            slot: i for i, slot in enumerate(dict.fromkeys(x for b in which for x in slots[b]))
-        }
-        tables, blocks = [], len(pages)
+        # Requests that share pages share their scratch blocks, which come first: those of codes,
+        # then those of raw copies.
+        shared = {b: self._shared(step, b, held_in[b]) for b in which}
+        once = sorted(dict.fromkeys(x for b in which for x in shared[b]), key=lambda x: x < 0)
+        place_of = {page: i for i, page in enumerate(once)}
+        coded = [page for page in once if page >= 0]
+        for page in once[len(coded) :]:
+            rows.append(np.full(PAGE_TOKENS, -1 - page))
+            offsets.append(np.arange(PAGE_TOKENS))
+            raw_places.append(place_of[page] * PAGE_TOKENS + offsets[-1])
+        tables, blocks = [], len(once)
         for b in which:
             context, new, span = step.context[b], step.new[b], step.spans[b]
-            raw = step.coded(b) * PAGE_TOKENS
-            base = blocks * BLOCK - raw
+            opened = context // PAGE_TOKENS * PAGE_TOKENS
+            base = blocks * BLOCK - opened
             tokens.append(np.arange(span.start, span.stop))
-            if step.sink_rows[b] >= 0 and first[b] == 0 and slots[b]:
+            first = self._first(step, b)
+            if step.sink_rows[b] >= 0 and first == 0 and shared[b] and shared[b][0] >= 0:
                 own = np.arange(step.sink_tokens)
-                place = own + pages[slots[b][0]] * PAGE_TOKENS
+                place = own + place_of[shared[b][0]] * PAGE_TOKENS
                 sinks.append(np.stack([place, np.full_like(own, step.sink_rows[b]), own]))
-            held = np.arange(raw, context)
+            held = np.arange(opened, context)
             rows.append(step.row_table[b, held // PAGE_TOKENS])
             offsets.append(held % PAGE_TOKENS)
             raw_places.append(held + base)
             new_places.append(np.arange(context, context + new) + base)
-            lengths.append(context + new - first[b] * PAGE_TOKENS)
-            private = -(-(context + new - raw) // BLOCK)
-            tables.append([pages[x] for x in slots[b]] + list(range(blocks, blocks + private)))
+            lengths.append(context + new - first * PAGE_TOKENS)
+            private = -(-(context + new - opened) // BLOCK)
+            tables.append([place_of[x] for x in shared[b]] + [*range(blocks, blocks + private)])
             blocks += private
         most = max(map(len, tables))
         table = np.array([own + [0] * (most - len(own)) for own in tables], dtype=np.int32)
@@ -141,13 +147,13 @@ class Scratch:
         starts = on(np.array(list(accumulate(counts, initial=0)), dtype=np.int32))
         sizes = on(np.array(lengths, dtype=np.int32))
         places = (
-            np.arange(len(pages) * PAGE_TOKENS),
+            np.arange(len(coded) * PAGE_TOKENS),
             np.concatenate(raw_places),
             np.concatenate(new_places),
         )
         return Group(
             together(np.concatenate(tokens), on),
-            on(np.array(list(pages), dtype=np.int64)),
+            on(np.array(coded, dtype=np.int64)),
             on(np.concatenate(rows)),
             on(np.concatenate(offsets)),
             (on(replaced[0]), on(replaced[1]), on(replaced[2])),
@@ -161,6 +167,11 @@ class Scratch:
             ),
             blocks,
         )
+
+    def _shared(self, step: Step, b: int, blocks: Sequence[int]) -> list[int]:
+        """The full pages that its new tokens see: blocks of codes, -1 - row of what is raw."""
+        pages, row = blocks[self._first(step, b) : step.coded(b)], step.previous(b)
+        return [*pages, -1 - row] if row >= 0 else [*pages]
 
     def _first(self, step: Step, b: int) -> int:
         """The first page that any new token sees."""
