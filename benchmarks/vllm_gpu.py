@@ -128,7 +128,7 @@ def divergence(base: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 def quality(folder: Path, limit: float, smoke: bool) -> list[Row]:
     """KL to vLLM's own bfloat16, of a batch and of requests alone, by both of its runners."""
-    lengths = [20, 130] if smoke else [20, 64, 130, 400]
+    lengths = [20, 200] if smoke else [20, 64, 130, 400]
     try:
         base = scores("auto", folder, limit, "0", lengths)
     except Failed as error:
