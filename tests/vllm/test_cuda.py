@@ -38,7 +38,7 @@ with warnings.catch_warnings():
     from sixfold.integrations.vllm.backend import Sixfold8Bit
     from sixfold.integrations.vllm.beside import Beside, scratch_blocks
     from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
-    from sixfold.integrations.vllm.names import Options
+    from sixfold.integrations.vllm.names import WIDTHS, Options
     from tests.vllm import flash
     from tests.vllm.engine import (
         DIM,
@@ -232,6 +232,9 @@ class Cuda(Platform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected: Any, config: Any, num_heads: int | None = None) -> str:
+        # As vLLM does: whichever is selected is honoured, or refused.
+        assert getattr(selected, "name", None) not in WIDTHS
+        assert config.kv_cache_dtype == "auto"
         return "vLLM's own"
 
 
@@ -269,6 +272,8 @@ class TestSelection:
     def test_nothing_of_ours(self, select: Any) -> None:
         assert select() == "vLLM's own"
         assert select(backend="SIXFOLD_4BIT", attn_type="encoder_only") == "vLLM's own"
+        asked = {"kv_cache_dtype": "sixfold_4bit", "attn_type": "encoder"}
+        assert select(**asked) == "vLLM's own"
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -57,7 +57,9 @@ def _honour_selection(platform: Any) -> None:
     ) -> str:
         name = _selected(selected_backend, attn_selector_config)
         if name is None:
-            path: str = inner(cls, selected_backend, attn_selector_config, num_heads)
+            path: str = inner(
+                cls, *_without_ours(selected_backend, attn_selector_config), num_heads
+            )
             return path
         member = AttentionBackendEnum[name]
         reasons = member.get_class().validate_configuration(
@@ -73,6 +75,15 @@ def _honour_selection(platform: Any) -> None:
 
     get_attn_backend_cls.knows_sixfold = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _without_ours(selected_backend: Any, config: Any) -> tuple[Any, Any]:
+    """What vLLM chooses by, for a layer that cannot have what was selected for the others."""
+    if getattr(selected_backend, "name", None) in WIDTHS:
+        selected_backend = None
+    if str(config.kv_cache_dtype) in dtypes.BACKENDS:
+        config = config._replace(kv_cache_dtype="auto")
+    return selected_backend, config
 
 
 def _selected(selected_backend: Any, config: Any) -> str | None:
