@@ -384,12 +384,14 @@ def test_the_log_says_that_no_gpu_has_run_it(
             announce.logger, name, lambda text, *given: said.append(text % given), raising=False
         )
     engine = Engine(monkeypatch, cuda_kernel())
-    announce.announce(engine.impls, Options(), torch.bfloat16, torch.device("cuda:0"))
+    monkeypatch.setattr(announce, "uncompressed", lambda config: [])
+    config = configuration()
+    announce.announce(engine.impls, Options(), config, torch.device("cuda:0"))
     assert "taken at once: " in said[0]
     assert "has never run on a GPU" in said[1]
     assert "Set --max-num-seqs" in said[2]
     said.clear()
-    announce.announce(engine.impls, Options(), torch.bfloat16, torch.device("cpu"))
+    announce.announce(engine.impls, Options(), config, torch.device("cpu"))
     assert len(said) == 1
 
 
