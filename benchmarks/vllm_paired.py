@@ -20,7 +20,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from benchmarks.vllm_serving import options_of, random_model
+from benchmarks.vllm_serving import bytes_of_model, options_of, random_model
 from sixfold.eval import machine
 
 CONTENDERS = ("auto", "fp8", "SIXFOLD_4BIT")
@@ -35,6 +35,7 @@ llm = LLM(
     max_model_len=8192,
     max_num_seqs=64,
     enable_prefix_caching=False,
+    disable_log_stats=False,
     **job["options"],
 )
 engine = llm.llm_engine
@@ -54,7 +55,8 @@ def run(prompts, output):
                 first.setdefault(one.request_id, now)
             if one.finished:
                 last[one.request_id] = now
-    return {"first": first, "last": last, "after": after}
+    preempted = sum(x.value for x in llm.get_metrics() if x.name == "vllm:num_preemptions")
+    return {"first": first, "last": last, "after": after, "preemptions": preempted}
 run([ids[:200] for ids in job["prompts"][:2]], 2)
 open(job["out"] + ".ready", "w").close()
 os.kill(os.getpid(), signal.SIGSTOP)
@@ -78,9 +80,13 @@ def started(
 ) -> "subprocess.Popen[bytes]":
     """A process that stops itself before the first request."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    options = options_of(contender)
+    if asked.memory:
+        blocks = int(asked.memory * 2**20 // (64 * bytes_of_model(contender, model)))
+        options |= {"num_gpu_blocks_override": blocks, "block_size": 64}
     job = {
         "model": str(model),
-        "options": options_of(contender),
+        "options": options,
         "prompts": prompts(streams, asked.tokens, vocabulary),
         "output": asked.output,
         "out": str(folder / contender),
@@ -157,6 +163,7 @@ def row_of(found: Row, contender: str, streams: int, asked: argparse.Namespace) 
         "prompts_seconds": prompts,
         "decode_tokens_per_second": found["after"] / (end - prompts),
         "output_tokens_per_second": streams * asked.output / end,
+        "preemptions": found["preemptions"],
     }
 
 
@@ -167,6 +174,7 @@ def main() -> None:
     parser.add_argument("--streams", type=lambda x: [*map(int, x.split(","))], default=[16, 64])
     parser.add_argument("--tokens", type=int, default=2500, help="0.4 to 1.6 times that")
     parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--memory", type=float, help="MiB of blocks; as many as needed without")
     parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn")
     parser.add_argument("--space", type=int, default=6, help="GiB of blocks, each")
     parser.add_argument("--contenders", type=lambda x: x.split(","), default=list(CONTENDERS))

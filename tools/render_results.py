@@ -303,7 +303,8 @@ VLLM_BLOCKS = tuple(
         ("vllm_capacity", vllm_tables.capacity),
         ("vllm_kl", vllm_tables.divergence),
         ("vllm_load", vllm_tables.load),
-        ("vllm_memory", vllm_tables.load),
+        ("vllm_paired", vllm_tables.paired),
+        ("vllm_memory", vllm_tables.paired),
     )
 )
 OPTIONAL_BLOCKS = (

@@ -96,6 +96,37 @@ def load(results: Results) -> str:
     )
 
 
+def paired(results: Results) -> str:
+    """One row a model, number of streams and contender."""
+    titles = ["model", "streams", "cache", "first token, median", "last first token"]
+    titles += ["each further", "decoding, tokens/s", "in all, tokens/s", "preemptions"]
+    lines = [_joined(titles), _joined(["---", "---:", "---", *["---:"] * 6])]
+    for row in results["rows"]:
+        cells = [
+            MODELS.get(row["model"], row["model"]),
+            str(row["streams"]),
+            _name(row["contender"]),
+            f"{row['first_token_seconds']:.1f} s",
+            f"{row['prompts_seconds']:.1f} s",
+            f"{1000 * row['token_seconds']:.0f} ms",
+            f"{row['decode_tokens_per_second']:.0f}",
+            f"{row['output_tokens_per_second']:.1f}",
+            f"{row['preemptions']:.0f}",
+        ]
+        lines.append(_joined(cells))
+    machine, asked = results["machine"], results["asked"]
+    memory = f", {asked['memory']:g} MiB of blocks" if asked["memory"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine['processor']} ({', '.join(machine['instruction_sets'])}), one thread, "
+            f"prompts of {asked['tokens'] * 4 // 10:,} to {asked['tokens'] * 16 // 10:,} tokens, "
+            f"{asked['output']} tokens of output{memory}; CPU seconds.",
+        ]
+    )
+
+
 def _name(contender: str) -> str:
     return NAMES.get(contender, f"`{contender}`")
 
