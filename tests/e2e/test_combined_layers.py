@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.storage import KIND
 from sixfold.io import open_container
 from tests.e2e.decoding import batch, decode, forward, fused_cache, relative_error
@@ -37,7 +38,7 @@ def make(model: PreTrainedModel, fused: bool, **options: Any) -> TurboQuantCache
 @torch.no_grad()
 def step(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """Logits of the last of `ids`, which enter the cache."""
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+    return model(input_ids=ids, **cache_argument(cache), use_cache=True, **options).logits[:, -1]
 
 
 def tokens(batch_size: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -334,7 +335,7 @@ def test_attention_weights_that_are_not_computed_are_missed_aloud() -> None:
     model, data = fresh_model("llama-64"), batch(steps=0)
     cache = make(model, fused=True)
     with pytest.warns(UserWarning, match="computes no attention weights"):
-        model(data.ids, past_key_values=cache, output_attentions=True)
+        model(data.ids, **cache_argument(cache), output_attentions=True)
 
 
 def test_attention_weights_of_the_config_are_missed_aloud() -> None:
@@ -347,5 +348,5 @@ def test_attention_weights_of_the_config_are_missed_aloud() -> None:
 def test_attention_weights_of_dequantized_tensors() -> None:
     model, data = fresh_model("llama-64"), batch(steps=0)
     cache = make(model, fused=False)
-    out = model(data.ids, past_key_values=cache, output_attentions=True)
+    out = model(data.ids, **cache_argument(cache), output_attentions=True)
     assert out.attentions[0].shape == (3, 4, data.prompt, data.prompt)

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, UnsupportedModelError
+from sixfold.integrations.transformers.keyword import CACHE_KEYWORD, cache_argument
 from tests.e2e.decoding import Batch, batch, continue_decoding, decode, forward, relative_error
 from tests.e2e.models import fresh_model
 
@@ -72,7 +73,7 @@ def test_generate_under_autocast(fused: bool) -> None:
         out = model.generate(
             data.ids,
             attention_mask=data.mask,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=4,
             do_sample=False,
         )
@@ -180,7 +181,7 @@ def largest_difference(fused: bool) -> float:
         out, starts = [], [0, *range(data.prompt, data.ids.shape[1])]
         for start, stop in zip(starts, [*starts[1:], data.ids.shape[1]], strict=True):
             ids = data.ids[:, start:stop]
-            out.append(forward(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+            out.append(forward(input_ids=ids, **cache_argument(cache), use_cache=True).logits)
         return torch.cat(out, 1)
 
     expected = logits(model.forward)
@@ -214,7 +215,7 @@ def refusal_without_breaks(static: bool) -> str:
     held = cache.static(300) if static else cache
     position = torch.full((2, 1), data.prompt)
     try:
-        step(data.ids[:, -1:], past_key_values=held, position_ids=position, use_cache=True)
+        step(data.ids[:, -1:], **cache_argument(held), position_ids=position, use_cache=True)
     except torch._dynamo.exc.Unsupported as error:
         return str(error)
     return "nothing"
@@ -295,7 +296,7 @@ def test_layers_on_several_devices(fused: bool) -> None:
     expected = continue_decoding(model, cache.fork(), data)
     places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    library.dispatch_model(model, places, main_device=0, skip_keys="past_key_values")
+    library.dispatch_model(model, places, main_device=0, skip_keys=CACHE_KEYWORD)
     logits = continue_decoding(model, cache, data)
     assert relative_error(logits.cpu(), expected) < 0.01
     devices = [layer.store.padding.device.type for layer in cache.compressed_layers]

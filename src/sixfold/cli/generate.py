@@ -20,6 +20,7 @@ from sixfold.eval.caches import (
     held_bytes,
     uncompressed,
 )
+from sixfold.integrations.transformers.keyword import cache_argument
 
 
 class TimedStreamer(TextStreamer):
@@ -119,7 +120,7 @@ def _run(
         out = model.generate(  # type: ignore[operator]
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
