@@ -37,6 +37,24 @@ test: check
 	$(BIN)/python -m pytest -q -m "not slow and not compile"
 	$(BIN)/python tools/count_lines.py
 
+# Every fast test on the oldest versions that pyproject.toml declares, and on the newest there are.
+# Environments of their own; pip's variables (PIP_INDEX_URL) choose an index of torch without CUDA.
+TRIED := oldest newest
+PYTHON.oldest ?= python3.11
+PYTHON.newest ?= $(PYTHON)
+VERSIONS.oldest := -c requirements-oldest.txt
+VERSIONS.newest := --upgrade --upgrade-strategy eager
+.PHONY: $(TRIED:%=test-%)
+$(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
+	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*
+	$(REQUIRE) .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $(VERSIONS.$*) -e ".[all]" grimp hypothesis pytest --config-settings=build-dir=build/$*
+	touch $@
+
+$(TRIED:%=test-%): test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|numpy)="
+	.venv-$*/bin/python -m pytest -q -m "not slow and not compile"
+
 # vLLM wants packages of its own: an environment beside ours.
 VLLM_VENV := .venv-vllm
 VLLM := $(VLLM_VENV)/bin

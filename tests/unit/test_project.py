@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def test_rendering_replaces_the_block_and_nothing_else(
     page.write_text("no block", encoding="utf-8")
     with pytest.raises(SystemExit, match="must hold the markers"):
         replace(block, document=page).rendered()
+
+
+def test_the_oldest_environment_has_the_declared_minimums() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["transformers"], *extras["cli"]]
+    minimums = {
+        name: version
+        for one in declared
+        if not one.startswith("sixfold")
+        for name, version in re.findall(r"^([\w-]+)>=([\d.]+)", one)
+    }
+    assert len(minimums) == len([one for one in declared if not one.startswith("sixfold")])
+    lines = (ROOT / "requirements-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins.keys() == minimums.keys()
+    for name, version in minimums.items():
+        assert pins[name] == version or re.fullmatch(rf"{re.escape(version)}(\.0)+", pins[name])
 
 
 def test_results_name_no_machine_but_its_processor() -> None:
