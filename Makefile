@@ -90,6 +90,19 @@ results: setup
 	$(BIN)/python -m benchmarks.needles --json docs/results/needles.json --plot docs/needles.png
 	$(BIN)/python -m tools.render_results
 
+# README's table of real models. REAL_MODELS: directories or hub names. BOOK: a text file.
+REAL_MODELS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m \
+  Qwen/Qwen2.5-Coder-1.5B-Instruct
+REAL_OPTIONS = --bits 4,3,2.5,2 --against fp8,q4_0 --window 768 --prefill 512 --chunk 64 --windows 8
+.PHONY: results-real
+results-real: setup
+	@test -f "$(BOOK)" || { echo "results-real needs BOOK=FILE, a novel as plain text"; exit 1; }
+	mkdir -p build/real
+	for model in $(REAL_MODELS); do $(BIN)/sixfold eval perplexity $$model --file "$(BOOK)" \
+	  $(REAL_OPTIONS) --json build/real/$$(basename $$model).json || exit 1; done
+	$(BIN)/python -m tools.real_models build/real/*.json --json docs/results/real_models.json
+	$(BIN)/python -m tools.render_results
+
 # Times on this machine's processor, with nothing else running. VLLM_PYTHON: see CONTRIBUTING.md.
 ISAS := avx512,avx2
 BENCH = $(BIN)/python -m benchmarks.run

@@ -18,9 +18,10 @@ from tools.quality_tables import (
     needle_targets,
     recipe_table,
 )
+from tools.real_models import real_models_table
 
 COLUMNS = (
-    *("bits a value", "needles found", "perplexity", "mean KL, nats"),
+    *("bits per value", "needles found", "perplexity", "mean KL, nats"),
     *("same top token", "bytes held", "smaller", "tokens/s"),
 )
 
@@ -305,7 +306,11 @@ VLLM_BLOCKS = tuple(
         ("vllm_load", vllm_tables.load),
     )
 )
+REAL_BLOCK = Block(
+    ROOT / "README.md", RESULTS / "real_models.json", "real_models", real_models_table
+)
 OPTIONAL_BLOCKS = (
+    REAL_BLOCK,
     *(
         *CPU_BLOCKS,
         *EVALUATION_BLOCKS,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers.attention import untraced
 from sixfold.integrations.transformers.keyword import cache_argument
 from tests.tiny import tiny_model
 
@@ -146,3 +147,12 @@ def test_what_a_static_cache_cannot_do_says_so(tmp_path: Path) -> None:
     model(ids[:, :PROMPT], **cache_argument(skipping), use_cache=True)
     with pytest.raises(UnsupportedModelError, match="needs every layer compressed"):
         skipping.static(400)
+
+
+def test_torch_that_takes_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6: its `disable` knows no `reason`, and the package could not be imported."""
+    disable = torch.compiler.disable
+    monkeypatch.setattr(
+        torch.compiler, "disable", lambda fn=None, recursive=True: disable(fn, recursive)
+    )
+    assert untraced(lambda: 3)() == 3

@@ -80,8 +80,8 @@ def test_rendering_replaces_the_block_and_nothing_else(
     assert once.startswith(f"before\n{begin}\n| ")
     assert once.endswith(f"\n{end}\nafter\n")
     assert "STALE" not in once
-    # Variants of a kernel and sizes of chunks share a line, and an aim is one of few rows.
-    if block.name.startswith(("gpu_kernels", "vllm_kl")) or block.name.endswith("_aim"):
+    # Variants of a kernel, sizes of chunks and models share a line, and an aim is one of few rows.
+    if block.name.startswith(("gpu_kernels", "vllm_kl", "real_")) or block.name.endswith("_aim"):
         assert 2 < once.count("\n|") < len(rows)
     elif block.name == "architectures":  # three tables, the first one of every outcome
         assert once.count("\n|") == len(rows) + len(OUTCOMES) + 3 * 2

@@ -1,4 +1,4 @@
-"""Models are handed caches under the name that the installed transformers knows, without a warning."""
+"""Models are handed caches under the name the installed transformers knows, without warnings."""
 
 import inspect
 from pathlib import Path

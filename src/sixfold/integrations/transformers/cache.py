@@ -23,7 +23,7 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
-from sixfold.integrations.transformers.attention import GROWS, NAME, NO_WEIGHTS, register
+from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
     coded_dims,
@@ -51,6 +51,7 @@ from sixfold.integrations.transformers.storage import (
     load_layers,
     save_cache,
 )
+from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
 from sixfold.packing import Bits, check_bits
 
@@ -354,6 +355,10 @@ class TurboQuantCache(Cache):
             return held.dense()
         return getattr(held, "keys", None), getattr(held, "values", None)
 
+    def __repr__(self) -> str:
+        """Widths, layers, tokens and bytes, and how much smaller that is."""
+        return summary(self)
+
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that a layer has seen, of a static one on its device; 0 of none."""
         return super().get_seq_length(self._number_or_none(layer_idx))
@@ -609,6 +614,6 @@ class TurboQuantCache(Cache):
         return {**self.__dict__, "_model": None, "_prompt": None}
 
 
-@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
+@untraced
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)
