@@ -48,7 +48,7 @@ VERSIONS.newest := --upgrade --upgrade-strategy eager
 $(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
 	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*
 	$(REQUIRE) .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
-	  $(VERSIONS.$*) -e ".[all]" grimp hypothesis pytest --config-settings=build-dir=build/$*
+	  $(VERSIONS.$*) -e ".[all]" beartype grimp hypothesis pytest --config-settings=build-dir=build/$*
 	touch $@
 
 $(TRIED:%=test-%): test-%: .venv-%/.installed

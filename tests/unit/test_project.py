@@ -81,7 +81,9 @@ def test_rendering_replaces_the_block_and_nothing_else(
     assert once.endswith(f"\n{end}\nafter\n")
     assert "STALE" not in once
     # Variants of a kernel, sizes of chunks and models share a line, and an aim is one of few rows.
-    if block.name.startswith(("gpu_kernels", "vllm_kl", "real_")) or block.name.endswith("_aim"):
+    if block.name.startswith(("gpu_kernels", "vllm_kl", "real_", "readme_")) or block.name.endswith(
+        "_aim"
+    ):
         assert 2 < once.count("\n|") < len(rows)
     elif block.name == "architectures":  # three tables, the first one of every outcome
         assert once.count("\n|") == len(rows) + len(OUTCOMES) + 3 * 2
