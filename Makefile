@@ -44,6 +44,8 @@ PYTHON.oldest ?= python3.11
 PYTHON.newest ?= $(PYTHON)
 VERSIONS.oldest := -c requirements-oldest.txt
 VERSIONS.newest := --upgrade --upgrade-strategy eager
+# What old packages say of newer ones that stand below them.
+WARNED.oldest := -W "ignore:'click.utils:DeprecationWarning"
 .PHONY: $(TRIED:%=test-%)
 $(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
 	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*
@@ -53,7 +55,7 @@ $(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-o
 
 $(TRIED:%=test-%): test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|numpy)="
-	.venv-$*/bin/python -m pytest -q -m "not slow and not compile"
+	.venv-$*/bin/python -m pytest -q -m "not slow and not compile" $(WARNED.$*)
 
 # vLLM wants packages of its own: an environment beside ours.
 VLLM_VENV := .venv-vllm

@@ -11,6 +11,7 @@ import grimp
 import pytest
 
 import sixfold
+from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
 from tools import render_results
 from tools.architecture_tables import OUTCOMES
 
@@ -110,6 +111,17 @@ def test_the_oldest_environment_has_the_declared_minimums() -> None:
     assert pins.keys() == minimums.keys()
     for name, version in minimums.items():
         assert pins[name] == version or re.fullmatch(rf"{re.escape(version)}(\.0)+", pins[name])
+
+
+def test_readme_opens_with_true_sizes() -> None:
+    """Llama 3.1 8B: 32 layers, 8 KV heads of 128."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sentence = r"At ([\d,]+) tokens .*? takes ([\d.]+) GB.*? in ([\d.]+) GB"
+    (tokens, plain, held), *_ = re.findall(sentence, text)
+    shapes = [LayerShape(8, 128, 128, policy=CachePolicy(key_bits=4, value_bits=4))] * 32
+    count = int(tokens.replace(",", ""))
+    assert plain == f"{uncompressed_nbytes(shapes, tokens=count) / 1e9:.1f}"
+    assert held == f"{cache_nbytes(shapes, tokens=count) / 1e9:.1f}"
 
 
 def test_results_name_no_machine_but_its_processor() -> None:
