@@ -21,7 +21,7 @@ TITLES = {
     "qwen25-coder-1.5b": "Qwen2.5-Coder 1.5B",
     "Qwen2.5-Coder-1.5B-Instruct": "Qwen2.5-Coder 1.5B",
 }
-PEERS = {"fp8": "fp8, as in vLLM", "q4_0": "4 bits, as in llama.cpp (q4_0)"}
+PEERS = {"fp8": "fp8 of transformers, simulated", "q4_0": "q4_0 of llama.cpp, simulated"}
 
 
 def collect(found: Sequence[Results]) -> Results:
@@ -79,7 +79,9 @@ def _note(results: Results, models: Sequence[str], titles: Sequence[str]) -> str
         "uncompressed model, in nats (0 is no change), and in brackets how often the most likely "
         f"token stays the same. Bits per value at {asked['long_context']:,} tokens, everything "
         f"counted. {windows} windows of {asked['window']} tokens of a novel, the first "
-        f"{asked['prefill']} prefilled, the rest in chunks of {asked['chunk']}; {dtypes}."
+        f"{asked['prefill']} prefilled, the rest in chunks of {asked['chunk']}; {dtypes}. "
+        "Sixfold keeps the first 4 and the last 64 to 127 tokens exactly, which is much of such "
+        "short windows."
     )
 
 
