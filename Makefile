@@ -45,7 +45,8 @@ PYTHON.newest ?= $(PYTHON)
 VERSIONS.oldest := -c requirements-oldest.txt
 VERSIONS.newest := --upgrade --upgrade-strategy eager
 # What old packages say of newer ones that stand below them.
-WARNED.oldest := -W "ignore:'click.utils:DeprecationWarning"
+WARNED.oldest := -W "ignore:'click.utils:DeprecationWarning" \
+  -W ignore::pyparsing.PyparsingDeprecationWarning
 .PHONY: $(TRIED:%=test-%)
 $(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
 	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*

@@ -1,4 +1,4 @@
-"""The documents as a whole: links lead somewhere, every page is listed, pictures are those drawn."""
+"""The documents as a whole: links lead somewhere, the index lists all, pictures are up to date."""
 
 import re
 from pathlib import Path
