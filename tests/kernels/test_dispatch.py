@@ -90,3 +90,21 @@ def test_an_old_triton_counts_as_missing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("the kernels need Triton 3.6 or later, found 3.2.0"), done.stderr
+
+
+def test_slow_kernels_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: "no compiler was found")
+    said = _dispatch.slow_kernels(CPU)
+    assert said is not None
+    assert "no compiler was found" in said
+    assert "`sixfold doctor`" in said
+    assert _dispatch.slow_kernels(CPU) is None
+
+
+def test_who_chooses_the_reference_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: "no compiler was found")
+    assert _dispatch.slow_kernels(CPU) is None

@@ -1,10 +1,12 @@
 """Commands that run a model, on a tiny random one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
 from sixfold.cli import demo as demo_command
@@ -47,6 +49,81 @@ def test_generate_streams_what_the_model_says(model_dir: Path, tmp_path: Path) -
     assert plain["compression_ratio"] == 0.5
     assert eight["nbytes"] < plain["nbytes"]
     assert eight["tokens_per_second"] > 0
+
+
+def test_generate_labels_what_it_compares(model_dir: Path) -> None:
+    options = ("--prompt", haystack()[:300], "--max-new-tokens", 3, "--compare")
+    said = run("generate", model_dir, *options).stdout
+    assert said.index("--- 4 bits") < said.index("--- uncompressed") < said.index("tokens held")
+    assert "at 32,768 tokens" in said
+
+
+def test_generate_asks_about_a_document(model_dir: Path, tmp_path: Path) -> None:
+    document, question = haystack()[:300], "Who?"
+    (tmp_path / "text.txt").write_text(document)
+    options = ("--file", tmp_path / "text.txt", "--prompt", question, "--max-new-tokens", 1)
+    run("generate", model_dir, *options, "--json", tmp_path / "out.json")
+    (one,) = read(tmp_path / "out.json")["runs"]
+    tokens = tiny_tokenizer()(f"{document}\n\n{question}")["input_ids"]
+    assert one["prompt_tokens"] == len(tokens)
+    assert one["long_ratio"] > one["compression_ratio"]
+
+
+def test_generate_without_a_chat_template(model_dir: Path) -> None:
+    arguments = ["generate", str(model_dir), "--prompt", "x", "--chat"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "has no chat template" in result.stderr) == (2, True)
+
+
+def test_generate_applies_the_chat_template(model_dir: Path, tmp_path: Path) -> None:
+    folder, template = (
+        tmp_path / "model",
+        "{% for one in messages %}<{{ one['content'] }}>{% endfor %}",
+    )
+    shutil.copytree(model_dir, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    options = (
+        "--prompt",
+        "Hello",
+        "--chat",
+        "--max-new-tokens",
+        1,
+        "--json",
+        tmp_path / "out.json",
+    )
+    run("generate", folder, *options)
+    (one,) = read(tmp_path / "out.json")["runs"]
+    assert one["prompt_tokens"] == len(tiny_tokenizer()("<Hello>")["input_ids"])
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_an_encoder_is_refused(command: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=384, intermediate_size=32, **sizes)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options = ["--prompt", "hi"] if command == "generate" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert "BertConfig is not a decoder" in result.stderr
+
+
+def test_eval_perplexity_says_what_few_windows_are_worth(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(haystack()[:1500])
+    options = ("--bits", 4, "--window", 256, "--file", tmp_path / "text.txt")
+    said = run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json").stdout
+    windows = read(tmp_path / "out.json")["rows"]["4"]["windows"]
+    assert f"The text holds {windows} of the 8 windows" in said
+    assert "Intervals of fewer than 4 windows say little" in said
+
+
+def test_eval_perplexity_shows_bits_of_long_contexts(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 4, "--window", 256, "--windows", 1, "--against", "q4_0")
+    said = run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json").stdout
+    rows = read(tmp_path / "out.json")["rows"]
+    assert rows["4"]["bits_long"] < 4.7 < rows["4"]["bits_per_value"]
+    assert rows["q4_0"]["bits_long"] == pytest.approx(4.5)
+    assert f"{rows['4']['bits_long']:.2f} ({rows['4']['bits_per_value']:.2f})" in said
 
 
 def test_generate_gives_json_alone_on_standard_output(model_dir: Path) -> None:

@@ -57,6 +57,11 @@ def test_every_public_name_exists() -> None:
         getattr(sixfold, name)
 
 
+def test_dir_lists_what_users_type_and_nothing_else() -> None:
+    assert dir(sixfold) == sorted(sixfold.__all__)
+    assert "TurboQuantCache" in dir(sixfold)
+
+
 def test_without_transformers_the_cache_says_what_to_install() -> None:
     code = "import sys; sys.modules['transformers'] = None; from sixfold import TurboQuantCache"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,5 +1,6 @@
 """Options and inputs that several commands share."""
 
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def _in_a_folder(path: Path | None) -> Path | None:
 def _a_picture(path: Path | None) -> Path | None:
     if path is not None and path.suffix not in PICTURES:
         raise SixfoldError(f"cannot draw {path}: its name must end in {', '.join(PICTURES)}")
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SixfoldError(f"cannot draw {path} without matplotlib: pip install 'sixfold[cli]'")
     return _in_a_folder(path)
 
 
@@ -59,11 +62,15 @@ JsonOption = Annotated[
 PlotOption = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE.png", dir_okay=False, callback=_a_picture, help="Draw a picture."
+        "--plot",
+        metavar="FILE.png",
+        dir_okay=False,
+        callback=_a_picture,
+        help="Draw a picture: .png, .svg or .pdf.",
     ),
 ]
 BitsOption = Annotated[
-    str, typer.Option("--bits", help="Bits a value, separated by commas: 1 to 8, 2.5 or 3.5.")
+    str, typer.Option("--bits", help="Bits per value, separated by commas: 1 to 8, 2.5 or 3.5.")
 ]
 ModelArgument = Annotated[
     str, typer.Argument(help="A local directory, a hub name, or `embedded`.", metavar="MODEL")
@@ -104,7 +111,7 @@ def parse_size(text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise SixfoldError(f"expected a size such as 80GB, 512MiB or 1e9-like digits, got {text!r}")
+        raise SixfoldError(f"expected a size such as 80GB or 512MiB, got {text!r}")
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** (_UNITS[unit.upper()] if unit else 0))

@@ -26,6 +26,7 @@ from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
+    check_decoder,
     coded_dims,
     fusable_layers,
     layer_types,
@@ -53,6 +54,7 @@ from sixfold.integrations.transformers.storage import (
 )
 from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
+from sixfold.kernels._dispatch import slow_kernels
 from sixfold.packing import Bits, check_bits
 
 
@@ -153,6 +155,7 @@ class TurboQuantCache(Cache):
             UnsupportedModelError: The model has no key-value cache that can be compressed.
         """
         prompt, model = learned_prompt(model), unwrapped(model)
+        check_decoder(model)
         cache = cls(model.config, bits, **options)
         check_maps(cache.layers, model)
         fusable = fusable_layers(model, len(cache))
@@ -332,6 +335,8 @@ class TurboQuantCache(Cache):
             )
         if getattr(model.config, "output_attentions", False) and dense < held:
             warnings.warn(NO_WEIGHTS, stacklevel=3)
+        if (slow := slow_kernels(model.device)) is not None:
+            warnings.warn(slow, RuntimeWarning, stacklevel=3)
 
     @property
     def is_linear(self) -> list[bool]:
