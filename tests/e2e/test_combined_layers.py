@@ -139,6 +139,8 @@ def test_each_kind_takes_key_maps(
 def test_fields_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
     """A config refuses to name one value of them, and so does a description of the model."""
     name = "Dots3NoteForCausalLM"
+    if name not in architectures():
+        pytest.skip("this transformers has no such model")
     model, ids = build(architectures()[name], name, 1.5), tokens(2, 151)
     ranks = [layer.kv_lora_rank for layer in model.config.per_layer_config]
     assert len(set(ranks)) == 2

@@ -14,6 +14,7 @@ from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import untraced
 from sixfold.integrations.transformers.keyword import cache_argument
 from tests.tiny import tiny_model
+from tests.versions import traces_models
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -57,6 +58,7 @@ def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
     assert largest_difference(compiled=False, pinned=pinned) < 1e-4
 
 
+@traces_models
 @pytest.mark.parametrize(
     ("backend", "allowed"),
     # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.

@@ -18,6 +18,7 @@ from sixfold.errors import ShapeError, UnsupportedModelError
 from sixfold.integrations.transformers.keyword import CACHE_KEYWORD, cache_argument
 from tests.e2e.decoding import Batch, batch, continue_decoding, decode, forward, relative_error
 from tests.e2e.models import fresh_model
+from tests.versions import traces_models
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -189,6 +190,7 @@ def largest_difference(fused: bool) -> float:
     return float((compiled - expected).abs().max() / expected.std())
 
 
+@traces_models
 @both_modes
 def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
@@ -221,6 +223,7 @@ def refusal_without_breaks(static: bool) -> str:
     return "nothing"
 
 
+@traces_models
 @pytest.mark.parametrize(
     ("static", "advice"), [(True, "SIXFOLD_BACKEND=reference"), (False, "cache.static(max_tokens)")]
 )
