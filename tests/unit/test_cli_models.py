@@ -177,8 +177,10 @@ def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", "4", "--lengths", "300,400", "--depths", "0,1", "--documents", 1)
     options += ("--against", "kivi-4")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
-    run("eval", "niah", model_dir, *options, *files)
+    said = run("eval", "niah", model_dir, *options, *files).stdout
     rows = read(tmp_path / "out.json")["rows"]
+    assert rows["4"]["bits_long"] < 4.7 < rows["4"]["bits_per_value"]
+    assert f"{rows['4']['bits_long']:.2f} ({rows['4']['bits_per_value']:.2f})" in said
     assert rows["16"]["asked"] == rows["4"]["asked"] == rows["kivi-4"]["asked"] == 4
     assert rows["16"]["bits_per_value"] == 32 > rows["4"]["bits_per_value"]
     assert [cell["tokens"] for cell in rows["4"]["cells"]] == [300, 300, 400, 400]
@@ -199,6 +201,18 @@ def test_eval_sensitivity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_sensitivity_shows_its_floor(model_dir: Path, tmp_path: Path) -> None:
+    """What rounding of the model's dtype costs looked like a sensitive layer."""
+    options = ("--bits", 2, "--window", 300, "--windows", 1, "--json", tmp_path / "out.json")
+    said = " ".join(run("eval", "sensitivity", model_dir, *options).stdout.split())
+    rows = read(tmp_path / "out.json")["rows"]
+    floor = {(row["layer"], row["side"]): row["kl"]["mean"] for row in rows if row["bits"] == 8}
+    two = [row for row in rows if row["bits"] == 2]
+    above = {(x["layer"], x["side"]): x["kl"]["mean"] - floor[x["layer"], x["side"]] for x in two}
+    layer, side = max(above, key=lambda key: above[key])
+    assert f"at 2 bits: {side} of layer {layer} ({above[layer, side]:.4f})" in said
+
+
 def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", 4, "--length", 300, "--documents", 1, "--tasks", "multikey,variables")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
@@ -208,6 +222,7 @@ def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
     assert list(rows["variables"]) == ["16", "4", "fp8"]
     assert rows["variables"]["fp8"]["asked"] == 1
     assert "0/1 (0%)" in result.stdout
+    assert "of 32,768 tokens" in " ".join(result.stdout.split())
     assert_png(tmp_path / "out.png")
 
 

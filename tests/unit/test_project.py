@@ -1,17 +1,20 @@
 """The project as a whole: what imports what, and that the README states measured numbers."""
 
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import grimp
 import pytest
 
 import sixfold
 from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
+from sixfold.integrations.transformers.options import CacheOptions
 from tools import render_results
 from tools.architecture_tables import OUTCOMES
 
@@ -55,6 +58,16 @@ def test_every_public_name_exists() -> None:
     name = "TurboQuant"
     with pytest.raises(AttributeError, match="'sixfold' has no attribute 'TurboQuant'"):
         getattr(sixfold, name)
+
+
+def test_editors_complete_the_options_of_a_cache() -> None:
+    """`for_model` and `from_cache` took anything; now they name what the constructor takes."""
+    taken = inspect.signature(sixfold.TurboQuantCache).parameters
+    named = {name for name, one in taken.items() if one.kind is one.KEYWORD_ONLY}
+    assert set(CacheOptions.__annotations__) == named
+    for method in (sixfold.TurboQuantCache.for_model, sixfold.TurboQuantCache.from_cache):
+        options = inspect.signature(inspect.unwrap(method)).parameters["options"]
+        assert options.annotation == Unpack[CacheOptions]
 
 
 def test_dir_lists_what_users_type_and_nothing_else() -> None:

@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from sixfold.integrations.transformers.layers import (
     uncompressed_bytes,
 )
 from sixfold.integrations.transformers.maps import check_maps, maps_in_use, pin
+from sixfold.integrations.transformers.options import CacheOptions
 from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
@@ -137,7 +138,9 @@ class TurboQuantCache(Cache):
         pin(self.layers, key_map)
 
     @classmethod
-    def for_model(cls, model: torch.nn.Module, bits: Bits = 4, **options: Any) -> Self:
+    def for_model(
+        cls, model: torch.nn.Module, bits: Bits = 4, **options: Unpack[CacheOptions]
+    ) -> Self:
         """A cache whose attention runs on the codes.
 
         Switches `model` to ``attn_implementation="sixfold"``, which computes exact attention for
@@ -179,7 +182,7 @@ class TurboQuantCache(Cache):
         bits: Bits = 4,
         *,
         attention_mask: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CacheOptions],
     ) -> Self:
         """Compress what a `DynamicCache` holds, whatever attention has filled it.
 
