@@ -68,6 +68,20 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     assert (result.exit_code, "is not UTF-8 text" in result.stderr) == (2, True)
 
 
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sixfold.cli.plan.parse_size", interrupt)
+    result = CliRunner().invoke(app, ["plan", *NUMBERS])
+    assert (result.exit_code, result.stderr) == (130, "sixfold: interrupted\n")
+
+
+def test_errors_of_the_system_show_no_numbers() -> None:
+    result = CliRunner().invoke(app, ["demo", "--file", "/nowhere"])
+    assert result.stderr == "sixfold: No such file or directory: '/nowhere'\n"
+
+
 def test_sizes() -> None:
     assert parse_size("80GB") == 80 * 10**9
     assert parse_size("1.5 GiB") == 3 * 2**29

@@ -96,6 +96,15 @@ def test_generate_applies_the_chat_template(model_dir: Path, tmp_path: Path) -> 
     assert one["prompt_tokens"] == len(tiny_tokenizer()("<Hello>")["input_ids"])
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """The message ended where a list began."""
+    tiny_model().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "hi"])
+    assert result.exit_code == 2
+    assert "cannot read the tokenizer of" in result.stderr
+    assert not result.stderr.rstrip().endswith(":")
+
+
 @pytest.mark.parametrize("command", ["generate", "plan"])
 def test_an_encoder_is_refused(command: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

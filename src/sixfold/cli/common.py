@@ -150,6 +150,7 @@ def load_model(
     else:
         with unreadable("the model", name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").eval()
+        with unreadable("the tokenizer of", name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: torch.nn.Module = model
@@ -169,8 +170,10 @@ def unreadable(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise SixfoldError(f"cannot read {what} {name!r}: {reason[0]}") from error
+        reason, *more = str(error).strip().splitlines() or [type(error).__name__]
+        # A first line that announces others says nothing by itself.
+        reason = " ".join([reason, *more]) if reason.rstrip().endswith(":") else reason
+        raise SixfoldError(f"cannot read {what} {name!r}: {reason}") from error
 
 
 def quiet() -> None:
