@@ -17,6 +17,7 @@ from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nb
 from sixfold.integrations.transformers.options import CacheOptions
 from tools import render_results
 from tools.architecture_tables import OUTCOMES
+from tools.real_models import collect
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,8 @@ def test_rendering_replaces_the_block_and_nothing_else(
         "_aim"
     ):
         assert 2 < once.count("\n|") < len(rows)
+    elif block.name == "real_models":  # a column a model
+        assert once.count("\n|") == len({row["cache"] for row in rows}) + 2
     elif block.name == "architectures":  # three tables, the first one of every outcome
         assert once.count("\n|") == len(rows) + len(OUTCOMES) + 3 * 2
     else:
@@ -145,3 +148,9 @@ def test_readme_opens_with_true_sizes() -> None:
 def test_results_name_no_machine_but_its_processor() -> None:
     text = (ROOT / "docs/results/demo.json").read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|work|tmp|opt)\b", text)
+
+
+def test_models_measured_unlike_share_no_table() -> None:
+    one = {"model": "a", "dtype": "float32", "machine": {}, "asked": {"window": 768}, "rows": {}}
+    with pytest.raises(SystemExit, match="b was measured unlike a"):
+        collect([one, {**one, "model": "b", "asked": {"window": 512}}])
