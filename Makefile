@@ -96,7 +96,7 @@ results: setup
 # README's table of real models. REAL_MODELS: directories or hub names. BOOK: a text file.
 REAL_MODELS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m \
   Qwen/Qwen2.5-Coder-1.5B-Instruct
-REAL_OPTIONS = --bits 4,3,2.5,2 --against fp8,q4_0 --window 768 --prefill 512 --chunk 64 --windows 8
+REAL_OPTIONS = --bits 4,3,2.5,2 --against fp8,q4_0 --window 768 --prefill 512 --chunk 64 --windows 24
 .PHONY: results-real
 results-real: setup
 	@test -f "$(BOOK)" || { echo "results-real needs BOOK=FILE, a novel as plain text"; exit 1; }

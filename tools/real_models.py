@@ -65,7 +65,9 @@ def real_models_table(results: Results) -> str:
 
 
 def _cell(row: Results) -> str:
-    return f"{row['kl']['mean']:.4f} ({row['top1_agreement']['mean']:.1%})"
+    kl = row["kl"]
+    error = "" if kl["half_width"] is None else f" ± {kl['half_width']:.4f}"
+    return f"{kl['mean']:.4f}{error} ({row['top1_agreement']['mean']:.1%})"
 
 
 def _note(results: Results, models: Sequence[str], titles: Sequence[str]) -> str:
@@ -76,9 +78,9 @@ def _note(results: Results, models: Sequence[str], titles: Sequence[str]) -> str
     )
     return (
         "Each cell: the mean KL divergence of the next-token probabilities from those of the "
-        "uncompressed model, in nats (0 is no change), and in brackets how often the most likely "
-        f"token stays the same. Bits per value at {asked['long_context']:,} tokens, everything "
-        f"counted. {windows} windows of {asked['window']} tokens of a novel, the first "
+        "uncompressed model, in nats (0 is no change; ± half a 95 % interval over windows), and in "
+        "brackets how often the most likely token stays the same. Bits per value at "
+        f"{asked['long_context']:,} tokens, everything counted. {windows} windows of {asked['window']} tokens of a novel, the first "
         f"{asked['prefill']} prefilled, the rest in chunks of {asked['chunk']}; {dtypes}. "
         "Sixfold keeps the first 4 and the last 64 to 127 tokens exactly, which is much of such "
         "short windows."

@@ -101,9 +101,8 @@ def test_rendering_replaces_the_block_and_nothing_else(
     assert once.endswith(f"\n{end}\nafter\n")
     assert "STALE" not in once
     # Variants of a kernel, sizes of chunks and models share a line, and an aim is one of few rows.
-    if block.name.startswith(("gpu_kernels", "vllm_kl", "real_", "readme_")) or block.name.endswith(
-        "_aim"
-    ):
+    shared = ("gpu_kernels", "vllm_kl", "readme_")
+    if block.name.startswith(shared) or block.name.endswith("_aim"):
         assert 2 < once.count("\n|") < len(rows)
     elif block.name == "real_models":  # a column a model
         assert once.count("\n|") == len({row["cache"] for row in rows}) + 2
