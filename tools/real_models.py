@@ -81,7 +81,8 @@ def _note(results: Results, models: Sequence[str], titles: Sequence[str]) -> str
         "uncompressed model, in nats (0 is no change; ± half a 95 % interval over windows), and in "
         "brackets how often the most likely token stays the same. Bits per value at "
         f"{asked['long_context']:,} tokens, everything counted. {windows} windows of "
-        f"{asked['window']} tokens of a novel, the first {asked['prefill']} prefilled, the rest in chunks of {asked['chunk']}; {dtypes}. "
+        f"{asked['window']} tokens of a novel, the first {asked['prefill']} "
+        f"prefilled, the rest in chunks of {asked['chunk']}; {dtypes}. "
         "Sixfold keeps the first 4 and the last 64 to 127 tokens exactly, which is much of such "
         "short windows."
     )
