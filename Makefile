@@ -37,6 +37,27 @@ test: check
 	$(BIN)/python -m pytest -q -m "not slow and not compile"
 	$(BIN)/python tools/count_lines.py
 
+# Every fast test on the oldest versions that pyproject.toml declares, and on the newest there are.
+# Environments of their own; pip's variables (PIP_INDEX_URL) choose an index of torch without CUDA.
+TRIED := oldest newest
+PYTHON.oldest ?= python3.11
+PYTHON.newest ?= $(PYTHON)
+VERSIONS.oldest := -c requirements-oldest.txt
+VERSIONS.newest := --upgrade --upgrade-strategy eager
+# What old packages say of newer ones that stand below them.
+WARNED.oldest := -W "ignore:'click.utils:DeprecationWarning" \
+  -W ignore::pyparsing.PyparsingDeprecationWarning
+.PHONY: $(TRIED:%=test-%)
+$(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
+	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*
+	$(REQUIRE) .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $(VERSIONS.$*) -e ".[all]" beartype grimp hypothesis pytest --config-settings=build-dir=build/$*
+	touch $@
+
+$(TRIED:%=test-%): test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|numpy)="
+	.venv-$*/bin/python -m pytest -q -m "not slow and not compile" $(WARNED.$*)
+
 # vLLM wants packages of its own: an environment beside ours. VLLM_OVERLAY: tools/vllm_overlay.py.
 VLLM_VENV := .venv-vllm$(addprefix -,$(VLLM_OVERLAY))
 VLLM := $(VLLM_VENV)/bin
@@ -83,6 +104,19 @@ results: setup
 	$(BIN)/python -m benchmarks.trellis --out docs/results
 	$(BIN)/python -m benchmarks.evaluate --out docs/results
 	$(BIN)/python -m benchmarks.needles --json docs/results/needles.json --plot docs/needles.png
+	$(BIN)/python -m tools.render_results
+
+# README's table of real models. REAL_MODELS: directories or hub names. BOOK: a text file.
+REAL_MODELS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m \
+  Qwen/Qwen2.5-Coder-1.5B-Instruct
+REAL_OPTIONS = --bits 4,3,2.5,2 --against fp8,q4_0 --window 768 --prefill 512 --chunk 64 --windows 24
+.PHONY: results-real
+results-real: setup
+	@test -f "$(BOOK)" || { echo "results-real needs BOOK=FILE, a novel as plain text"; exit 1; }
+	mkdir -p build/real
+	for model in $(REAL_MODELS); do $(BIN)/sixfold eval perplexity $$model --file "$(BOOK)" \
+	  $(REAL_OPTIONS) --json build/real/$$(basename $$model).json || exit 1; done
+	$(BIN)/python -m tools.real_models build/real/*.json --json docs/results/real_models.json
 	$(BIN)/python -m tools.render_results
 
 # Times on this machine's processor, with nothing else running. VLLM_PYTHON: see CONTRIBUTING.md.

@@ -28,21 +28,20 @@ from transformers.utils import logging
 
 from benchmarks.hard import harden
 from benchmarks.needle_table import needles
-from benchmarks.peers import stored_nbytes
 from sixfold import TurboQuantCache
-from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
 from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import MakeCache, compressed
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.eval.long_context import bits_per_value
 from sixfold.eval.peers import ALL, PEERS, peer_caches
+from sixfold.eval.peers.cache import PeerCache
 from sixfold.eval.perplexity import compare_caches, windows_of
-from sixfold.integrations.transformers.config import layer_shapes, uncompressed_shapes
-from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.config import uncompressed_shapes
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 BITS = (4, 3.5, 3, 2.5, 2)
 PARTS = ("caches", "needles")
-LONG_CONTEXT = 32768
 CHUNK = 64
 DETECTION_TOKENS = 1500
 # Everything in codes, as in peers that keep no tokens in full precision.
@@ -120,20 +119,13 @@ def fitting_peers(model: PreTrainedModel) -> dict[str, MakeCache]:
 
 def long_bits(config: PreTrainedConfig) -> dict[str, float]:
     """Bits every cache holds a value once there are `LONG_CONTEXT` tokens, everything counted."""
-    shapes = uncompressed_shapes(config)
-    plain = uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
-    held = {name: stored_nbytes(*PEERS[name], shapes, tokens=LONG_CONTEXT) for name in PEERS}
-    ours = {name: bits_held(config, *variant) for name, variant in variants().items()}
-    return {name: 16 * nbytes / plain for name, nbytes in held.items()} | ours
+    peers = {name: bits_per_value(config, PeerCache(config, *PEERS[name])) for name in PEERS}
+    return peers | {name: bits_held(config, *variant) for name, variant in variants().items()}
 
 
 def bits_held(config: PreTrainedConfig, bits: float, options: dict[str, Any]) -> float:
     """Bits a value of `TurboQuantCache(config, bits, **options)` at `LONG_CONTEXT` tokens."""
-    layers = TurboQuantCache(config, bits, **options).layers
-    policies = [x.policy if isinstance(x, TurboQuantLayer) else None for x in layers]
-    shapes = layer_shapes(config, policies)
-    held = cache_nbytes(shapes, tokens=LONG_CONTEXT)
-    return 16 * held / uncompressed_nbytes(shapes, tokens=LONG_CONTEXT)
+    return bits_per_value(config, TurboQuantCache(config, bits, **options))
 
 
 def find_needles(subject: Subject) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.timing import Case, Contender
 from sixfold.integrations.transformers.config import uncompressed_shapes
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 TOKENS = (1024, 32768)
@@ -142,7 +143,7 @@ def _prefill(
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
 
 @torch.no_grad()

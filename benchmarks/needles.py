@@ -39,6 +39,7 @@ from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.needles import is_exact, split_sentences
 from sixfold.eval.niah import Questions, build_questions, greedy, token_count
 from sixfold.eval.peers import peer_caches
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 
 LENGTHS = (4_000, 6_000, 10_000, 16_000, 26_000, 41_000, 65_000, 104_000)
@@ -98,7 +99,7 @@ def prefill(model: PreTrainedModel, context: Int[Tensor, " tokens"]) -> DynamicC
     AttentionInterface.register(_PREFILL, _keys_and_values_alone)
     model.set_attn_implementation(_PREFILL)
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=context[None], past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=context[None], **cache_argument(cache), use_cache=True)
     model.set_attn_implementation("sdpa")
     return cache
 
@@ -113,7 +114,7 @@ def filled(
     """
     cache = make(model)
     first = context[:FIRST_CHUNK]
-    model.base_model(input_ids=first[None], past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=first[None], **cache_argument(cache), use_cache=True)
     for index in range(len(exact.layers)):
         layer: Any = exact.layers[index]
         keys, values = (x[:, :, len(first) :] for x in (layer.keys, layer.values))

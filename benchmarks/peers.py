@@ -1,15 +1,13 @@
-"""Other quantized caches: those that transformers offers, and what any of them holds."""
+"""Other quantized caches that transformers offers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache
 
-from sixfold.cache import LayerShape
 from sixfold.eval.caches import MakeCache, held_bytes
-from sixfold.eval.peers.scheme import Scheme
 
 # Group size and window are those of transformers' own documentation.
 _GROUPED = {"nbits": 4, "q_group_size": 64, "residual_length": 128}
@@ -35,37 +33,6 @@ def cache_bytes(cache: Cache) -> int:
         return held_bytes(cache)
     found = {id(tensor): tensor.nbytes for tensor in _tensors(cache.layers)}
     return sum(found.values())
-
-
-def stored_nbytes(
-    keys: Scheme,
-    values: Scheme,
-    shapes: Sequence[LayerShape],
-    *,
-    tokens: int,
-    batch: int = 1,
-    element_size: int = 2,
-) -> int:
-    """Bytes that a simulated peer of full attention holds after a prefill.
-
-    Args:
-        keys: How keys are stored.
-        values: How values are stored.
-        shapes: The model's attention layers.
-        tokens: Tokens a sequence.
-        batch: Sequences.
-        element_size: Bytes a number of the model's dtype.
-
-    Returns:
-        Exactly `PeerCache.nbytes` of such a cache, which need not exist.
-    """
-    total = 0
-    for shape in shapes:
-        for scheme, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
-            coded = scheme.due(0, tokens)
-            window = batch * shape.kv_heads * (tokens - coded) * dim * element_size
-            total += window + scheme.nbytes(batch, shape.kv_heads, coded, dim, element_size)
-    return total
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

@@ -18,45 +18,8 @@ from tools.quality_tables import (
     needle_targets,
     recipe_table,
 )
-
-COLUMNS = (
-    *("bits a value", "needles found", "perplexity", "mean KL, nats"),
-    *("same top token", "bytes held", "smaller", "tokens/s"),
-)
-
-
-def demo_table(results: dict[str, Any]) -> str:
-    """The README's table and the sentence under it."""
-    lines = [_joined(COLUMNS), _joined(["---:"] * len(COLUMNS)), *map(_line, results["rows"])]
-    windows, tokens = results["perplexity_windows"]
-    machine = results["machine"]
-    lines += [
-        "",
-        f"`sixfold demo` on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, the embedded model in bfloat16. Needles: five-digit "
-        f"numbers hidden in {results['context']} tokens. Perplexity, KL (from the uncompressed "
-        f"model, ± its standard error) and top token: {windows} windows of {tokens} tokens. "
-        f"Bytes: everything a cache of {results['context']} tokens holds, windows and tables "
-        "included; the share of those falls as contexts grow.",
-    ]
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any]) -> str:
-    plain = row["kl_standard_error"] is None and row["kl"] == 0
-    error = row["kl_standard_error"]
-    kl = f"{row['kl']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-    cells = [
-        f"{row['bits']:g}" + (" (uncompressed)" if plain else ""),
-        f"{row['needles_exact']} of {row['needles_asked']}",
-        f"{row['perplexity']:.2f}",
-        "-" if plain else kl,
-        "-" if plain else f"{row['top1_agreement']:.1%}",
-        f"{row['nbytes'] / 1e6:.2f} MB",
-        f"{row['compression_ratio']:.2f}×",
-        f"{row['tokens_per_second']:.0f}",
-    ]
-    return _joined(cells)
+from tools.readme_tables import demo_table, speed_table
+from tools.real_models import real_models_table
 
 
 def _joined(cells: Sequence[str]) -> str:
@@ -307,7 +270,12 @@ VLLM_BLOCKS = tuple(
         ("vllm_memory", vllm_tables.paired),
     )
 )
+REAL_BLOCK = Block(
+    ROOT / "README.md", RESULTS / "real_models.json", "real_models", real_models_table
+)
 OPTIONAL_BLOCKS = (
+    REAL_BLOCK,
+    Block(ROOT / "README.md", RESULTS / "cpu_generate.json", "readme_speed", speed_table),
     *(
         *CPU_BLOCKS,
         *EVALUATION_BLOCKS,

@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 
 from sixfold import TurboQuantCache
 from sixfold.errors import UnsupportedModelError
+from sixfold.integrations.transformers.keyword import cache_argument
 from tools.tiny import VOCAB, fill, tiny_arguments
 
 # Two pages and 56 tokens, and a sequence with as much padding as a page; the eighth token decoded
@@ -113,7 +114,7 @@ def decode(model: PreTrainedModel, cache: Cache, steps: int = STEPS) -> Tensor:
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=True,
         )
         logits.append(out.logits[:, -1])

@@ -11,10 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluate import LONG_CONTEXT
 from benchmarks.recipe.measure import CHUNK, NEEDLE_TOKENS, TOKENS, measure
 from benchmarks.recipe.studies import STUDIES
 from sixfold.eval import machine
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 
 def main() -> None:

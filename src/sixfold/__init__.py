@@ -48,3 +48,8 @@ def __getattr__(name: str) -> object:
             "TurboQuantCache needs transformers: pip install 'sixfold[transformers]'"
         ) from error
     return TurboQuantCache
+
+
+def __dir__() -> list[str]:
+    """What users may type; the cache, too, which is not imported yet."""
+    return sorted(__all__)

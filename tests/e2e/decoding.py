@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.packing import Bits
 from tests.e2e.models import ARCHITECTURES, VOCAB, tiny_model
 
@@ -67,7 +68,7 @@ def forward(model: PreTrainedModel, cache: Cache, data: Batch, start: int, stop:
         data.ids[:, start:stop],
         attention_mask=data.mask[:, :stop],
         position_ids=data.positions[:, start:stop],
-        past_key_values=cache,
+        **cache_argument(cache),
         use_cache=True,
     ).logits
 

@@ -18,6 +18,7 @@ from benchmarks.hard import with_outlier_channels
 from sixfold import TurboQuantCache
 from sixfold.cache import code
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.kernels.cached_attention import cached_attention
 from tests.e2e.decoding import (
     PROMPTS,
@@ -71,8 +72,8 @@ def prose() -> Tensor:
 def log_probabilities(model: PreTrainedModel, cache: Any) -> Tensor:
     """Of the continuation, whose queries attend to the codes of the beginning."""
     ids = prose()
-    model(ids[:, :PREFILL], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return model(ids[:, PREFILL:], past_key_values=cache, use_cache=True).logits.log_softmax(-1)
+    model(ids[:, :PREFILL], **cache_argument(cache), use_cache=True, logits_to_keep=1)
+    return model(ids[:, PREFILL:], **cache_argument(cache), use_cache=True).logits.log_softmax(-1)
 
 
 @functools.cache

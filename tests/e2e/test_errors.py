@@ -36,6 +36,31 @@ MAMBA2 = transformers.Mamba2Config(
 )
 
 
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ENCODERS = (
+    transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    transformers.BertLMHeadModel(transformers.BertConfig(**SMALL)),
+    transformers.ModernBertModel(transformers.ModernBertConfig(**SMALL, pad_token_id=0)),
+    transformers.ViTModel(
+        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ),
+)
+
+
+@pytest.mark.parametrize("model", ENCODERS, ids=lambda model: type(model).__name__)
+def test_encoders_are_refused(model: PreTrainedModel) -> None:
+    """They were accepted, and gave nonsense."""
+    attention = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match="is not a decoder"):
+        TurboQuantCache.for_model(model)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_bert_that_is_a_decoder_is_not() -> None:
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=True))
+    assert len(TurboQuantCache.for_model(model.eval()).compressed_layers) == 1
+
+
 LATENTS = transformers.DeepseekV3Config(num_hidden_layers=2, qk_rope_head_dim=0)
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.cache import CompressedLayer
+from sixfold.integrations.transformers.keyword import CACHE_KEYWORD, cache_argument
 from tests.e2e.decoding import batch, fused_cache, relative_error
 from tests.e2e.models import fresh_model, tiny_model
 
@@ -31,7 +32,7 @@ def generate(
     return model.generate(
         data.ids,
         attention_mask=data.mask,
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=NEW_TOKENS,
         return_dict_in_generate=True,
         output_logits=True,
@@ -154,7 +155,7 @@ def test_assisted(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> No
     out = compressed(name, fused, prompts=(184,), assistant_model=assistant)
     check_logits(name, out, prompts=(184,))
     # Fewer forward passes than tokens, and passes of which only a part was kept.
-    calls = len(removed) / len(out.past_key_values.compressed_layers)
+    calls = len(removed) / len(getattr(out, CACHE_KEYWORD).compressed_layers)
     assert calls < NEW_TOKENS - 2
     assert sum(count > 0 for count in removed) > 1
 

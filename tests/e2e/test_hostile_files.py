@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sixfold import TurboQuantCache
 from sixfold.errors import FormatError
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.storage import KIND
 from sixfold.io import open_container, write_container
 from tests.e2e.decoding import batch, forward
@@ -104,7 +105,7 @@ def survives(case: str, path: Path, fused: bool) -> bool:
         model = tiny_model(name, "eager")
     ids = torch.full((len(batch(CASES[case][1]).ids), 3), 5)
     for step in (ids, ids[:, :1]):
-        logits = model(step, past_key_values=cache).logits
+        logits = model(step, **cache_argument(cache)).logits
         assert logits.isfinite().all()
     return True
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.e2e.decoding import (
     Batch,
     batch,
@@ -89,7 +90,7 @@ def run_with_mask(model: PreTrainedModel, cache: Any, data: Batch, mask: Tensor)
             data.ids[:, start:stop],
             attention_mask=mask[:, :, start:stop, :stop],
             position_ids=data.positions[:, start:stop],
-            past_key_values=cache,
+            **cache_argument(cache),
         )
         logits.append(out.logits)
     return torch.cat(logits[1:], 1)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.integrations.transformers.attention import untraced
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.tiny import tiny_model
+from tests.versions import traces_models
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -28,10 +31,10 @@ def largest_difference(compiled: bool, pinned: bool = False) -> float:
     """Of the logits of steps that complete a page and of steps that do not."""
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=4)
-    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     if pinned:
         growing = TurboQuantCache.for_model(model, bits=4, key_map=growing.key_maps())
-        model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+        model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     static = growing.static(PROMPT + STEPS)
     step = model.forward
     if compiled:
@@ -39,10 +42,10 @@ def largest_difference(compiled: bool, pinned: bool = False) -> float:
     worst = 0.0
     for t in range(PROMPT, PROMPT + STEPS):
         token = ids[:, t : t + 1]
-        expected = model(token, past_key_values=growing, use_cache=True).logits
+        expected = model(token, **cache_argument(growing), use_cache=True).logits
         got = step(
             input_ids=token,
-            past_key_values=static,
+            **cache_argument(static),
             use_cache=True,
             position_ids=torch.full_like(token, t),
         ).logits
@@ -55,6 +58,7 @@ def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
     assert largest_difference(compiled=False, pinned=pinned) < 1e-4
 
 
+@traces_models
 @pytest.mark.parametrize(
     ("backend", "allowed"),
     # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
@@ -81,11 +85,11 @@ def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float, pinned
 def test_generation_continues_in_a_static_cache() -> None:
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=8)
-    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     static = growing.static(PROMPT + STEPS)
     expected, got = (
         model.generate(
-            ids[:, : PROMPT + 1], past_key_values=cache, max_new_tokens=20, do_sample=False
+            ids[:, : PROMPT + 1], **cache_argument(cache), max_new_tokens=20, do_sample=False
         )
         for cache in (growing.fork(), static)
     )
@@ -97,21 +101,21 @@ def test_inference_mode_may_end_before_the_cache_does() -> None:
     model, ids = tiny_model(), prompt()
     cache = TurboQuantCache.for_model(model, bits=4)
     with torch.inference_mode():
-        model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+        model(ids[:, :PROMPT], **cache_argument(cache), use_cache=True)
         static = cache.static(PROMPT + STEPS)
     with torch.no_grad():
         for t in range(PROMPT, PROMPT + STEPS):
             step = {"input_ids": ids[:, t : t + 1], "use_cache": True}
             position = torch.full((2, 1), t)
-            found = model(**step, past_key_values=static, position_ids=position).logits
-            expected = model(**step, past_key_values=cache).logits
+            found = model(**step, **cache_argument(static), position_ids=position).logits
+            expected = model(**step, **cache_argument(cache)).logits
             assert float((found - expected).abs().max() / expected.std()) < 1e-3
 
 
 def test_bytes_are_those_of_the_room() -> None:
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=4)
-    model(ids[:, :PROMPT], past_key_values=growing, use_cache=True)
+    model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     small, large = growing.static(300), growing.static(3000)
     pages = -(-(3000 - 64) // 64) - -(-(300 - 64) // 64)
     # Two layers, sequences and heads; 64 tokens of two rows of 16 bytes, and of two scales.
@@ -126,10 +130,10 @@ def test_what_a_static_cache_cannot_do_says_so(tmp_path: Path) -> None:
     growing = TurboQuantCache.for_model(model, bits=4)
     with pytest.raises(SixfoldError, match="prefill it first"):
         growing.static(100)
-    model(ids[:, :20], past_key_values=growing, use_cache=True)
+    model(ids[:, :20], **cache_argument(growing), use_cache=True)
     with pytest.raises(SixfoldError, match="still too few"):
         growing.static(100)
-    model(ids[:, 20:PROMPT], past_key_values=growing, use_cache=True)
+    model(ids[:, 20:PROMPT], **cache_argument(growing), use_cache=True)
     static = growing.static(400)
     for attempt in (
         lambda: static.crop(-1),
@@ -142,6 +146,15 @@ def test_what_a_static_cache_cannot_do_says_so(tmp_path: Path) -> None:
         with pytest.raises(SixfoldError, match="only decodes"):
             attempt()
     skipping = TurboQuantCache.for_model(model, bits=4, skip_layers=[0])
-    model(ids[:, :PROMPT], past_key_values=skipping, use_cache=True)
+    model(ids[:, :PROMPT], **cache_argument(skipping), use_cache=True)
     with pytest.raises(UnsupportedModelError, match="needs every layer compressed"):
         skipping.static(400)
+
+
+def test_torch_that_takes_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.6: its `disable` knows no `reason`, and the package could not be imported."""
+    disable = torch.compiler.disable
+    monkeypatch.setattr(
+        torch.compiler, "disable", lambda fn=None, recursive=True: disable(fn, recursive)
+    )
+    assert untraced(lambda: 3)() == 3

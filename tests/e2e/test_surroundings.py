@@ -15,8 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, UnsupportedModelError
+from sixfold.integrations.transformers.keyword import CACHE_KEYWORD, cache_argument
 from tests.e2e.decoding import Batch, batch, continue_decoding, decode, forward, relative_error
 from tests.e2e.models import fresh_model
+from tests.versions import traces_models
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -72,7 +74,7 @@ def test_generate_under_autocast(fused: bool) -> None:
         out = model.generate(
             data.ids,
             attention_mask=data.mask,
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=4,
             do_sample=False,
         )
@@ -180,7 +182,7 @@ def largest_difference(fused: bool) -> float:
         out, starts = [], [0, *range(data.prompt, data.ids.shape[1])]
         for start, stop in zip(starts, [*starts[1:], data.ids.shape[1]], strict=True):
             ids = data.ids[:, start:stop]
-            out.append(forward(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+            out.append(forward(input_ids=ids, **cache_argument(cache), use_cache=True).logits)
         return torch.cat(out, 1)
 
     expected = logits(model.forward)
@@ -188,6 +190,7 @@ def largest_difference(fused: bool) -> float:
     return float((compiled - expected).abs().max() / expected.std())
 
 
+@traces_models
 @both_modes
 def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
@@ -214,12 +217,13 @@ def refusal_without_breaks(static: bool) -> str:
     held = cache.static(300) if static else cache
     position = torch.full((2, 1), data.prompt)
     try:
-        step(data.ids[:, -1:], past_key_values=held, position_ids=position, use_cache=True)
+        step(data.ids[:, -1:], **cache_argument(held), position_ids=position, use_cache=True)
     except torch._dynamo.exc.Unsupported as error:
         return str(error)
     return "nothing"
 
 
+@traces_models
 @pytest.mark.parametrize(
     ("static", "advice"), [(True, "SIXFOLD_BACKEND=reference"), (False, "cache.static(max_tokens)")]
 )
@@ -295,7 +299,7 @@ def test_layers_on_several_devices(fused: bool) -> None:
     expected = continue_decoding(model, cache.fork(), data)
     places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    library.dispatch_model(model, places, main_device=0, skip_keys="past_key_values")
+    library.dispatch_model(model, places, main_device=0, skip_keys=CACHE_KEYWORD)
     logits = continue_decoding(model, cache, data)
     assert relative_error(logits.cpu(), expected) < 0.01
     devices = [layer.store.padding.device.type for layer in cache.compressed_layers]

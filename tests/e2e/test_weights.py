@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import FormatError
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.storage import KIND
 from sixfold.integrations.transformers.weights import _first_numbers_digest, weights_digest
 from sixfold.io import open_container, write_container
@@ -145,7 +146,7 @@ def test_a_learned_prompt_belongs_to_the_weights(tmp_path: Path) -> None:
     model = peft_model(prompt_tuning)
     cache = TurboQuantCache.for_model(model)
     model.generate(
-        input_ids=PROMPT.ids[:1], past_key_values=cache, max_new_tokens=2, do_sample=False
+        input_ids=PROMPT.ids[:1], **cache_argument(cache), max_new_tokens=2, do_sample=False
     )
     cache.save(tmp_path / "file")
     again = TurboQuantCache.load(tmp_path / "file", model)

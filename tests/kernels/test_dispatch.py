@@ -1,5 +1,6 @@
 """The choice of a backend, and what is said when it cannot be had."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,32 @@ def test_missing_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
     with pytest.raises(BackendError, match=r"cpu backend of 'rotate' is missing.*reference"):
         implementation("rotate", CPU)
+
+
+def test_an_old_triton_counts_as_missing() -> None:
+    """torch 2.6 brings Triton 3.2, which lacks what the kernels are written with."""
+    code = (
+        "import os, sys, types; fake = types.ModuleType('triton'); fake.__version__ = '3.2.0'; "
+        "sys.modules['triton'] = sys.modules['triton.language'] = fake; "
+        "import sixfold.kernels._dispatch as d; print(d.missing_backends('decode')['triton'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("the kernels need Triton 3.6 or later, found 3.2.0"), done.stderr
+
+
+def test_slow_kernels_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: "no compiler was found")
+    said = _dispatch.slow_kernels(CPU)
+    assert said is not None
+    assert "no compiler was found" in said
+    assert "`sixfold doctor`" in said
+    assert _dispatch.slow_kernels(CPU) is None
+
+
+def test_who_chooses_the_reference_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: "no compiler was found")
+    assert _dispatch.slow_kernels(CPU) is None

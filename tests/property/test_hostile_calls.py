@@ -18,6 +18,7 @@ from sixfold.cache import CachePolicy, CompressedLayer, LayerShape, StaticLayer
 from sixfold.cache.accounting import cache_nbytes, uncompressed_nbytes
 from sixfold.codebooks import centroids
 from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.attention.dense import dense_attention
 from sixfold.kernels.decode import decode
@@ -311,7 +312,7 @@ def test_layers() -> None:
 def filled() -> TurboQuantCache:
     cache = TurboQuantCache.for_model(tiny_model(), 4)
     with torch.no_grad():
-        tiny_model()(prompt(), past_key_values=cache, use_cache=True)
+        tiny_model()(prompt(), **cache_argument(cache), use_cache=True)
     return cache
 
 
@@ -412,7 +413,7 @@ def test_caches_from_others(tmp_path: Path, filled: TurboQuantCache) -> None:
     model = tiny_model()
     source = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompt(), past_key_values=source, use_cache=True)
+        model(prompt(), **cache_argument(source), use_cache=True)
     mask = torch.ones(2, 150, dtype=torch.int64)
     check(
         TurboQuantCache.from_cache,

@@ -1,5 +1,6 @@
 """The command line as a whole: help, errors in one line, exit codes, what it needs."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 import sixfold
 from sixfold.cli.app import app
 from sixfold.cli.common import parse_bits, parse_list, parse_size
+from sixfold.cli.render import Output
 from sixfold.errors import SixfoldError
 
 COMMANDS = (
@@ -36,7 +38,7 @@ def test_version() -> None:
     ("arguments", "message"),
     [
         (["generate", "/nowhere", "--prompt", "x"], "there is no such file or directory"),
-        (["generate", "embedded"], "one of --prompt and --file"),
+        (["generate", "embedded"], "by --prompt, by --file, or by both"),
         (["generate", "embedded", "--prompt", " "], "the prompt is empty"),
         (["demo", "--bits", "9"], "bits must be one of"),
         (["demo", "--bits", "four"], "--bits: expected numbers separated by commas"),
@@ -45,6 +47,7 @@ def test_version() -> None:
         (["eval", "niah", "--plot", "out.doc"], "its name must end in .png"),
         (["plan"], "give either MODEL, or all of"),
         (["plan", *NUMBERS, "--memory", "big"], "expected a size such as 80GB"),
+        (["plan", *NUMBERS, "--memory", "8"], "did you mean 8GB?"),
         (["demo", "--file", "/nowhere"], "No such file or directory: '/nowhere'"),
         (["doctor", "--json", "/nowhere/out.json"], "the folder /nowhere does not exist"),
         (["bench", "--op", "sort", "--tokens", "64"], "expected operations among"),
@@ -65,6 +68,20 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     assert (result.exit_code, "is not UTF-8 text" in result.stderr) == (2, True)
 
 
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sixfold.cli.plan.parse_size", interrupt)
+    result = CliRunner().invoke(app, ["plan", *NUMBERS])
+    assert (result.exit_code, result.stderr) == (130, "sixfold: interrupted\n")
+
+
+def test_errors_of_the_system_show_no_numbers() -> None:
+    result = CliRunner().invoke(app, ["demo", "--file", "/nowhere"])
+    assert result.stderr == "sixfold: No such file or directory: '/nowhere'\n"
+
+
 def test_sizes() -> None:
     assert parse_size("80GB") == 80 * 10**9
     assert parse_size("1.5 GiB") == 3 * 2**29
@@ -73,6 +90,31 @@ def test_sizes() -> None:
     for wrong in ("", "GB", "-1GB", "80 gigs"):
         with pytest.raises(SixfoldError, match="expected a size such as 80GB"):
             parse_size(wrong)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    picture = str(tmp_path / "out.png")
+    result = CliRunner().invoke(app, ["eval", "distortion", "--plot", picture])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "without matplotlib: pip install 'sixfold[cli]'" in result.stderr
+
+
+def test_numbers_are_never_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal narrower than the table wraps lines; rich would have written dots."""
+    monkeypatch.setenv("COLUMNS", "20")
+    Output(None).table("a title", ["cache", "a long column"], [["uncompressed", "1,234,567,890"]])
+    out = capsys.readouterr().out
+    assert "uncompressed" in out
+    assert "1,234,567,890" in out
+    assert "…" not in out
 
 
 def test_lists() -> None:

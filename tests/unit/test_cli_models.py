@@ -1,10 +1,12 @@
 """Commands that run a model, on a tiny random one."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
 from sixfold.cli import demo as demo_command
@@ -47,6 +49,90 @@ def test_generate_streams_what_the_model_says(model_dir: Path, tmp_path: Path) -
     assert plain["compression_ratio"] == 0.5
     assert eight["nbytes"] < plain["nbytes"]
     assert eight["tokens_per_second"] > 0
+
+
+def test_generate_labels_what_it_compares(model_dir: Path) -> None:
+    options = ("--prompt", haystack()[:300], "--max-new-tokens", 3, "--compare")
+    said = run("generate", model_dir, *options).stdout
+    assert said.index("--- 4 bits") < said.index("--- uncompressed") < said.index("tokens held")
+    assert "at 32,768 tokens" in said
+
+
+def test_generate_asks_about_a_document(model_dir: Path, tmp_path: Path) -> None:
+    document, question = haystack()[:300], "Who?"
+    (tmp_path / "text.txt").write_text(document)
+    options = ("--file", tmp_path / "text.txt", "--prompt", question, "--max-new-tokens", 1)
+    run("generate", model_dir, *options, "--json", tmp_path / "out.json")
+    (one,) = read(tmp_path / "out.json")["runs"]
+    tokens = tiny_tokenizer()(f"{document}\n\n{question}")["input_ids"]
+    assert one["prompt_tokens"] == len(tokens)
+    assert one["long_ratio"] > one["compression_ratio"]
+
+
+def test_generate_without_a_chat_template(model_dir: Path) -> None:
+    arguments = ["generate", str(model_dir), "--prompt", "x", "--chat"]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "has no chat template" in result.stderr) == (2, True)
+
+
+def test_generate_applies_the_chat_template(model_dir: Path, tmp_path: Path) -> None:
+    folder, template = (
+        tmp_path / "model",
+        "{% for one in messages %}<{{ one['content'] }}>{% endfor %}",
+    )
+    shutil.copytree(model_dir, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    options = (
+        "--prompt",
+        "Hello",
+        "--chat",
+        "--max-new-tokens",
+        1,
+        "--json",
+        tmp_path / "out.json",
+    )
+    run("generate", folder, *options)
+    (one,) = read(tmp_path / "out.json")["runs"]
+    assert one["prompt_tokens"] == len(tiny_tokenizer()("<Hello>")["input_ids"])
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """The message ended where a list began."""
+    tiny_model().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "hi"])
+    assert result.exit_code == 2
+    assert "cannot read the tokenizer of" in result.stderr
+    assert not result.stderr.rstrip().endswith(":")
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_an_encoder_is_refused(command: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=384, intermediate_size=32, **sizes)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    options = ["--prompt", "hi"] if command == "generate" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert "BertConfig is not a decoder" in result.stderr
+
+
+def test_eval_perplexity_says_what_few_windows_are_worth(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(haystack()[:1500])
+    options = ("--bits", 4, "--window", 256, "--file", tmp_path / "text.txt")
+    said = run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json").stdout
+    windows = read(tmp_path / "out.json")["rows"]["4"]["windows"]
+    assert f"The text holds {windows} of the 8 windows" in said
+    assert "Intervals of fewer than 4 windows say little" in said
+
+
+def test_eval_perplexity_shows_bits_of_long_contexts(model_dir: Path, tmp_path: Path) -> None:
+    options = ("--bits", 4, "--window", 256, "--windows", 1, "--against", "q4_0")
+    said = run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json").stdout
+    rows = read(tmp_path / "out.json")["rows"]
+    assert rows["4"]["bits_long"] < 4.7 < rows["4"]["bits_per_value"]
+    assert rows["q4_0"]["bits_long"] == pytest.approx(4.5)
+    assert f"{rows['4']['bits_long']:.2f} ({rows['4']['bits_per_value']:.2f})" in said
 
 
 def test_generate_gives_json_alone_on_standard_output(model_dir: Path) -> None:
@@ -100,8 +186,10 @@ def test_eval_niah(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", "4", "--lengths", "300,400", "--depths", "0,1", "--documents", 1)
     options += ("--against", "kivi-4")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
-    run("eval", "niah", model_dir, *options, *files)
+    said = run("eval", "niah", model_dir, *options, *files).stdout
     rows = read(tmp_path / "out.json")["rows"]
+    assert rows["4"]["bits_long"] < 4.7 < rows["4"]["bits_per_value"]
+    assert f"{rows['4']['bits_long']:.2f} ({rows['4']['bits_per_value']:.2f})" in said
     assert rows["16"]["asked"] == rows["4"]["asked"] == rows["kivi-4"]["asked"] == 4
     assert rows["16"]["bits_per_value"] == 32 > rows["4"]["bits_per_value"]
     assert [cell["tokens"] for cell in rows["4"]["cells"]] == [300, 300, 400, 400]
@@ -122,6 +210,18 @@ def test_eval_sensitivity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_sensitivity_shows_its_floor(model_dir: Path, tmp_path: Path) -> None:
+    """What rounding of the model's dtype costs looked like a sensitive layer."""
+    options = ("--bits", 2, "--window", 300, "--windows", 1, "--json", tmp_path / "out.json")
+    said = " ".join(run("eval", "sensitivity", model_dir, *options).stdout.split())
+    rows = read(tmp_path / "out.json")["rows"]
+    floor = {(row["layer"], row["side"]): row["kl"]["mean"] for row in rows if row["bits"] == 8}
+    two = [row for row in rows if row["bits"] == 2]
+    above = {(x["layer"], x["side"]): x["kl"]["mean"] - floor[x["layer"], x["side"]] for x in two}
+    layer, side = max(above, key=lambda key: above[key])
+    assert f"at 2 bits: {side} of layer {layer} ({above[layer, side]:.4f})" in said
+
+
 def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", 4, "--length", 300, "--documents", 1, "--tasks", "multikey,variables")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
@@ -131,6 +231,7 @@ def test_eval_retrieval(model_dir: Path, tmp_path: Path) -> None:
     assert list(rows["variables"]) == ["16", "4", "fp8"]
     assert rows["variables"]["fp8"]["asked"] == 1
     assert "0/1 (0%)" in result.stdout
+    assert "of 32,768 tokens" in " ".join(result.stdout.split())
     assert_png(tmp_path / "out.png")
 
 

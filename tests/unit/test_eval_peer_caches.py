@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import stored_nbytes
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import fork, held_bytes, uncompressed
 from sixfold.eval.embedded import haystack
+from sixfold.eval.long_context import stored_nbytes
 from sixfold.eval.peers import ALL, PEERS, peer_caches
 from sixfold.eval.peers.cache import PeerCache, PeerLayer
 from sixfold.eval.peers.kivi import KiviKeys, KiviValues

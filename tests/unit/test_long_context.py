@@ -12,6 +12,7 @@ from sixfold.cache import CachePolicy
 from sixfold.codebooks import expected_mse
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.needles import split_sentences
+from sixfold.integrations.transformers.keyword import CACHE_KEYWORD
 from tools import long_context_tables
 
 WIDTHS = (4, 2.5)
@@ -74,7 +75,7 @@ def test_the_prefill_is_the_models_own() -> None:
     ids = torch.tensor(tokenizer(haystack(), verbose=False)["input_ids"][:300])
     ours = needles.prefill(model, ids)
     with torch.no_grad():
-        exact = model(input_ids=ids[None], use_cache=True).past_key_values
+        exact = getattr(model(input_ids=ids[None], use_cache=True), CACHE_KEYWORD)
     for mine, theirs in zip(ours.layers, exact.layers, strict=True):
         assert torch.allclose(mine.keys, theirs.keys, atol=1e-4)
         assert torch.allclose(mine.values, theirs.values, atol=1e-4)

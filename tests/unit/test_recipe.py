@@ -13,6 +13,7 @@ from benchmarks.with_layers import with_layers
 from sixfold.cache import CachePolicy, CompressedLayer, affine
 from sixfold.eval.caches import compressed
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.layers import Shape
 from tools.quality_tables import recipe_table
 
@@ -113,7 +114,7 @@ def test_a_model_attends_to_what_a_variant_lets_it_see(variant: MakeVariant) -> 
         cache = with_layers(compressed(**options), made)(model)
         with torch.no_grad():
             for chunk in ids.split(CHUNK, 1):
-                logits.append(model(chunk, past_key_values=cache).logits)
+                logits.append(model(chunk, **cache_argument(cache)).logits)
     assert torch.equal(logits[0], logits[2])
     assert not torch.allclose(logits[1], logits[3], rtol=1e-2, atol=1e-2)
     assert (logits[1] - logits[3]).norm() < 0.2 * logits[1].norm()

@@ -23,9 +23,19 @@ class OneLineErrors(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print("sixfold: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from error
         except (SixfoldError, OSError) as error:
-            print(f"sixfold: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"sixfold: {' '.join(_words(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from error
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    return str(error)
 
 
 app = typer.Typer(

@@ -1,5 +1,6 @@
 """Options and inputs that several commands share."""
 
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def _in_a_folder(path: Path | None) -> Path | None:
 def _a_picture(path: Path | None) -> Path | None:
     if path is not None and path.suffix not in PICTURES:
         raise SixfoldError(f"cannot draw {path}: its name must end in {', '.join(PICTURES)}")
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SixfoldError(f"cannot draw {path} without matplotlib: pip install 'sixfold[cli]'")
     return _in_a_folder(path)
 
 
@@ -59,11 +62,15 @@ JsonOption = Annotated[
 PlotOption = Annotated[
     Path | None,
     typer.Option(
-        "--plot", metavar="FILE.png", dir_okay=False, callback=_a_picture, help="Draw a picture."
+        "--plot",
+        metavar="FILE.png",
+        dir_okay=False,
+        callback=_a_picture,
+        help="Draw a picture: .png, .svg or .pdf.",
     ),
 ]
 BitsOption = Annotated[
-    str, typer.Option("--bits", help="Bits a value, separated by commas: 1 to 8, 2.5 or 3.5.")
+    str, typer.Option("--bits", help="Bits per value, separated by commas: 1 to 8, 2.5 or 3.5.")
 ]
 ModelArgument = Annotated[
     str, typer.Argument(help="A local directory, a hub name, or `embedded`.", metavar="MODEL")
@@ -104,7 +111,7 @@ def parse_size(text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise SixfoldError(f"expected a size such as 80GB, 512MiB or 1e9-like digits, got {text!r}")
+        raise SixfoldError(f"expected a size such as 80GB or 512MiB, got {text!r}")
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** (_UNITS[unit.upper()] if unit else 0))
@@ -143,6 +150,7 @@ def load_model(
     else:
         with unreadable("the model", name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").eval()
+        with unreadable("the tokenizer of", name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: torch.nn.Module = model
@@ -162,8 +170,10 @@ def unreadable(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise SixfoldError(f"cannot read {what} {name!r}: {reason[0]}") from error
+        reason, *more = str(error).strip().splitlines() or [type(error).__name__]
+        # A first line that announces others says nothing by itself.
+        reason = " ".join([reason, *more]) if reason.rstrip().endswith(":") else reason
+        raise SixfoldError(f"cannot read {what} {name!r}: {reason}") from error
 
 
 def quiet() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sixfold.cli.common import JsonOption, ModelArgument, TextOption, load_model, read_text
@@ -20,6 +22,9 @@ from sixfold.eval.caches import (
     held_bytes,
     uncompressed,
 )
+from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
+from sixfold.integrations.transformers.keyword import cache_argument
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 
 class TimedStreamer(TextStreamer):
@@ -49,7 +54,7 @@ class TimedStreamer(TextStreamer):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One generation; the ratio is that of 16 bits a value to the bytes held."""
+    """One generation; ratios are those of 16 bits per value to the bytes held."""
 
     cache: str
     text: str
@@ -58,6 +63,7 @@ class Run:
     tokens_in_cache: int
     nbytes: int
     compression_ratio: float
+    long_ratio: float
     tokens_per_second: float | None
 
 
@@ -65,47 +71,73 @@ def generate(
     model_name: ModelArgument,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     file: TextOption = None,
-    bits: Annotated[float, typer.Option(help="Bits a value: 1 to 8, 2.5 or 3.5.")] = 4,
+    bits: Annotated[float, typer.Option(help="Bits per value: 1 to 8, 2.5 or 3.5.")] = 4,
     key_bits: Annotated[float | None, typer.Option(help="Bits of the keys, if other.")] = None,
     value_bits: Annotated[float | None, typer.Option(help="Bits of the values, if other.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also run uncompressed.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Continue a prompt greedily and say how many bytes the cache took."""
+    """Continue a prompt greedily and say how many bytes the cache took.
+
+    With both --file and --prompt the prompt follows the text of the file. A chat model gets both as
+    one message of its user with --chat.
+    """
     output, text = Output(json), _prompt(prompt, file)
     model, tokenizer = load_model(model_name)
+    ids = _ids(tokenizer, text, chat).to(model.device)
     caches: dict[str, MakeCache] = {
         f"{bits:g} bits": compressed(bits, key_bits=key_bits, value_bits=value_bits)
     }
     if compare:
         caches["uncompressed"] = uncompressed
     visible = json != Path("-")
-    runs = [
-        _run(model, tokenizer, text, name, make, max_new_tokens, visible)
-        for name, make in caches.items()
-    ]
+    runs = []
+    for name, make in caches.items():
+        if compare:
+            output.say(f"--- {name}")
+        runs.append(_run(model, tokenizer, ids, name, make, max_new_tokens, visible))
     output.table(
         f"{model_name}, {runs[0].prompt_tokens} prompt tokens",
-        ["cache", "tokens held", "bytes held", "16 bits / held", "tokens/s"],
+        ["cache", "tokens held", "bytes held", "smaller", "at 32k", "tokens/s"],
         [_cells(run) for run in runs],
+    )
+    output.say(
+        f"Smaller: bytes at 16 bits per value over bytes held, now and at {LONG_CONTEXT:,} tokens. "
+        f"{WHY_TWO_NUMBERS}"
     )
     output.json({"model": model_name, "machine": machine.describe(), "runs": [*map(asdict, runs)]})
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise SixfoldError("give the text to continue by one of --prompt and --file")
-    text = read_text(file) if prompt is None else prompt
+    if prompt is None and file is None:
+        raise SixfoldError("give the text to continue by --prompt, by --file, or by both")
+    parts = [*([] if file is None else [read_text(file)]), *([] if prompt is None else [prompt])]
+    text = "\n\n".join(parts)
     if not text.strip():
         raise SixfoldError("the prompt is empty; give some text to continue")
     return text
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Int[Tensor, "1 tokens"]:
+    if not chat:
+        plain: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+        return plain
+    if tokenizer.chat_template is None:
+        raise SixfoldError("this model has no chat template: leave out --chat")
+    message = [{"role": "user", "content": text}]
+    found: Any = tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    chatted: Tensor = found["input_ids"]
+    return chatted
+
+
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    ids: Int[Tensor, "1 tokens"],
     name: str,
     make_cache: MakeCache,
     max_new_tokens: int,
@@ -113,13 +145,12 @@ def _run(
 ) -> Run:
     cache = make_cache(model)
     streamer = TimedStreamer(tokenizer, visible)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    size = inputs["input_ids"].shape[1]
+    size = ids.shape[1]
     with torch.no_grad():
         out = model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
@@ -133,6 +164,7 @@ def _run(
         tokens_in_cache=int(cache.get_seq_length()),
         nbytes=held_bytes(cache),
         compression_ratio=half_precision_bytes(cache) / held_bytes(cache),
+        long_ratio=16 / bits_per_value(model.config, cache),
         tokens_per_second=streamer.tokens_per_second,
     )
 
@@ -144,5 +176,6 @@ def _cells(run: Run) -> list[str]:
         str(run.tokens_in_cache),
         human_bytes(run.nbytes),
         f"{run.compression_ratio:.2f}x",
+        f"{run.long_ratio:.2f}x",
         speed,
     ]

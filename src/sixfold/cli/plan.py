@@ -19,6 +19,7 @@ from sixfold.packing import PAGE_TOKENS, Bits
 
 UNCOMPRESSED = 16
 LIMIT = 2**40
+FORGOTTEN = 10_000  # bytes
 MOST = 2**20  # layers, heads or coordinates
 
 
@@ -60,7 +61,7 @@ def plan(
     head_dim: Annotated[int | None, typer.Option(min=1, max=MOST, help="Coordinates.")] = None,
     memory: Annotated[str, typer.Option(help="Of the device: 80GB is 80·10⁹ bytes.")] = "80GB",
     weights: Annotated[str, typer.Option(help="Taken by weights and activations.")] = "0GB",
-    bits: Annotated[str, typer.Option(help="Bits a value, separated by commas.")] = "4,3,2.5,2",
+    bits: Annotated[str, typer.Option(help="Bits per value, separated by commas.")] = "4,3,2.5,2",
     contexts: Annotated[
         str, typer.Option(help="Tokens a user, separated by commas.")
     ] = "4096,8192,16384,32768,65536,131072",
@@ -72,7 +73,7 @@ def plan(
 ) -> None:
     """How many users x context fit in memory: the cache's own byte accounting."""
     output, shape = Output(json), _shape(model, layers, kv_heads, head_dim)
-    free = parse_size(memory) - parse_size(weights)
+    free = _memory(memory) - parse_size(weights)
     if free <= 0:
         raise SixfoldError(f"weights of {weights} leave nothing of a memory of {memory}")
     if vllm:
@@ -98,6 +99,14 @@ def plan(
         "of context is not applied."
     )
     output.json({"free_bytes": free, "rows": [asdict(one) for one in found]})
+
+
+def _memory(text: str) -> int:
+    """Bytes of a device; a small number without a unit is a unit forgotten."""
+    size = parse_size(text)
+    if size < FORGOTTEN and text.strip().isdigit():
+        raise SixfoldError(f"--memory {text}: {size} bytes hold no cache; did you mean {text}GB?")
+    return size
 
 
 def _plan_blocks(

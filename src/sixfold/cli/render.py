@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sixfold.eval.progress import Progress as ReportProgress
 
 STANDARD_OUTPUT = Path("-")
+UNLIMITED = 10_000
 
 
 class Output:
@@ -40,7 +42,20 @@ class Output:
             table.add_column(column, justify=align if index else "left")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        if align == "right":
+            self._whole(table)
+        else:
+            self.console.print(table)
+
+    def _whole(self, table: Table) -> None:
+        """Print a table of numbers wider than a narrow terminal rather than cut numbers off."""
+        if table.title is not None:
+            self.console.print(table.title, style="italic", markup=False)
+            table.title = None
+        unlimited = self.console.options.update(width=UNLIMITED)
+        needed = Measurement.get(self.console, unlimited, table).maximum
+        width = max(needed, self.console.width)
+        Console(stderr=self.console.stderr, highlight=False, width=width).print(table)
 
     def say(self, text: str) -> None:
         """Print a line of prose."""

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from sixfold.eval.caches import MakeCache, held_bytes
 from sixfold.eval.progress import Progress, no_progress
 from sixfold.eval.timing import Case, Contender, Quartiles, measure
+from sixfold.integrations.transformers.keyword import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +66,4 @@ def decode_costs(
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache) -> None:
     ids = ids[None].to(model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)

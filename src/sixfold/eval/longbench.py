@@ -29,6 +29,7 @@ from sixfold.eval.longbench_metrics import (
 )
 from sixfold.eval.niah import greedy
 from sixfold.eval.progress import Progress, no_progress
+from sixfold.integrations.transformers.keyword import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ def _answer(
     new_tokens: int,
 ) -> str:
     cache, ids = make_cache(model), ids.to(model.device)
-    model.base_model(input_ids=ids[None, :-1], past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids[None, :-1], **cache_argument(cache), use_cache=True)
     said = greedy(model, ids[-1:], cache, new_tokens).tolist()
     if (end := tokenizer.eos_token_id) in said:
         said = said[: said.index(end)]

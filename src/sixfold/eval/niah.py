@@ -28,6 +28,7 @@ from sixfold.eval.needles import (
     split_sentences,
 )
 from sixfold.eval.progress import Progress, no_progress
+from sixfold.integrations.transformers.keyword import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ def _ask_all(
     forced: bool,
 ) -> list[bool]:
     context = questions.context[None].to(model.device)
-    model.base_model(input_ids=context, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=context, **cache_argument(cache), use_cache=True)
     answers = []
     for needle, tail in zip(questions.needles, questions.tails, strict=True):
         answer = torch.tensor(tokenizer(needle.answer, add_special_tokens=False)["input_ids"])
@@ -241,7 +242,7 @@ def _would_choose(
 ) -> Int[Tensor, " last"]:
     """The most likely token after each of the last `last` tokens of `ids`, itself not followed."""
     ids = ids[None].to(model.device)
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
+    out = model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=last)
     chosen: Tensor = out.logits[0].argmax(-1)
     return chosen
 
@@ -253,7 +254,7 @@ def greedy(
     """Continue a cache by `ids` and then by the most likely token, `steps` times."""
     chosen: list[Tensor] = []
     for _ in range(steps):
-        out = model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids[None], **cache_argument(cache), use_cache=True)
         ids = out.logits[0, -1:].argmax(-1)
         chosen.append(ids)
     return torch.cat(chosen)

@@ -24,6 +24,7 @@ from sixfold.eval.caches import (
 )
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.progress import Progress, no_progress
+from sixfold.integrations.transformers.keyword import cache_argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +212,13 @@ def fill(
     No logits over the vocabulary are computed.
     """
     for part in ids[None].to(model.device).split(chunk or len(ids), 1):
-        model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=part, **cache_argument(cache), use_cache=True)
 
 
 @torch.no_grad()
 def _log_probabilities(
     model: PreTrainedModel, ids: Int[Tensor, " tokens"], cache: Cache
 ) -> Float[Tensor, "tokens vocabulary"]:
-    out = model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+    out = model(input_ids=ids[None].to(model.device), **cache_argument(cache), use_cache=True)
     logits: Tensor = out.logits[0].float()
     return logits.log_softmax(-1)

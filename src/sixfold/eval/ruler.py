@@ -21,6 +21,7 @@ from sixfold.eval.caches import MakeCache, half_precision_bytes, held_bytes
 from sixfold.eval.needles import NAMES, Needle, make_needles, split_sentences
 from sixfold.eval.niah import excerpt, greedy, token_count
 from sixfold.eval.progress import Progress, no_progress
+from sixfold.integrations.transformers.keyword import cache_argument
 
 KEYS, VALUES, HOPS = 4, 4, 4
 """Facts of a multi-key, values of a multi-value and assignments of a variable-tracking document."""
@@ -192,7 +193,7 @@ def _continue(
 ) -> tuple[str, float]:
     cache = make_cache(model)
     model.base_model(
-        input_ids=context[None].to(model.device), past_key_values=cache, use_cache=True
+        input_ids=context[None].to(model.device), **cache_argument(cache), use_cache=True
     )
     bits = 16 * held_bytes(cache) / half_precision_bytes(cache)
     # Twice the answers, for words between them.

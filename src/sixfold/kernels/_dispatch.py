@@ -33,6 +33,8 @@ _FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 
 # A plain dictionary, which torch.compile can trace where it cannot import.
 _loaded: dict[tuple[str, str], ModuleType | str] = {}
+# Devices of which `slow_kernels` has been asked.
+_said: set[str] = set()
 
 
 def _load(operation: str, backend: str) -> ModuleType | str:
@@ -88,6 +90,21 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
     fallback = _load(operation, "reference") if isinstance(module, str) else module
     assert isinstance(fallback, ModuleType), fallback
     return fallback
+
+
+def slow_kernels(device: torch.device) -> str | None:
+    """Why attention on codes is slow on `device`: said once a process, None where it is not."""
+    backend = _FASTEST.get(device.type)
+    if backend is None or device.type in _said or os.environ.get(ENVIRONMENT_VARIABLE):
+        return None
+    _said.add(device.type)
+    reason = _load("cached_attention", backend)
+    if not isinstance(reason, str):
+        return None
+    return (
+        f"Sixfold runs in plain PyTorch here, slower than an uncompressed cache: {reason}. "
+        "`sixfold doctor` says more."
+    )
 
 
 def _overridden(operation: str, backend: str, device: torch.device) -> ModuleType:

@@ -25,7 +25,9 @@ from sixfold.cli.evaluation.contenders import (
 )
 from sixfold.cli.render import Output, progress_bar
 from sixfold.eval import embedded, machine, plot
+from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
 from sixfold.eval.niah import Retrieval, retrieve
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 
 def niah(
@@ -61,20 +63,25 @@ def niah(
             progress=progress,
         )
     found = dict(sorted(found.items(), key=lambda row: -row[1].bits_per_value))
+    bits_long = {name: bits_per_value(model.config, caches[name](model)) for name in found}
     output.table(
         f"{model_name}: needles found exactly",
-        ["cache", "bits", *(f"{size} tokens" for size in sizes), "all"],
-        [_cells(name, one, sizes) for name, one in found.items()],
+        ["cache", "bits (here)", *(f"{size} tokens" for size in sizes), "all"],
+        [_cells(name, one, sizes, bits_long[name]) for name, one in found.items()],
     )
-    rows = {name: one.to_dict() for name, one in found.items()}
+    output.say(
+        "Needles: numbers hidden in a text, found if every digit is right. Bits: per value of "
+        f"{LONG_CONTEXT:,} tokens (of the longest documents here). {WHY_TWO_NUMBERS}"
+    )
+    rows = {name: {"bits_long": bits_long[name], **one.to_dict()} for name, one in found.items()}
     output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
     if plot_file is not None:
         _draw(found, sizes, places, plot_file)
 
 
-def _cells(name: str, one: Retrieval, sizes: Sequence[int]) -> list[str]:
+def _cells(name: str, one: Retrieval, sizes: Sequence[int], bits_long: float) -> list[str]:
     parts = [Retrieval(tuple(cell for cell in one.cells if cell.tokens == size)) for size in sizes]
-    bits = f"{one.bits_per_value:.2f}"
+    bits = f"{bits_long:.2f} ({one.bits_per_value:.2f})"
     return [label(name), bits, *(f"{part.exact}/{part.asked}" for part in (*parts, one))]
 
 

@@ -1,6 +1,6 @@
 """`sixfold eval perplexity`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,9 @@ from sixfold.cli.evaluation.contenders import UNCOMPRESSED, AgainstOption, conte
 from sixfold.cli.render import Output, progress_bar
 from sixfold.eval import embedded, machine, plot
 from sixfold.eval.estimate import Estimate
+from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 
 class Dtype(StrEnum):
@@ -39,7 +41,8 @@ class Dtype(StrEnum):
         return found
 
 
-_COLUMNS = ("cache", "bits", "ppl", "change", "mean KL", "99% KL", "top-1")
+_COLUMNS = ("cache", "bits (here)", "ppl", "change", "mean KL", "99% KL", "top-1")
+FEW_WINDOWS = 4
 
 
 def perplexity(
@@ -64,8 +67,8 @@ def perplexity(
 ) -> None:
     """Perplexity and KL to the uncompressed model, with the history read from codes.
 
-    Rows are sorted by the bits held a value, windows and scales included; ± is half a 95% interval
-    of the mean over windows, and changes are paired window by window.
+    Rows are sorted by the bits held per value of 32,768 tokens, windows and scales included; ± is
+    half a 95% interval of the mean over windows, and changes are paired window by window.
     """
     output, text = Output(json), read_text(file)
     caches = contenders(parse_bits(bits), against, fused=not dequantize)
@@ -75,24 +78,44 @@ def perplexity(
         found = compare_caches(
             model, ids, caches, prefill=prefill or window // 2, chunk=chunk, progress=progress
         )
-    first = next(iter(found.values()))
-    ranked = sorted(found.items(), key=lambda row: -row[1].nbytes)
-    exact = [label(UNCOMPRESSED), "16.00", f"{first.uncompressed_perplexity:.3f}", *["-"] * 4]
+    bits_long = {name: bits_per_value(model.config, make(model)) for name, make in caches.items()}
+    ranked = sorted(found.items(), key=lambda row: -bits_long[row[0]])
+    first = ranked[0][1]
+    exact = [label(UNCOMPRESSED), "16.00", f"{first.uncompressed_perplexity:.3f}"]
     output.table(
         f"{model_name}: {first.scored_tokens} tokens in {first.windows} windows of {window}",
         _COLUMNS,
-        [exact, *(_cells(name, one) for name, one in ranked)],
+        [[*exact, *["-"] * 4], *(_cells(name, one, bits_long[name]) for name, one in ranked)],
     )
-    rows = {name: one.to_dict() for name, one in ranked}
-    output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
+    output.say(f"Bits: per value of {LONG_CONTEXT:,} tokens (of this run). {WHY_TWO_NUMBERS}")
+    for note in _doubts(len(ids), windows):
+        output.say(note)
+    asked = {
+        "window": window,
+        "prefill": prefill or window // 2,
+        "chunk": chunk,
+        "text": file.name if file else "built in",
+        "long_context": LONG_CONTEXT,
+    }
+    rows = {name: {"bits_long": bits_long[name], **one.to_dict()} for name, one in ranked}
+    described = {"model": model_name, "dtype": str(model.dtype).removeprefix("torch.")}
+    output.json({**described, "machine": machine.describe(), "asked": asked, "rows": rows})
     if plot_file is not None:
-        _draw(found, plot_file)
+        _draw(model_name, found, bits_long, plot_file)
 
 
-def _cells(name: str, one: CacheComparison) -> list[str]:
+def _doubts(found: int, asked: int) -> Iterator[str]:
+    """What a reader of few windows should know."""
+    if found < asked:
+        yield f"The text holds {found} of the {asked} windows asked for: give a longer --file."
+    if found < FEW_WINDOWS:
+        yield f"Intervals of fewer than {FEW_WINDOWS} windows say little."
+
+
+def _cells(name: str, one: CacheComparison, bits_long: float) -> list[str]:
     return [
         label(name),
-        f"{one.bits_per_value:.2f}",
+        f"{bits_long:.2f} ({one.bits_per_value:.2f})",
         f"{one.perplexity:.3f}",
         _plus_minus(one.perplexity_change, "+.2%"),
         _plus_minus(one.kl, ".4f"),
@@ -107,10 +130,18 @@ def _plus_minus(estimate: Estimate, form: str) -> str:
     return f"{estimate.mean:{form}}" + (f"±{half:{form.lstrip('+')}}" if half is not None else "")
 
 
-def _draw(found: Mapping[str, CacheComparison], path: Path) -> None:
+def _draw(
+    model_name: str,
+    found: Mapping[str, CacheComparison],
+    bits_long: Mapping[str, float],
+    path: Path,
+) -> None:
     figure, axes = plot.new_figure(1, width=7, height=5)
-    points = {label(name): (one.bits_per_value, one.kl.mean) for name, one in found.items()}
+    points = {label(name): (bits_long[name], one.kl.mean) for name, one in found.items()}
     ours = {label(name) for name in found if label(name) != name}
-    plot.scatter(axes[0], "KL to uncompressed, nats", points, ours)
-    axes[0].set(xlabel="bits a value, everything held", yscale="log")
+    title = f"{Path(model_name).name}: KL to uncompressed, nats (lower left is better)"
+    plot.scatter(axes[0], title, points, ours)
+    axes[0].set(xlabel=f"bits per value at {LONG_CONTEXT:,} tokens, everything held")
+    if any(kl > 0 for _, kl in points.values()):
+        axes[0].set_yscale("log")
     plot.save(figure, path)

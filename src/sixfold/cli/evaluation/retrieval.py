@@ -23,7 +23,9 @@ from sixfold.cli.evaluation.contenders import (
 )
 from sixfold.cli.render import Output, progress_bar
 from sixfold.eval import embedded, machine, plot
+from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
 from sixfold.eval.ruler import TASKS, Score, measure_retrieval
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 
 def retrieval(
@@ -63,14 +65,20 @@ def retrieval(
         )
     held = {name: one.bits_per_value for name, one in next(iter(found.values())).items()}
     names = sorted(caches, key=lambda name: -held[name])
+    bits_long = {name: bits_per_value(model.config, caches[name](model)) for name in names}
     output.table(
         f"{model_name}: documents of {length} tokens answered exactly (share of answers found)",
-        ["cache", "bits", *chosen],
+        ["cache", "bits (here)", *chosen],
         [
-            [label(name), f"{held[name]:.2f}", *(_cell(found[task][name]) for task in chosen)]
+            [
+                label(name),
+                f"{bits_long[name]:.2f} ({held[name]:.2f})",
+                *(_cell(found[task][name]) for task in chosen),
+            ]
             for name in names
         ],
     )
+    output.say(f"Bits: per value of {LONG_CONTEXT:,} tokens (here). {WHY_TWO_NUMBERS}")
     rows = {task: {name: found[task][name].to_dict() for name in names} for task in chosen}
     output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
     if plot_file is not None:

@@ -21,6 +21,9 @@ from sixfold.eval import embedded, machine, plot
 from sixfold.eval.perplexity import windows_of
 from sixfold.eval.sensitivity import FINEST, SIDES, Sensitivity, measure_sensitivity
 
+WORST = 3
+"""Sides of layers that are named."""
+
 
 def sensitivity(
     model_name: ModelArgument = embedded.NAME,
@@ -37,6 +40,7 @@ def sensitivity(
     The other side of that layer has 8 bits, the most there is; no tokens stay in full precision.
     """
     output, widths, text = Output(json), parse_bits(bits), read_text(file)
+    widths += [] if FINEST in widths else [FINEST]
     model, tokenizer = load_model(model_name)
     ids = windows_of(tokenizer, text, window, windows)
     with progress_bar("compressing layers") as progress:
@@ -52,10 +56,28 @@ def sensitivity(
             for layer in layers
         ],
     )
+    output.say(_reading(found, min(widths)))
     rows = [one.to_dict() for one in found]
     output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
     if plot_file is not None:
         _draw(found, widths, plot_file)
+
+
+def _reading(found: Sequence[Sensitivity], width: float) -> str:
+    """What the table says: which layers to protect, and which numbers are noise."""
+    floor = {(one.layer, one.side): one.kl.mean for one in found if one.bits == FINEST}
+    costs = [
+        (one.kl.mean - floor[one.layer, one.side], f"{one.side} of layer {one.layer}")
+        for one in found
+        if one.bits == width
+    ]
+    worst = sorted(costs, reverse=True)[:WORST]
+    named = ", ".join(f"{name} ({cost:.4f})" for cost, name in worst)
+    return (
+        f"{FINEST} bits are as good as exact, so the columns of {FINEST} bits are the floor: the "
+        "rounding of the model's own arithmetic. Numbers near it say nothing about a layer. Most "
+        f"above the floor at {width:g} bits: {named}; give these more by per_layer or skip_layers."
+    )
 
 
 def _draw(found: Sequence[Sensitivity], widths: Sequence[float], path: Path) -> None:

@@ -69,6 +69,12 @@ class PeerLayer(DynamicLayer):
         return seen
 
     @property
+    def schemes(self) -> tuple[Scheme, Scheme]:
+        """How keys and values are stored."""
+        keys, values = self._sides
+        return keys.scheme, values.scheme
+
+    @property
     def nbytes(self) -> int:
         """Bytes the original holds of the same tokens."""
         if self.keys is None or self.values is None:

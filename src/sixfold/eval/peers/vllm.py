@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -116,11 +117,17 @@ def gaussian_levels(dim: int, bits: int) -> Float32[Tensor, " levels"]:
         edges = np.concatenate([[-3 * reach], (levels[1:] + levels[:-1]) / 2, [3 * reach]])
         x = np.linspace(edges[:-1], edges[1:], _INTERVALS + 1)
         density = np.exp(-0.5 * (x / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-        mass = np.trapezoid(density, x, axis=0)
-        mean = np.trapezoid(x * density, x, axis=0) / np.maximum(mass, 1e-300)
+        mass = _integral(density, x)
+        mean = _integral(x * density, x) / np.maximum(mass, 1e-300)
         found = np.where(mass > 1e-15, mean, levels)
         converged = np.abs(found - levels).max() < 1e-10
         if converged:
             break
         levels = found
     return torch.tensor(levels, dtype=torch.float32)
+
+
+def _integral(y: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    # NumPy has called its own `trapezoid` since version 2 alone.
+    found: npt.NDArray[np.float64] = ((y[1:] + y[:-1]) / 2 * np.diff(x, axis=0)).sum(0)
+    return found

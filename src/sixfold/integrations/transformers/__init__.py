@@ -3,5 +3,6 @@
 from sixfold.integrations.transformers.attention import register
 from sixfold.integrations.transformers.cache import TurboQuantCache
 from sixfold.integrations.transformers.config import layer_shapes
+from sixfold.integrations.transformers.keyword import cache_argument
 
-__all__ = ["TurboQuantCache", "layer_shapes", "register"]
+__all__ = ["TurboQuantCache", "cache_argument", "layer_shapes", "register"]

@@ -27,6 +27,15 @@ GROWS = (
 )
 
 
+def untraced(function: Any) -> Any:
+    """`function`, which torch.compile leaves to Python; `GROWS` says why where it may not."""
+    try:
+        return torch.compiler.disable(function, reason=GROWS)
+    except TypeError:
+        # torch 2.6 takes no reason.
+        return torch.compiler.disable(function)
+
+
 class CodesHandle:
     """Stands for keys and values of a layer between `Cache.update` and the attention function.
 
@@ -184,7 +193,7 @@ def _attend(handle: CodesHandle | StaticHandle, query: Tensor, options: dict[str
     return handle.attend(query, **options)
 
 
-@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
+@untraced
 def _attend_untraced(handle: CodesHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
     # A growing layer is Python's business: it decides what to compress by numbers on the host.
     return handle.attend(query, **options)

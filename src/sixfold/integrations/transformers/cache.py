@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
-from sixfold.integrations.transformers.attention import GROWS, NAME, NO_WEIGHTS, register
+from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
 from sixfold.integrations.transformers.config import (
     CROSS_ATTENTION,
+    check_decoder,
     coded_dims,
     fusable_layers,
     layer_types,
@@ -44,6 +45,7 @@ from sixfold.integrations.transformers.layers import (
     uncompressed_bytes,
 )
 from sixfold.integrations.transformers.maps import check_maps, maps_in_use, pin
+from sixfold.integrations.transformers.options import CacheOptions
 from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
@@ -51,7 +53,9 @@ from sixfold.integrations.transformers.storage import (
     load_layers,
     save_cache,
 )
+from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
+from sixfold.kernels._dispatch import slow_kernels
 from sixfold.packing import Bits, check_bits
 
 
@@ -134,7 +138,9 @@ class TurboQuantCache(Cache):
         pin(self.layers, key_map)
 
     @classmethod
-    def for_model(cls, model: torch.nn.Module, bits: Bits = 4, **options: Any) -> Self:
+    def for_model(
+        cls, model: torch.nn.Module, bits: Bits = 4, **options: Unpack[CacheOptions]
+    ) -> Self:
         """A cache whose attention runs on the codes.
 
         Switches `model` to ``attn_implementation="sixfold"``, which computes exact attention for
@@ -152,6 +158,7 @@ class TurboQuantCache(Cache):
             UnsupportedModelError: The model has no key-value cache that can be compressed.
         """
         prompt, model = learned_prompt(model), unwrapped(model)
+        check_decoder(model)
         cache = cls(model.config, bits, **options)
         check_maps(cache.layers, model)
         fusable = fusable_layers(model, len(cache))
@@ -175,7 +182,7 @@ class TurboQuantCache(Cache):
         bits: Bits = 4,
         *,
         attention_mask: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CacheOptions],
     ) -> Self:
         """Compress what a `DynamicCache` holds, whatever attention has filled it.
 
@@ -331,6 +338,8 @@ class TurboQuantCache(Cache):
             )
         if getattr(model.config, "output_attentions", False) and dense < held:
             warnings.warn(NO_WEIGHTS, stacklevel=3)
+        if (slow := slow_kernels(model.device)) is not None:
+            warnings.warn(slow, RuntimeWarning, stacklevel=3)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -353,6 +362,10 @@ class TurboQuantCache(Cache):
         if isinstance(held, TurboQuantLayer):
             return held.dense()
         return getattr(held, "keys", None), getattr(held, "values", None)
+
+    def __repr__(self) -> str:
+        """Widths, layers, tokens and bytes, and how much smaller that is."""
+        return summary(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens that a layer has seen, of a static one on its device; 0 of none."""
@@ -609,6 +622,6 @@ class TurboQuantCache(Cache):
         return {**self.__dict__, "_model": None, "_prompt": None}
 
 
-@torch.compiler.disable(reason=GROWS)  # type: ignore[untyped-decorator]
+@untraced
 def _untraced(function: Any, *args: Any) -> Any:
     return function(*args)

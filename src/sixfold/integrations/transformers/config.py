@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sixfold.cache import CachePolicy, LayerShape
 from sixfold.errors import UnsupportedModelError
@@ -13,6 +14,11 @@ from sixfold.integrations.transformers.source import untouched_layers
 COMPRESSED_TYPES = (
     *("full_attention", "sliding_attention", "chunked_attention"),
     *("hybrid", "hybrid_sliding", "indexed_attention"),
+)
+_NO_DECODER = (
+    "is not a decoder: it reads all tokens at once, and no cache of it grows that could be "
+    "compressed. Expected a model that generates text, such as Llama or Qwen; a BERT that was "
+    "trained as a decoder has is_decoder=True in its config."
 )
 # Keys and values of something else than the text, which do not grow with it.
 CROSS_ATTENTION = "cross_attention"
@@ -34,7 +40,23 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
             f"{type(config).__name__} describes an encoder-decoder model; only decoder-only models "
             "have the growing key-value cache that Sixfold compresses."
         )
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    # Models that fill in masked words; some of them can be made decoders by this field.
+    if text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        if not getattr(text, "is_decoder", False):
+            raise UnsupportedModelError(f"{type(text).__name__} {_NO_DECODER}")
+    return text
+
+
+def check_decoder(model: PreTrainedModel) -> None:
+    """Refuse a model none of whose attention is causal and which cannot generate.
+
+    Raises:
+        UnsupportedModelError: It is an encoder: it reads all tokens at once and caches none.
+    """
+    causal = {getattr(module, "is_causal", None) for module in model.modules()}
+    if not model.can_generate() and False in causal and True not in causal:
+        raise UnsupportedModelError(f"{type(model).__name__} {_NO_DECODER}")
 
 
 def config_value(config: PreTrainedConfig, name: str) -> Any:

@@ -1,0 +1,67 @@
+"""The programs in examples/ run, on the model inside the package, and print what they say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROGRAMS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "shared")
+MOST_LINES = 60
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+
+def run(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
+) -> str:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [path.name, *options])
+    runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_a_chat_goes_on_from_the_saved_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, saved = EXAMPLES / "chat_with_a_document.py", tmp_path / "saved.sixfold"
+    options = ("--saved", str(saved), "--question", "Who?", "--question", "Where?")
+    first = run(path, monkeypatch, capsys, *options)
+    assert saved.is_file()
+    before = saved.read_bytes()
+    assert run(path, monkeypatch, capsys, *options) == first
+    assert saved.read_bytes() == before
+    assert first.startswith("TurboQuantCache(4 bits")
+
+
+def test_forks_answer_from_one_prefix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(EXAMPLES / "one_prefix_many_questions.py", monkeypatch, capsys)
+    assert said.count("tokens in this fork: ") == 3
+
+
+def test_a_filled_cache_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = EXAMPLES / "compress_a_filled_cache.py"
+    _, exact, found = run(path, monkeypatch, capsys, "--bits", "8").splitlines()
+    words = [[cell.split()[0] for cell in line.split("[")[1].split(",")] for line in (exact, found)]
+    assert words[0] == words[1]
+
+
+def test_search_finds_a_sentence_by_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The cat slept. A storm rose over the sea. Bread was dear that year.")
+    said = run(
+        EXAMPLES / "search_a_text.py", monkeypatch, capsys, "a storm at sea", "--file", str(text)
+    )
+    assert said.splitlines()[1].endswith("A storm rose over the sea.")
