@@ -48,7 +48,7 @@ def test_one_harness_times_things() -> None:
     # Where the harness cannot go: Triton's events on a GPU, another project's interpreter, and
     # servers that vLLM's own client times.
     assert {path.name for path in files if clock.search(path.read_text(encoding="utf-8"))} == {
-        *("timing.py", "gpu_cases.py", "vllm_server.py", "vllm_serving.py"),
+        *("timing.py", "gpu_cases.py", "vllm_server.py", "vllm_serving.py", "vllm_paired.py"),
     }
 
 
