@@ -284,8 +284,9 @@ class TestSelection:
             ({"dtype": torch.float32}, "has no float32"),
             ({"has_sink": True, "flash": 2}, "attention sinks not supported"),
             ({"has_sink": True, "capability": (8, 9)}, "need compute capability 9.0"),
-            ({"block_size": 16}, "block_size not supported"),
-            ({"use_kv_connector": True}, "KV connector not supported"),
+            ({"block_size": 16}, "--block-size must be a multiple of 64"),
+            ({"use_kv_connector": True}, "leave --kv-transfer-config and --kv-offloading-size"),
+            ({"kv_cache_dtype": "fp8"}, "leave --kv-cache-dtype out"),
             ({"use_mla": True}, "MLA not supported"),
         ],
         ids=str,
@@ -298,6 +299,30 @@ class TestSelection:
         monkeypatch.setattr(Cuda, "_enum", PlatformEnum.ROCM)
         with pytest.raises(SixfoldError, match="CPU and CUDA platforms"):
             select(backend="SIXFOLD_4BIT")
+
+
+@pytest.mark.parametrize("attention_free", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("SIXFOLD_3BIT", "auto"), (None, "sixfold_4bit"), (None, "auto")]
+)
+def test_models_without_attention_are_refused(
+    attention_free: bool, backend: str | None, dtype: str
+) -> None:
+    platform = type("Platform", (), {"check_and_update_config": classmethod(lambda *_: None)})
+    for _ in range(2):
+        selection._refuse_without_attention(platform)
+    chosen = AttentionBackendEnum[backend] if backend else None
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=chosen),
+        cache_config=SimpleNamespace(cache_dtype=dtype),
+        model_config=SimpleNamespace(is_attention_free=attention_free),
+    )
+    check: Any = platform.check_and_update_config  # type: ignore[attr-defined]
+    if attention_free and (backend or dtype != "auto"):
+        with pytest.raises(SixfoldError, match="nothing to compress"):
+            check(config)
+    else:
+        check(config)
 
 
 class TestMemory:

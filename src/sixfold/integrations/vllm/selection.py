@@ -13,6 +13,12 @@ from sixfold.integrations.vllm.names import WIDTHS
 logger = init_logger("vllm.sixfold")
 BACKENDS = "sixfold.integrations.vllm.backend"
 
+ADVICE = {
+    "block_size not supported": "--block-size must be a multiple of 64",
+    "kv_cache_dtype not supported": "leave --kv-cache-dtype out",
+    "KV connector not supported": "leave --kv-transfer-config and --kv-offloading-size out",
+}
+
 
 def install() -> None:
     """See `sixfold.integrations.vllm.register`."""
@@ -23,6 +29,7 @@ def install() -> None:
     dtypes.install(type(current_platform))
     if current_platform.is_cpu() or current_platform.is_cuda():
         _honour_selection(type(current_platform))
+        _refuse_without_attention(type(current_platform))
 
 
 def restore(name: str) -> AttentionBackendEnum:
@@ -67,7 +74,7 @@ def _honour_selection(platform: Any) -> None:
         )
         if reasons:
             raise SixfoldError(
-                f"{name} cannot serve this model as configured: {'; '.join(reasons)}. Leave "
+                f"{name} cannot serve this model as configured: {_advised(reasons)}. Leave "
                 "--attention-backend out to serve it uncompressed."
             )
         ours: str = member.get_path()
@@ -75,6 +82,33 @@ def _honour_selection(platform: Any) -> None:
 
     get_attn_backend_cls.knows_sixfold = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _advised(reasons: list[str]) -> str:
+    """What vLLM says is wrong, and what to do about it."""
+    return "; ".join(f"{x} ({ADVICE[x]})" if x in ADVICE else x for x in reasons)
+
+
+def _refuse_without_attention(platform: Any) -> None:
+    """A model without any attention would be served as it is, and nobody would be told."""
+    inner = platform.check_and_update_config.__func__
+    if getattr(inner, "knows_sixfold", False):
+        return
+
+    @functools.wraps(inner)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        inner(cls, vllm_config)
+        chosen = getattr(vllm_config.attention_config.backend, "name", None)
+        ours = chosen in WIDTHS or str(vllm_config.cache_config.cache_dtype) in dtypes.BACKENDS
+        model = vllm_config.model_config
+        if ours and model is not None and model.is_attention_free:
+            raise SixfoldError(
+                "Sixfold's backend has nothing to compress in a model without attention: leave "
+                "--attention-backend out."
+            )
+
+    check_and_update_config.knows_sixfold = True  # type: ignore[attr-defined]
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _without_ours(selected_backend: Any, config: Any) -> tuple[Any, Any]:
