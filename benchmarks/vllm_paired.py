@@ -20,7 +20,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from benchmarks.vllm_serving import bytes_of_model, options_of, random_model
+from benchmarks.vllm_serving import beside, bytes_of_model, options_of, random_model
 from sixfold.eval import machine
 
 CONTENDERS = ("auto", "fp8", "SIXFOLD_4BIT")
@@ -34,6 +34,7 @@ llm = LLM(
     enforce_eager=True,
     max_model_len=8192,
     max_num_seqs=64,
+    max_num_batched_tokens=job["step"],
     enable_prefix_caching=False,
     disable_log_stats=False,
     **job["options"],
@@ -89,6 +90,7 @@ def started(
         "options": options,
         "prompts": prompts(streams, asked.tokens, vocabulary),
         "output": asked.output,
+        "step": asked.step,
         "out": str(folder / contender),
     }
     file = folder / f"{contender}.job"
@@ -174,6 +176,9 @@ def main() -> None:
     parser.add_argument("--streams", type=lambda x: [*map(int, x.split(","))], default=[16, 64])
     parser.add_argument("--tokens", type=int, default=2500, help="0.4 to 1.6 times that")
     parser.add_argument("--output", type=int, default=64)
+    parser.add_argument(
+        "--step", type=int, help="most tokens of a step; vLLM's own default without"
+    )
     parser.add_argument("--memory", type=float, help="MiB of blocks; as many as needed without")
     parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn")
     parser.add_argument("--space", type=int, default=6, help="GiB of blocks, each")
@@ -185,10 +190,12 @@ def main() -> None:
         model = asked.model or random_model(Path(folder))
         for streams in asked.streams:
             found = measured(model, streams, asked)
-            rows += [{"model": asked.model.name if asked.model else "random", **x} for x in found]
+            name = asked.model.name if asked.model else "random"
+            rows += [{"model": name, "step": asked.step, **x} for x in found]
             print(*map(json.dumps, found), sep="\n", flush=True)
     kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items() if k != "json"}
     if asked.json is not None:
+        rows = beside(rows, asked.json, "model", "streams", "step")
         found_all = {"machine": machine.describe(), "asked": kept, "rows": rows}
         asked.json.write_text(json.dumps(found_all, indent=1) + "\n")
 

@@ -264,7 +264,7 @@ def qualities(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _beside(rows: list[Row], file: Path, *keys: str) -> list[Row]:
+def beside(rows: list[Row], file: Path, *keys: str) -> list[Row]:
     """With what the file has of others: all together take hours."""
     measured = {tuple(row[key] for key in keys) for row in rows}
     old = json.loads(file.read_text())["rows"] if file.exists() else []
@@ -368,7 +368,7 @@ def main() -> None:
     asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models", "windows")}
     if arguments.json is not None:
         same = ("model", "threads", "streams", "memory") if arguments.kind == "load" else ("model",)
-        rows = _beside(rows, arguments.json, *same)
+        rows = beside(rows, arguments.json, *same)
         found = {"machine": machine.describe(), "asked": asked, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

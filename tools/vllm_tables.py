@@ -98,13 +98,17 @@ def load(results: Results) -> str:
 
 def paired(results: Results) -> str:
     """One row a model, number of streams and contender."""
-    titles = ["model", "streams", "cache", "first token, median", "last first token"]
-    titles += ["each further", "decoding, tokens/s", "in all, tokens/s", "preemptions"]
-    lines = [_joined(titles), _joined(["---", "---:", "---", *["---:"] * 6])]
+    titles = ["model", "streams", "most tokens of a step", "cache", "first token, median"]
+    titles += ["last first token", "each further", "decoding, tokens/s", "in all, tokens/s"]
+    lines = [
+        _joined([*titles, "preemptions"]),
+        _joined(["---", *["---:"] * 2, "---", *["---:"] * 6]),
+    ]
     for row in results["rows"]:
         cells = [
             MODELS.get(row["model"], row["model"]),
             str(row["streams"]),
+            f"{row['step']:,}" if row["step"] else "vLLM's default",
             _name(row["contender"]),
             f"{row['first_token_seconds']:.1f} s",
             f"{row['prompts_seconds']:.1f} s",
