@@ -203,7 +203,8 @@ bool attend(const AttentionKernels& kernels, AttentionTask task, int threads) {
     task.keys.codec = keys.get();
     task.values.codec = values.get();
     const std::int64_t work = task.batch * task.kv_heads * task.pages * ((task.rows + 7) / 8);
-    threads = useful_threads(work, kPagesPerThread, threads);
+    threads = static_cast<int>(
+        std::clamp<std::int64_t>(work / kPagesPerThread, 1, std::max(threads, 1)));
     Kept<Arena> arena;
     const bool done = Run(kernels, task, threads, *arena)();
     arena->trim();

@@ -21,8 +21,6 @@ using vectors::rotate_scratch;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // About what waking a thread costs, in multiplications.
 constexpr std::int64_t kProductsPerThread = 1 << 17;
-// Of a coordinate of a query that is mapped and rotated, about.
-constexpr std::int64_t kProductsPerCoordinate = 32;
 constexpr std::size_t kKeptBytes = std::size_t{8} << 20;
 
 std::int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
@@ -107,9 +105,8 @@ class Call {
         std::int64_t tokens = 0;
         for (const TokenSegment& segment : task.tokens) tokens += segment.tokens;
         const std::int64_t products = units_ * rows_ * (tokens + 64) * (key_dim + value_dim);
-        workers_ = useful_threads(products, kProductsPerThread, threads);
-        mappers_ = useful_threads(units_ * rows_ * key_dim * kProductsPerCoordinate,
-                                  kProductsPerThread, workers_);
+        workers_ = static_cast<int>(std::clamp<std::int64_t>(products / kProductsPerThread, 1,
+                                                             std::max(threads, 1)));
         const std::int64_t count = pages_.size() ? units_ * rows_ : 0;
         floats.allocate([&](Floats& f) {
             rotated_ = f.take(count * key_dim);
@@ -123,13 +120,11 @@ class Call {
 
     void operator()() {
         if (pages_.size()) {
-            if (!each_unit(mappers_, [this](std::int64_t unit, const Scratch& s) {
-                    map_queries(unit, s);
-                }))
+            if (!each_unit([this](std::int64_t unit, const Scratch& s) { map_queries(unit, s); }))
                 return;
             if (!attend_pages()) return;
         }
-        each_unit(workers_, [this](std::int64_t unit, const Scratch& s) { finish(unit, s); });
+        each_unit([this](std::int64_t unit, const Scratch& s) { finish(unit, s); });
     }
 
   private:
@@ -149,8 +144,8 @@ class Call {
     }
 
     template <class Body>
-    bool each_unit(int workers, const Body& body) {
-        return parallel_for(units_, workers,
+    bool each_unit(const Body& body) {
+        return parallel_for(units_, workers_,
                      [&](std::int64_t unit, int worker) { body(unit, scratch_[worker]); });
     }
 
@@ -299,7 +294,7 @@ class Call {
     const std::int64_t rows_, units_;
     const int threads_;
     const std::int64_t width_;
-    int workers_, mappers_;
+    int workers_;
     const PageList pages_;
     float *rotated_, *offsets_, *out_, *lse_;
     std::vector<Scratch> scratch_;

@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -34,12 +33,6 @@ constexpr auto kInterruptPeriod = std::chrono::milliseconds(50);
 constexpr auto kWorkerSpin = std::chrono::microseconds(5);
 // The caller has nothing better to do, and its result is what everybody waits for.
 constexpr auto kCallerSpin = std::chrono::microseconds(30);
-
-// What the least work that is worth a thread takes, about.
-constexpr double kWakingSeconds = 50e-6;
-// How much of the average the last call is, and how fast it is forgotten while no thread is asked
-// for: then one is tried again.
-constexpr double kWaitWeight = 1.0 / 16, kWaitMemorySeconds = 0.2;
 
 struct Job;
 
@@ -70,8 +63,6 @@ struct Pool {
     std::atomic<std::uint32_t> forks{0};
     std::atomic<bool (*)()> interrupt_check{nullptr};
     std::atomic<Team> team{nullptr};
-    std::atomic<double> wait{0};
-    std::atomic<Clock::rep> waited{0};
     Worker* workers[kMaxWorkers];
 };
 
@@ -254,9 +245,6 @@ struct TeamJob {
     std::atomic<std::int64_t> next{0};
     std::atomic<int> members{1};
     bool interrupted = false;
-    // Of the caller.
-    Clock::time_point ended{};
-    Clock::duration longest{0};
 };
 
 void run_as_member(void* data) {
@@ -267,47 +255,15 @@ void run_as_member(void* data) {
     is_worker = was_worker || !called;
     is_inside_team = true;
     InterruptPoll interrupt(job.pool);
-    if (called) job.ended = Clock::now();
     for (std::int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.items;) {
         job.body(item, worker);
-        if (!called) continue;
-        const auto now = Clock::now();
-        job.longest = std::max(job.longest, now - job.ended);
-        job.ended = now;
-        if ((job.interrupted = interrupt.stop())) job.next.store(job.items);
+        if (called && (job.interrupted = interrupt.stop())) job.next.store(job.items);
     }
     is_inside_team = false;
     is_worker = was_worker;
 }
 
-double seconds(Clock::duration x) { return std::chrono::duration<double>(x).count(); }
-
-// Whoever had begun an item when the last was taken may take as long as for the longest.
-void note_wait(Pool& p, const TeamJob& job) {
-    const auto now = Clock::now();
-    const double excess = std::max(0.0, seconds(now - job.ended - job.longest));
-    const double before = team_wait();
-    // Calls at once may lose one of their notes: it is an average.
-    p.wait.store(before + kWaitWeight * (excess - before), std::memory_order_relaxed);
-    p.waited.store(now.time_since_epoch().count(), std::memory_order_relaxed);
-}
-
 }  // namespace
-
-double team_wait() {
-    const Pool& p = pool();
-    const double wait = p.wait.load(std::memory_order_relaxed);
-    if (wait == 0) return 0;
-    const auto then = Clock::duration(p.waited.load(std::memory_order_relaxed));
-    const double ago = seconds(Clock::now().time_since_epoch() - then);
-    return wait * std::exp(-std::max(ago, 0.0) / kWaitMemorySeconds);
-}
-
-int useful_threads(std::int64_t work, std::int64_t least, int threads) {
-    const std::int64_t useful = std::clamp<std::int64_t>(work / least, 1, std::max(threads, 1));
-    const double saved = static_cast<double>(work - work / useful) / static_cast<double>(least);
-    return saved * kWakingSeconds < team_wait() ? 1 : static_cast<int>(useful);
-}
 
 bool parallel_for(std::int64_t items, int threads, const Body& body) {
     Pool& p = pool();
@@ -320,7 +276,6 @@ bool parallel_for(std::int64_t items, int threads, const Body& body) {
         TeamJob job{p, body, items};
         // All that are asked for, whatever the items: a team that changes its size starts threads.
         team(run_as_member, &job, static_cast<unsigned>(threads), 0);
-        note_wait(p, job);
         return !job.interrupted;
     }
     grow(p, helpers);

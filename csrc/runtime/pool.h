@@ -20,14 +20,6 @@ namespace sixfold {
 bool parallel_for(std::int64_t items, int threads,
                   const std::function<void(std::int64_t, int)>& body);
 
-// How many of `threads` threads to use where every `least` of the work is worth one. One, if what the
-// others save is less than what waiting for them has cost lately: other programs have their cores.
-int useful_threads(std::int64_t work, std::int64_t least, int threads);
-
-// What a call has lately waited for threads of a borrowed team, and more than an item of its own
-// took: seconds, on average.
-double team_wait();
-
 // Starts body(data) on the calling thread and on up to threads - 1 others, and returns when all have
 // returned: GOMP_parallel. `flags` is 0.
 using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);

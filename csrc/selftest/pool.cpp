@@ -91,26 +91,6 @@ void test_nested() {
     CHECK(inner.load() == 20 * 64);
 }
 
-void test_waiting_is_noticed() {
-    // Whose others do not come for a while.
-    set_team([](void (*body)(void*), void* data, unsigned, unsigned) {
-        body(data);
-        std::this_thread::sleep_for(2ms);
-    });
-    // What was waited for before is forgotten.
-    std::this_thread::sleep_for(2s);
-    CHECK(useful_threads(100, 10, 4) == 4);
-    CHECK(useful_threads(25, 10, 4) == 2 && useful_threads(9, 10, 4) == 1);
-    CHECK(useful_threads(100, 10, 1) == 1 && useful_threads(100, 10, 0) == 1);
-    for (int round = 0; round < 20; ++round) CHECK(parallel_for(8, 4, [](std::int64_t, int) {}));
-    CHECK(team_wait() > 1e-3);
-    CHECK(useful_threads(100, 10, 4) == 1);
-    CHECK(useful_threads(100000, 10, 4) == 4);
-    std::this_thread::sleep_for(2s);
-    CHECK(useful_threads(100, 10, 4) == 4);
-    set_team(nullptr);
-}
-
 std::atomic<int> asked{0};
 
 void test_interrupt() {
@@ -202,7 +182,6 @@ int main() {
     test_nested();
     test_interrupt();
     test_borrowed_team();
-    test_waiting_is_noticed();
 #if !defined(SIXFOLD_NO_FORK)
     test_fork();
     set_team(fresh_threads);

@@ -53,9 +53,8 @@ template <class Body>
 void run(std::int64_t items, std::int64_t coordinates, std::int64_t scratch_floats, int threads,
          const Body& body) {
     if (items == 0) return;
-    const std::int64_t work = items * coordinates + kCoordinatesAThread;
-    const int useful = useful_threads(work, kCoordinatesAThread, threads);
-    const int workers = static_cast<int>(std::min<std::int64_t>(items, useful));
+    const std::int64_t useful = items * coordinates / kCoordinatesAThread + 1;
+    const int workers = static_cast<int>(std::min<std::int64_t>({items, useful, threads}));
     const Scratch scratch(scratch_floats, workers);
     parallel_for(items, workers,
                  [&](std::int64_t item, int worker) { body(item, scratch.of(worker)); });
