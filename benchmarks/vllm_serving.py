@@ -269,7 +269,7 @@ def beside(rows: list[Row], file: Path, *keys: str) -> list[Row]:
     measured = {tuple(row[key] for key in keys) for row in rows}
     old = json.loads(file.read_text())["rows"] if file.exists() else []
     kept = [row for row in old if tuple(row[key] for key in keys) not in measured]
-    return [*rows, *kept] if "chunk" in rows[0] else [*kept, *rows]
+    return [*kept, *rows]
 
 
 def _row(model: str, contender: str, chunk: int, base: torch.Tensor, found: torch.Tensor) -> Row:

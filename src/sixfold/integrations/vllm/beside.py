@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sixfold.integrations.vllm.names import Options
+from sixfold.integrations.vllm.raw_pages import page_rows, sink_rows
 from sixfold.packing import PAGE_TOKENS
 
 # Last full pages on a GPU, where memory is taken whether or not it is used. Requests without read
@@ -41,17 +42,17 @@ class Beside:
         scheduler = vllm_config.scheduler_config
         requests, recent = scheduler.max_num_seqs, options.recent_window > 0
         if not gpu:
-            rows = (4 if recent else 2) * requests
-            sink_rows = 2 * requests if options.sink_tokens else 0
-            return cls(rows, rows if recent else 0, sink_rows, options.sink_tokens)
+            rows = page_rows(requests, recent=recent)
+            sinks = sink_rows(requests) if options.sink_tokens else 0
+            return cls(rows, rows if recent else 0, sinks, options.sink_tokens)
         full = min(requests, MOST_FULL_PAGES) if recent else 0
         # Prompts in pieces fill a page and begin one. What a step has room for cuts one of them;
         # the others are cut where the user says.
         piece = getattr(scheduler, "long_prefill_token_threshold", 0) or PAGE_TOKENS
         chunks = -(-scheduler.max_num_batched_tokens // min(piece, PAGE_TOKENS))
         chunks = min(requests, chunks)
-        sink_rows = requests if options.sink_tokens else 0
-        return cls(requests + chunks + full, full, sink_rows, options.sink_tokens)
+        sinks = requests if options.sink_tokens else 0
+        return cls(requests + chunks + full, full, sinks, options.sink_tokens)
 
 
 def scratch_blocks(vllm_config: Any) -> int:

@@ -1,13 +1,13 @@
 """``--kv-cache-dtype sixfold_4bit``: vLLM 0.33 takes names that a plugin brings, 0.32 does not."""
 
 import argparse
-import functools
 import sys
 from typing import Any
 
 import torch
 
 from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.hooks import wrap_once
 from sixfold.integrations.vllm.names import WIDTHS, cache_dtype
 
 BACKENDS = {cache_dtype(name): name for name in WIDTHS}
@@ -58,39 +58,36 @@ def _advice(dtype: str) -> str:
 
 def _explain_to_command_line(platform: Any) -> None:
     """The argument is refused before any of our code is asked, but for this hook of platforms."""
-    inner = platform.pre_register_and_update.__func__
-    if getattr(inner, "knows_sixfold", False):
-        return
+    wrap_once(platform, "pre_register_and_update", _reading)
 
+
+def _reading(inner: Any) -> Any:
     def read(dtype: str) -> str:
         if dtype in BACKENDS:
             raise argparse.ArgumentTypeError(_advice(dtype))
         return dtype
 
-    @functools.wraps(inner)
     def pre_register_and_update(cls: Any, parser: Any = None) -> None:
         inner(cls, parser)
         for action in () if parser is None else parser._actions:
             if "--kv-cache-dtype" in action.option_strings:
                 action.type = read
 
-    pre_register_and_update.knows_sixfold = True  # type: ignore[attr-defined]
-    platform.pre_register_and_update = classmethod(pre_register_and_update)
+    return pre_register_and_update
 
 
 def _explain_to_python() -> None:
     """In a process that was given arguments: the others read a configuration that was checked."""
     arguments = sys.modules.get("vllm.engine.arg_utils")
-    inner = getattr(arguments, "resolve_kv_cache_dtype_string", None)
-    if arguments is None or inner is None or getattr(inner, "knows_sixfold", False):
-        return
+    if hasattr(arguments, "resolve_kv_cache_dtype_string"):
+        wrap_once(arguments, "resolve_kv_cache_dtype_string", _resolving)
 
-    @functools.wraps(inner)
+
+def _resolving(inner: Any) -> Any:
     def resolve_kv_cache_dtype_string(dtype: str, model_config: Any) -> str:
         if dtype in BACKENDS:
             raise SixfoldError(_advice(dtype))
         resolved: str = inner(dtype, model_config)
         return resolved
 
-    resolve_kv_cache_dtype_string.knows_sixfold = True  # type: ignore[attr-defined]
-    arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string  # type: ignore[attr-defined]
+    return resolve_kv_cache_dtype_string

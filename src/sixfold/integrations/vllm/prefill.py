@@ -14,7 +14,13 @@ from sixfold.cache.engine import AttendChunks, EngineLayer, attend_part
 from sixfold.cache.step import Part, Step
 from sixfold.cache.transfer import to_device
 from sixfold.integrations.vllm.beside import SCRATCH_TOKENS
-from sixfold.integrations.vllm.prefill_kernel import Batch, FirstChunks, Kernel, together
+from sixfold.integrations.vllm.prefill_kernel import (
+    Batch,
+    FirstChunks,
+    Kernel,
+    part_of,
+    together,
+)
 from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax
 from sixfold.packing import PAGE_TOKENS
 
@@ -59,10 +65,10 @@ class Scratch:
         """What attends the prompts of a step, whose sequences have these blocks."""
         decoded, coded = self._sorted(step, blocks)
         first = None
-        if self.kernel.takes_packed:
+        if (packed := self.kernel.attend_packed) is not None:
             fresh = [b for b in decoded if not step.context[b]]
             decoded = [b for b in decoded if step.context[b]]
-            first = FirstChunks.of(step, fresh) if fresh else None
+            first = FirstChunks.of(packed, step, fresh) if fresh else None
         groups = self._groups(step, decoded, blocks)
         alike: dict[int, list[int]] = {}
         for b in coded:
@@ -210,7 +216,7 @@ class Prefill:
         for part in self.parts:
             attend_part(layer, query, keys, values, pool, part, softmax, out)
         if self.first is not None:
-            self.first.attend(self.kernel, query, keys, values, softmax, out)
+            self.first.attend(query, keys, values, softmax, out)
         for group in self.groups:
             # One vector subtracted from all keys changes no weight, and what is left of them rounds
             # less: keys of Qwen2.5 are hundreds of times longer than what distinguishes them.
@@ -220,10 +226,8 @@ class Prefill:
             for place, vectors in zip(group.places, parts, strict=True):
                 if len(place):
                     self.kernel.write(*vectors, memory, place)
-            own, target = query[group.tokens], out[group.tokens]
-            self.kernel.attend(own, memory, target, group.batch, softmax)
-            if not isinstance(group.tokens, slice):
-                out[group.tokens] = target
+            with part_of(out, group.tokens) as target:
+                self.kernel.attend(query[group.tokens], memory, target, group.batch, softmax)
 
 
 Vectors: TypeAlias = tuple[Tensor, Tensor]

@@ -19,7 +19,8 @@ OTHERWISE = 256
 class CpuKernel:
     """vLLM's attention on CPUs. See `sixfold.integrations.vllm.prefill_kernel.Kernel`."""
 
-    takes_packed = False
+    # vLLM's kernel reads blocks only.
+    attend_packed = None
 
     def __init__(self, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
         self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
@@ -84,16 +85,3 @@ class CpuKernel:
             scheduler_metadata=batch.schedule,
             s_aux=sinks if sinks is None or sinks.dtype is torch.bfloat16 else sinks.float(),
         )
-
-    def attend_packed(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        starts: Tensor,
-        longest: int,
-        softmax: Softmax,
-    ) -> None:
-        """See `Kernel`: vLLM's kernel reads blocks only."""
-        raise NotImplementedError

@@ -19,7 +19,6 @@ WORTH_DECODING = 64
 class CudaKernel:
     """FlashAttention on blocks of 64. See `sixfold.integrations.vllm.prefill_kernel.Kernel`."""
 
-    takes_packed = True
     worth_decoding = WORTH_DECODING
 
     def __init__(
@@ -92,7 +91,7 @@ class CudaKernel:
         longest: int,
         softmax: Softmax,
     ) -> None:
-        """See `Kernel`."""
+        """See `AttendPacked`."""
         self._call(
             query,
             keys,

@@ -16,6 +16,19 @@ from sixfold.packing import PAGE_TOKENS
 LONG_AGO = 64
 
 
+def page_rows(requests: int, *, recent: bool) -> int:
+    """Rows of `RawPages` for so many requests that run at once, and as many that were left behind.
+
+    In one step a request may read two and write two.
+    """
+    return (4 if recent else 2) * requests
+
+
+def sink_rows(requests: int) -> int:
+    """Rows of `SinkRows` for so many requests that run at once, and as many cached prefixes."""
+    return 2 * requests
+
+
 class RawPages:
     """Rows for the open pages of running requests and the page before each, found by their blocks.
 
@@ -35,8 +48,7 @@ class RawPages:
             full: Of these, most that full pages have.
         """
         self.recent = recent
-        # In one step a request may read two and write two.
-        self.rows = (4 if recent else 2) * requests if rows is None else rows
+        self.rows = page_rows(requests, recent=recent) if rows is None else rows
         self.most_full = self.rows if full is None else full
         # Rows from here on were never used, and have no memory yet.
         self.used = 0
@@ -177,8 +189,8 @@ class SinkRows:
     """
 
     def __init__(self, requests: int, rows: int | None = None) -> None:
-        """Rows for so many requests that run at once, and as many cached prefixes, or so many."""
-        self.rows = 2 * requests if rows is None else rows
+        """See `sink_rows`; or so many rows."""
+        self.rows = sink_rows(requests) if rows is None else rows
         self._free = list(reversed(range(self.rows)))
         self._row_of: OrderedDict[int, int] = OrderedDict()
 

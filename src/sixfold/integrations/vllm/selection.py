@@ -1,6 +1,5 @@
 """How vLLM comes to know our backends, in each of its processes."""
 
-import functools
 from typing import Any
 
 from vllm.logger import init_logger
@@ -8,6 +7,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm import dtypes
+from sixfold.integrations.vllm.hooks import wrap_once
 from sixfold.integrations.vllm.names import WIDTHS
 
 logger = init_logger("vllm.sixfold")
@@ -54,11 +54,10 @@ def class_name(name: str) -> str:
 
 def _honour_selection(platform: Any) -> None:
     """vLLM's CPU platform takes its own backend whichever is selected, CUDA's knows no dtypes."""
-    inner = platform.get_attn_backend_cls.__func__
-    if getattr(inner, "knows_sixfold", False):
-        return
+    wrap_once(platform, "get_attn_backend_cls", _asking_us)
 
-    @functools.wraps(inner)
+
+def _asking_us(inner: Any) -> Any:
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
@@ -80,8 +79,7 @@ def _honour_selection(platform: Any) -> None:
         ours: str = member.get_path()
         return ours
 
-    get_attn_backend_cls.knows_sixfold = True  # type: ignore[attr-defined]
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    return get_attn_backend_cls
 
 
 def _advised(reasons: list[str]) -> str:
@@ -91,11 +89,10 @@ def _advised(reasons: list[str]) -> str:
 
 def _refuse_without_attention(platform: Any) -> None:
     """A model without any attention would be served as it is, and nobody would be told."""
-    inner = platform.check_and_update_config.__func__
-    if getattr(inner, "knows_sixfold", False):
-        return
+    wrap_once(platform, "check_and_update_config", _refusing)
 
-    @functools.wraps(inner)
+
+def _refusing(inner: Any) -> Any:
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
         inner(cls, vllm_config)
         chosen = getattr(vllm_config.attention_config.backend, "name", None)
@@ -107,8 +104,7 @@ def _refuse_without_attention(platform: Any) -> None:
                 "--attention-backend out."
             )
 
-    check_and_update_config.knows_sixfold = True  # type: ignore[attr-defined]
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    return check_and_update_config
 
 
 def _without_ours(selected_backend: Any, config: Any) -> tuple[Any, Any]:
