@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, UnsupportedModelError
@@ -172,22 +172,27 @@ def test_a_file_for_a_model_of_another_dtype(
 
 @torch.no_grad()
 def largest_difference(fused: bool) -> float:
-    """Of the logits of compiled steps, prefill included, and of the same without compiling."""
+    """How far compiled steps, prefill included, are from the same without compiling.
+
+    As a share of what codes cost: where compiled products round otherwise (those of some processors
+    do), the code of a coordinate beside a boundary may be its neighbour.
+    """
     model = fresh_model("llama-64")
     model.set_attn_implementation("sdpa")
     data = batch((150, 150), steps=STEPS)
 
-    def logits(forward: Any) -> Tensor:
-        cache = cache_for(model, fused, bits=4)
+    def logits(forward: Any, cache: Cache) -> Tensor:
         out, starts = [], [0, *range(data.prompt, data.ids.shape[1])]
         for start, stop in zip(starts, [*starts[1:], data.ids.shape[1]], strict=True):
             ids = data.ids[:, start:stop]
             out.append(forward(input_ids=ids, **cache_argument(cache), use_cache=True).logits)
         return torch.cat(out, 1)
 
-    expected = logits(model.forward)
-    compiled = logits(torch.compile(model.forward, backend="aot_eager"))
-    return float((compiled - expected).abs().max() / expected.std())
+    compiled = torch.compile(model.forward, backend="aot_eager")
+    exact = logits(model.forward, DynamicCache())
+    expected = logits(model.forward, cache_for(model, fused, bits=4))
+    found = logits(compiled, cache_for(model, fused, bits=4))
+    return float((found - expected).abs().max() / (expected - exact).abs().max())
 
 
 @traces_models
@@ -204,7 +209,8 @@ def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.split()[-1]) < 1e-4
+    # Another key map, or a token that is not read, costs as much as the codes do.
+    assert float(done.stdout.split()[-1]) < 0.05
 
 
 @torch.no_grad()
