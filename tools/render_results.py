@@ -57,6 +57,21 @@ def key_map_chunks_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def key_map_beginnings_table(results: dict[str, Any]) -> str:
+    """One row for every number of tokens that maps were fitted to; a column for every model."""
+    rows = results["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [_joined(["maps fitted to", *models]), _joined(["---", *["---:"] * len(models)])]
+    for fitted in dict.fromkeys(row["fitted to"] for row in rows):
+        found = {row["model"]: row for row in rows if row["fitted to"] == fitted}
+        cells = [f"{found[m]['kl']:.4f} ± {found[m]['standard_error']:.4f}" for m in models]
+        what = f"{int(fitted):,} tokens of another" if fitted.isdigit() else fitted
+        lines.append(_joined([what, *cells]))
+    windows, tokens = results["windows"]
+    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
+    return "\n".join(lines)
+
+
 def rotation_table(results: dict[str, Any]) -> str:
     """One row for every kind of vector, dimension and width; a column for every round."""
     lines = [
@@ -294,6 +309,10 @@ BLOCKS = (
     *(
         Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_chunks_table)
         for name in ("key_map_chunks", "key_map_chunks_smollm2")
+    ),
+    *(
+        Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_beginnings_table)
+        for name in ("key_map_beginnings", "key_map_beginnings_smollm2")
     ),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
     *(block for block in OPTIONAL_BLOCKS if block.results.exists()),

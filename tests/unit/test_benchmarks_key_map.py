@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks.key_map_beginnings import study as beginnings
 from benchmarks.key_map_chunks import study
 from sixfold.eval.perplexity import fill
 from tests.tiny import tiny_model
-from tools.render_results import key_map_chunks_table
+from tools.render_results import key_map_beginnings_table, key_map_chunks_table
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -30,6 +31,17 @@ def test_chunks_change_the_codes_of_fitted_maps_alone() -> None:
 
 def test_one_piece_is_what_others_are_compared_with() -> None:
     assert [row["differing"] for row in study(tiny_model(), windows(), 200, 0)] == [0, 0]
+
+
+def test_a_map_of_one_page_is_compared_with_that_of_more() -> None:
+    rows = [{"model": "tiny", **row} for row in beginnings(tiny_model(), windows())]
+    assert [row["fitted to"] for row in rows] == ["its own prompt", "64", "128"]
+    kls = [row["kl"] for row in rows]
+    assert all(kl > 0 for kl in kls)
+    assert len(set(kls)) == 3
+    table = key_map_beginnings_table({"windows": [2, 220], "rows": rows})
+    assert "| 64 tokens of another |" in table
+    assert "2 windows of 220 tokens" in table
 
 
 @pytest.mark.parametrize(("chunk", "expected"), [(None, [20]), (8, [8, 8, 4])])

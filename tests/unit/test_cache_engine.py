@@ -288,9 +288,14 @@ def test_codes_are_those_of_each_page_alone(pinned: bool) -> None:
         if lengths[i][0]:
             engine.step([(one, lengths[i][0])])
     engine.step([(one, new) for one, (_, new) in zip(requests, lengths, strict=True)])
+    assert check_codes(engine, requests) == 28
+
+
+def check_codes(engine: Engine, requests: list[Request]) -> int:
+    """What is coded of them is what the map of now makes of every page alone."""
+    layer, checked = engine.layer, 0
     assert layer.key_map is not None
     shared = layer.key_map._replace(map_index=torch.zeros(1, dtype=torch.int64))
-    checked = 0
     for one in requests:
         for page in range(one.done // PAGE_TOKENS):
             tokens = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
@@ -300,7 +305,7 @@ def test_codes_are_those_of_each_page_alone(pinned: bool) -> None:
             for found, alone in zip(engine.pool, expected, strict=True):
                 assert torch.equal(found[one.blocks[page]], alone[0])
             checked += 1
-    assert checked == 28
+    return checked
 
 
 def test_the_output_may_be_somebody_elses_memory() -> None:
@@ -351,19 +356,61 @@ def test_blocks_are_shared_in_the_step_that_fills_them(order: list[int], recent:
     assert relative(found[order.index(0)], exact(first)[:150]) < 0.02
 
 
-def test_the_map_is_fitted_once_to_the_first_pages() -> None:
+def test_the_map_is_fitted_again_until_enough_was_seen() -> None:
+    """At the first page, and whenever twice as many are full; codes are those of the last map."""
     layer = engine_layer(bits=4)
-    engine, one = Engine(layer), request(200, 3)
+    engine, one = Engine(layer), request(1300, 3)
     engine.start(one)
     engine.step([(one, PAGE_TOKENS - 1)])
     assert layer.key_map is None
-    engine.step([(one, 1)])
-    assert layer.key_map is not None
-    mean = one.keys[:PAGE_TOKENS].mean(0)
-    torch.testing.assert_close(layer.key_map.mean[0], mean, rtol=1e-4, atol=1e-4)
+    fitted: dict[int, KeyMap] = {}
+    while one.done < one.tokens:
+        # Rows as a request decodes, and now and then a chunk of some pages.
+        engine.step([(one, min(150 if one.done % 256 == 255 else 1, one.tokens - one.done))])
+        pages = one.done // PAGE_TOKENS
+        if not fitted or layer.key_map is not [*fitted.values()][-1]:
+            fitted[pages] = layer.key_map
+            mean = one.keys[: pages * PAGE_TOKENS].mean(0)
+            torch.testing.assert_close(layer.key_map.mean[0], mean, rtol=1e-4, atol=1e-4)
+            check_codes(engine, [one])
+    assert [*fitted] == [1, 2, 6, 14, 18]
+    assert layer.key_map is fitted[18]
+    check_codes(engine, [one])
+
+
+def test_blocks_that_were_given_away_are_not_written_again() -> None:
+    """To another sequence, whose page is coded there, or to another layer (`forget`)."""
+    layer = engine_layer(bits=4)
+    engine, first, second, third = Engine(layer), *(request(256, seed) for seed in (1, 2, 3))
+    for one in (first, second, third):
+        engine.start(one)
+    engine.step([(first, 64)])
+    engine.step([(second, 64)])
+    lent, again = first.blocks[0], second.blocks[0]
+    engine.free += [again]
+    layer.forget([lent])
+    for x in engine.pool:
+        x[lent].view(torch.uint8).fill_(0x55)
+    engine.step([(third, 64)])
+    assert third.blocks == [again]
+    old = layer.key_map
+    engine.step([(third, 192)])
+    assert layer.key_map is not old
+    check_codes(engine, [third])
+    for x in engine.pool:
+        assert (x[lent].view(torch.uint8) == 0x55).all()
+
+
+def test_a_layer_whose_blocks_others_write_to_keeps_its_first_map() -> None:
+    layer = engine_layer(bits=4, refit=False)
+    engine, one = Engine(layer), request(400, 3)
+    engine.start(one)
+    engine.step([(one, 70)])
     fitted = layer.key_map
-    engine.step([(one, 100)])
+    engine.step([(one, 300)])
+    assert fitted is not None
     assert layer.key_map is fitted
+    check_codes(engine, [one])
 
 
 def test_what_was_asked_before_all_sequences_of_now_began_does_not_count() -> None:

@@ -31,16 +31,19 @@ def step(gpu: FakeGpu, new: list[int], context: list[int]) -> Step:
 def test_a_step_is_copied_once_and_nothing_waits(
     backend: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts, chunks and single tokens; the second layer finds every table where it needs it."""
+    """Prompts, chunks and single tokens; the second layer finds every table where it needs it.
+
+    The first prompts are enough for the last key map: until then pages are looked up by block.
+    """
     monkeypatch.setenv("SIXFOLD_BACKEND", backend)
     policy = CachePolicy(key_bits=4, value_bits=4, sink_tokens=4, recent_window=0)
     layers = [
-        EngineLayer(policy, KV_HEADS, DIM, DIM, 16, dtype=torch.bfloat16, device=GPU, sink_rows=4)
+        EngineLayer(policy, KV_HEADS, DIM, DIM, 28, dtype=torch.bfloat16, device=GPU, sink_rows=7)
         for _ in range(2)
     ]
     blocks = gpu.place(torch.zeros(32, KV_HEADS, layers[0].block_bytes, dtype=torch.uint8))
     for new, context in (
-        ([70, 3, 200], [0, 0, 0]),
+        ([70, 3, 200, *[230] * 4], [0] * 7),
         ([1, 1, 1], [70, 3, 200]),
         ([60, 1, 2], [71, 4, 201]),
     ):
@@ -90,25 +93,30 @@ def test_a_gpu_gives_what_the_cpu_does_and_nothing_waits(
     policy = CachePolicy(key_bits=8, value_bits=8, sink_tokens=4, recent_window=0)
     kinds = [torch.device("cpu"), torch.device("cuda")]
     layers = [
-        EngineLayer(policy, KV_HEADS, DIM, DIM, 16, dtype=torch.float32, device=at, sink_rows=4)
+        EngineLayer(policy, KV_HEADS, DIM, DIM, 28, dtype=torch.float32, device=at, sink_rows=7)
         for at in kinds
     ]
     blocks = [
         torch.zeros(32, KV_HEADS, layers[0].block_bytes, dtype=torch.uint8, device=at)
         for at in kinds
     ]
-    rows = torch.arange(12).view(-1, 4)
     generator = torch.Generator().manual_seed(0)
     for turn, (new, context) in enumerate(
-        [([70, 3, 200], [0, 0, 0]), ([1, 1, 1], [70, 3, 200]), ([60, 1, 2], [71, 4, 201])]
+        [
+            # Enough for the last key map.
+            ([70, 3, 200, *[230] * 4], [0] * 7),
+            ([1, 1, 1], [70, 3, 200]),
+            ([60, 1, 2], [71, 4, 201]),
+        ]
     ):
+        rows = torch.arange(4 * len(new)).view(-1, 4)
         packed = [
             torch.randn(sum(new), heads, DIM, generator=generator)
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         ]
         found = []
         for at, layer, memory in zip(kinds, layers, blocks, strict=True):
-            one = Step(new, context, rows.to(at), rows, torch.arange(3), 4)
+            one = Step(new, context, rows.to(at), rows, torch.arange(len(new)), 4)
             own = [x.to(at) for x in packed]
             pool = layer.pool(memory)
             if at.type == "cuda" and turn:

@@ -85,3 +85,10 @@ def launch(
 def divergence(base: torch.Tensor, other: torch.Tensor) -> float:
     """Mean KL of log-probabilities [tokens, vocabulary]."""
     return float((base.double().exp() * (base.double() - other.double())).sum(-1).mean())
+
+
+def divergence_of_answers(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Mean KL of answers up to the first token that differs: later ones have another context."""
+    both = zip(one["ids"], other["ids"], strict=True)
+    same = next((i for i, (a, b) in enumerate(both) if a != b), len(one["ids"]) - 1) + 1
+    return divergence(one["logprobs"][:same], other["logprobs"][:same])

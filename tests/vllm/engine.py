@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from sixfold.cache.fill import Fill
 from sixfold.integrations.vllm import beside, metadata
 from sixfold.integrations.vllm.backend import Sixfold8Bit
 from sixfold.integrations.vllm.names import token_nbytes
@@ -94,6 +95,7 @@ class Engine:
         if fake is not None:
             # What a copy of a real table would give.
             patch.setattr(metadata, "host_table", lambda table: self.host[: len(table)])
+            patch.setattr(Fill, "blocks", property(lambda fill: [*range(len(fill.beginning))]))
         config = config or configuration()
         self.impls = [
             Sixfold8Bit.impl(
@@ -114,6 +116,7 @@ class Engine:
         patch.setattr(metadata, "Beside", sizes)
         patch.setattr(metadata, "kernel", lambda impls, config, device: kernel)
         patch.setattr(metadata, "announce", lambda *_: None)
+        patch.setattr(metadata, "_known", lambda layers, config: True)
         patch.setattr(metadata, "get_layers_from_vllm_config", lambda *_: layers)
         spec = SimpleNamespace(head_size_v=DIM)
         with self.mode:

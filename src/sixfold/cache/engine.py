@@ -6,6 +6,7 @@ Attention sinks, and the last full page, may be kept there as well. Which block 
 whose is the engine's business.
 """
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
-from sixfold.cache.affine import QueryEnergy, estimate_key_map
 from sixfold.cache.code import Code, codebook_code
 from sixfold.cache.fill import Fill
 from sixfold.cache.key_maps import check_pinned, shared
+from sixfold.cache.learning import ENOUGH, Learning
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
@@ -101,8 +102,8 @@ def _check_out(out: Tensor, query: Tensor, values: Tensor) -> None:
 class EngineLayer:
     """One attention layer of a serving engine.
 
-    The key map is one for all sequences: given, or fitted to the raw tokens in hand when the first
-    page is encoded (docs/key_map.md says how little it depends on the text).
+    The key map is one for all sequences: given, or fitted to the first pages and again until
+    1,024 tokens were seen (docs/key_map.md says how little it depends on the text).
 
     Attributes:
         policy: How keys and values are coded. Of its windows only `sink_tokens` counts: which other
@@ -125,6 +126,7 @@ class EngineLayer:
         sink_rows: int = 0,
         sliding_window: int | None = None,
         key_map: KeyMap | None = None,
+        refit: bool = True,
     ) -> None:
         """A layer that keeps `rows` pages raw: one or two for every sequence that runs at once.
 
@@ -139,6 +141,8 @@ class EngineLayer:
             sink_rows: Sequences whose first `policy.sink_tokens` tokens are kept raw.
             sliding_window: Tokens a query sees, itself included; None for all.
             key_map: A map to use from the first page on, such as `KeyMaps.load(path)[layer]`.
+            refit: Whether coded pages may be encoded again, by a map that is fitted to more: not
+                where others write to their blocks and `forget` is not called.
 
         Raises:
             SixfoldError: `policy` or `key_map` is none.
@@ -171,7 +175,9 @@ class EngineLayer:
                 )
                 for count, tokens in ((rows, PAGE_TOKENS), (sink_rows, policy.sink_tokens))
             )
-        self._energy: QueryEnergy | None = None
+        self._learning = (
+            None if key_map is not None else Learning(policy, kv_heads, ENOUGH if refit else 1)
+        )
 
     @property
     def block_bytes(self) -> int:
@@ -239,7 +245,8 @@ class EngineLayer:
         if out is None:
             out = query.new_empty(*query.shape[:2], values.shape[2])
         _check_out(out, query, values)
-        self._observe(query, step)
+        if self._learning is not None:
+            self._learning.observe(query, begins=not any(step.context))
         softmax = Softmax(scaling, None, self.sliding_window, softcap, sink_logits)
         # All is stored first: a sequence may begin with blocks that another fills in this step.
         # What is written changes no token, and is written again if the step is repeated.
@@ -286,17 +293,43 @@ class EngineLayer:
             softmax,
         )
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Blocks that no longer hold pages of this layer, as soon as others may write to them.
+
+        Only an engine that lends one memory to several layers in turn need say so: what the layer
+        itself writes over it knows.
+        """
+        if self._learning is not None:
+            self._learning.forget(blocks)
+
     def _encode(self, keys: Tensor, values: Tensor, pool: Pool, fill: Fill) -> None:
         """Encode all pages that are full."""
         full_keys, full_values = (
             list(fill.filled(old, x)) for old, x in zip(self.copies, (keys, values), strict=True)
         )
-        if full_keys and self.key_map is None:
-            self.key_map = self._fitted([x for x, _ in full_keys], fill.beginning)
-            self._energy = None
+        if full_keys and self._learning is not None:
+            self._learn([x for x, _ in full_keys], [x for x, _ in full_values], pool, fill)
         for (own_keys, slots), (own_values, _) in zip(full_keys, full_values, strict=True):
-            assert self.key_map is not None
-            self.code.store(own_keys, own_values, slots, pool, shared(self.key_map, len(slots)))
+            self._store(own_keys, own_values, slots, pool)
+
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool) -> None:
+        assert self.key_map is not None
+        self.code.store(keys, values, slots, pool, shared(self.key_map, len(slots)))
+
+    def _learn(self, keys: list[Tensor], values: list[Tensor], pool: Pool, fill: Fill) -> None:
+        """Another map, if these pages make one due, and the codes by it of those before."""
+        learning = self._learning
+        assert learning is not None
+        fitted = learning.fit(keys, fill.beginning)
+        if fitted is not None:
+            self.key_map = fitted
+            for slot, page in learning.coded():
+                where = torch.tensor([[slot]], device=fill.slots.device)
+                self._store(page.keys[None], page.values[None], where, pool)
+        if learning.done:
+            self._learning = None
+        else:
+            learning.keep(fill.blocks, keys, values, fill.beginning)
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""
@@ -337,26 +370,6 @@ class EngineLayer:
                 f"expected sequences that this layer began, got {max(step.context)} tokens of "
                 "context and nothing coded yet: pass the key_map that their pages were coded with"
             )
-
-    def _observe(self, query: Tensor, step: Step) -> None:
-        if self.key_map is None:
-            if not any(step.context):
-                # Of whom the queries before were (an engine that warms up, say) asks no longer.
-                self._energy = None
-            kv_heads = self.copies[0].shape[1]
-            energy = QueryEnergy.observe(query.transpose(0, 1)[None], None, kv_heads)
-            self._energy = energy if self._energy is None else self._energy + energy
-
-    def _fitted(self, keys: list[Tensor], beginning: Tensor) -> KeyMap:
-        """One map, fitted to all pages in hand, without the attention sinks of those that begin."""
-        together = torch.cat([x.transpose(0, 1).flatten(1, 2) for x in keys], 1)[None]
-        pages, device = len(beginning), beginning.device
-        seen = torch.ones(pages, PAGE_TOKENS, dtype=torch.bool, device=device)
-        # With a mask for an index it would wait for a GPU.
-        seen[:, : self.policy.sink_tokens] &= ~beginning[:, None]
-        seen = seen.view(1, -1)
-        center, equalize = self.policy.center_keys, self.policy.equalize_keys
-        return estimate_key_map(together, seen, self._energy, center=center, equalize=equalize)
 
     def _identity(self) -> KeyMap:
         keys = self.copies[0]

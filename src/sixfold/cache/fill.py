@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -111,6 +112,12 @@ class Fill:
             torch.from_numpy(rows[places[0], places[1]]),
             torch.from_numpy(sinks[np.unique(sequence[sunk])]),
         )
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """`slots` for the host, which waits for a GPU here."""
+        found: list[int] = self.slots.tolist()
+        return found
 
     def filled(self, copies: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens of full pages, [batch, heads, tokens, dim], and their blocks, [batch, pages].

@@ -1,5 +1,6 @@
 """The attention of one layer of a model that vLLM runs."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,8 @@ class SixfoldImpl(AttentionImpl):
         dtype: torch.dtype,
         device: torch.device,
         key_map: KeyMap | None,
+        *,
+        refit: bool = True,
     ) -> None:
         """Begin without any sequence, in the memory of before where there is some."""
         held = self.layer
@@ -87,9 +90,15 @@ class SixfoldImpl(AttentionImpl):
             sink_rows=beside.sink_rows if held is None else 0,
             sliding_window=self.sliding_window,
             key_map=key_map,
+            refit=refit,
         )
         if held is not None:
             self.layer.copies, self.layer.sinks = held.copies, held.sinks
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """See `EngineLayer.forget`."""
+        if self.layer is not None:
+            self.layer.forget(blocks)
 
     def forward(
         self,

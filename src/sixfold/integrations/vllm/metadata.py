@@ -20,8 +20,9 @@ from sixfold.cache.key_maps import KeyMaps
 from sixfold.cache.step import Step
 from sixfold.cache.transfer import to_device
 from sixfold.errors import SixfoldError
-from sixfold.integrations.vllm.announce import announce
+from sixfold.integrations.vllm.announce import announce, uncompressed
 from sixfold.integrations.vllm.beside import Beside
+from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.names import Options
 from sixfold.integrations.vllm.platforms import kernel
 from sixfold.integrations.vllm.prefill import Scratch
@@ -62,11 +63,19 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         )
         self.sinks = SinkRows(requests, beside.sink_rows) if options.sink_tokens else None
         self.sink_tokens = options.sink_tokens
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        everyone = get_layers_from_vllm_config(vllm_config, Attention)
+        layers = {name: layer for name, layer in everyone.items() if name in layer_names}
+        # Groups take turns in one memory.
+        self.others = [
+            layer.impl
+            for name, layer in everyone.items()
+            if name not in layers and isinstance(layer.impl, SixfoldImpl)
+        ]
+        refit = _known(everyone, vllm_config)
         dtype = vllm_config.model_config.dtype
         for name, layer in layers.items():
             found = _map_of(maps, name, layer.impl.num_kv_heads, vllm_config)
-            layer.impl.open(kv_cache_spec.head_size_v, beside, dtype, device, found)
+            layer.impl.open(kv_cache_spec.head_size_v, beside, dtype, device, found, refit=refit)
         impls = [layer.impl for layer in layers.values()]
         windows = {impl.sliding_window for impl in impls}
         self.scratch = Scratch(kernel(impls, vllm_config, device), windows=windows)
@@ -89,12 +98,21 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         table = table[to_device(np.array(running), table.device)]
         host = zip(host_table(table), ends, strict=True)
         blocks = [own[: -(-end // PAGE_TOKENS)] for own, end in host]
+        for impl in self.others:
+            impl.forget(block for own in blocks for block in own)
         rows = torch.from_numpy(self.raw_pages.step(context, ends, blocks))
         sinks = None
         if self.sinks is not None:
             sinks = torch.from_numpy(self.sinks.step(context, [own[0] for own in blocks]))
         step = Step(new, context, table, rows, sinks, self.sink_tokens)
         return SixfoldMetadata(step, self.scratch.plan(step, blocks))
+
+
+def _known(layers: dict[str, Any], vllm_config: Any) -> bool:
+    """Whether all who write to blocks are ours, and a block has one number in all groups."""
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers.values()]
+    sizes = {spec.page_size_bytes for spec in specs if spec is not None}
+    return len(sizes) == 1 and not uncompressed(vllm_config)
 
 
 def _lengths(batch: CommonAttentionMetadata) -> list[int]:
@@ -107,7 +125,8 @@ def _lengths(batch: CommonAttentionMetadata) -> list[int]:
 def host_table(table: torch.Tensor) -> list[list[int]]:
     """The block table on the host, whose own copy vLLM does not hand on.
 
-    Here alone the host waits for a GPU: once a step and group of layers.
+    The host waits for a GPU here, once a step and group of layers, and where pages are filled
+    before key maps are fitted to enough of them.
     """
     found: list[list[int]] = table.cpu().tolist()
     return found
