@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sixfold.cache.fill import Fill
 from sixfold.integrations.vllm import beside, metadata
+from sixfold.integrations.vllm import impl as impl_module
 from sixfold.integrations.vllm.backend import Sixfold8Bit
 from sixfold.integrations.vllm.names import token_nbytes
 from sixfold.packing import PAGE_TOKENS
@@ -95,6 +96,8 @@ class Engine:
         if fake is not None:
             # What a copy of a real table would give.
             patch.setattr(metadata, "host_table", lambda table: self.host[: len(table)])
+            # Where memory is, and what a table says, cannot be asked of tensors without data.
+            patch.setattr(impl_module, "overlap", lambda one, other: "none")
             patch.setattr(Fill, "blocks", property(lambda fill: [*range(len(fill.beginning))]))
         config = config or configuration()
         self.impls = [
@@ -116,16 +119,23 @@ class Engine:
         patch.setattr(metadata, "Beside", sizes)
         patch.setattr(metadata, "kernel", lambda impls, config, device: kernel)
         patch.setattr(metadata, "announce", lambda *_: None)
-        patch.setattr(metadata, "_known", lambda layers, config: True)
+        patch.setattr(metadata, "uncompressed", lambda config: [])
         patch.setattr(metadata, "get_layers_from_vllm_config", lambda *_: layers)
-        spec = SimpleNamespace(head_size_v=DIM)
-        with self.mode:
-            self.builder = metadata.SixfoldMetadataBuilder(spec, [*layers], config, self.device)
+        self.names, self.config = [*layers], config
+        self.build()
         content = PAGE_TOKENS * token_nbytes(8, DIM, DIM) // PAGE_TOKENS
         shape = (blocks, KV_HEADS, PAGE_TOKENS, content)
         self.caches = [self.place(torch.zeros(shape, dtype=torch.uint8)) for _ in range(LAYERS)]
         order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(0)) + 1
         self.free = order.tolist()
+
+    def build(self) -> None:
+        """A builder, which opens all layers."""
+        spec = SimpleNamespace(head_size_v=DIM)
+        with self.mode:
+            self.builder = metadata.SixfoldMetadataBuilder(
+                spec, self.names, self.config, self.device
+            )
 
     def place(self, x: Tensor) -> Tensor:
         """On the device."""

@@ -72,6 +72,8 @@ class Soak:
         self.ended: list[Asked] = []
         self.counts: Counter[str] = Counter()
         self.most_rows = 0
+        # Every map that each layer has had.
+        self.maps: dict[str, list[Any]] = {}
 
     def load(self, seconds: float) -> None:
         """Requests for so long, and until the last has ended."""
@@ -84,6 +86,7 @@ class Soak:
                 self._take(output)
             self.counts["steps"] += 1
             self.check_rows()
+            self.note_maps()
 
     def _arrive(self) -> None:
         from vllm import SamplingParams
@@ -131,6 +134,15 @@ class Soak:
             assert sorted(rows) == list(range(pages.used)), "a row was lost, or has two owners"
             assert len(pages) <= pages.used <= pages.rows
             self.most_rows = max(self.most_rows, pages.used)
+
+    def note_maps(self) -> None:
+        """Key maps change until they are fitted to enough tokens."""
+        worker = self.core.model_executor.driver_worker.worker
+        context = worker.vllm_config.compilation_config.static_forward_context
+        for name, attention in context.items():
+            found, seen = attention.impl.layer.key_map, self.maps.setdefault(name, [])
+            if found is not None and (not seen or seen[-1] is not found):
+                seen.append(found)
 
     def free_blocks(self) -> int:
         """Of vLLM's pool."""
@@ -180,6 +192,8 @@ def soak(seconds: float, seed: int, backend: str) -> dict[str, Any]:
     found = [load.divergence(x) for x in answered]
     load.check_rows()
     assert max(found) < LIMITS[backend], max(found)
+    maps = [len(seen) for seen in load.maps.values()]
+    assert min(maps) > 1, "a layer kept the map of its first page"
     return {
         "backend": backend,
         "seed": seed,
@@ -189,6 +203,7 @@ def soak(seconds: float, seed: int, backend: str) -> dict[str, Any]:
         "tokens compared": sum(len(x.answer) for x in answered),
         "with a prefix hit": sum(x.cached > 0 for x in answered),
         "preemptions": preemptions,
+        "maps of a layer": max(maps),
         "most rows of raw pages": load.most_rows,
         "mean KL": sum(found) / len(found),
         "largest KL of a request": max(found),

@@ -212,6 +212,10 @@ def test_no_layer_waits_for_the_gpu(
     with fake:
         kernel = cuda_kernel("cuda:0")
     engine = Watched(monkeypatch, kernel, fake=fake, **options)
+    for impl in engine.impls:
+        # As after 1,024 tokens: before, a layer looks its pages up to encode them again.
+        assert impl.layer is not None
+        impl.layer.settle()
     outputs = serve(engine)
     assert all(x.device.type == "cuda" for *_, out in outputs for x in out)
     assert len(engine.layers) == LAYERS * 10

@@ -1,7 +1,7 @@
 """An attention layer of a serving engine: ragged batches, in blocks of memory that it owns.
 
 Whole pages lie as codes in the engine's blocks. The open page of a running sequence, up to 64
-tokens, stays in the model's dtype in a row of memory of the layer's; it is encoded once, when full.
+tokens, stays in the model's dtype in a row of memory of the layer's; it is encoded when it is full.
 Attention sinks, and the last full page, may be kept there as well. Which block and which row is
 whose is the engine's business.
 """
@@ -293,43 +293,59 @@ class EngineLayer:
             softmax,
         )
 
+    @property
+    def learning(self) -> bool:
+        """Whether the key map may change yet, and codes in blocks with it."""
+        return self._learning is not None
+
     def forget(self, blocks: Iterable[int]) -> None:
-        """Blocks that no longer hold pages of this layer, as soon as others may write to them.
+        """Blocks that others have written to: they hold no pages of this layer any more.
 
         Only an engine that lends one memory to several layers in turn need say so: what the layer
-        itself writes over it knows.
+        itself writes over it knows. A block that others hold, and have not written to, the layer
+        may encode an old page in.
         """
         if self._learning is not None:
             self._learning.forget(blocks)
+
+    def settle(self) -> None:
+        """Keep the map of now, or else the first: codes in blocks do not change any more."""
+        if self.key_map is not None:
+            self._learning = None
+        elif self._learning is not None:
+            self._learning = Learning(self.policy, self.copies[0].shape[1], 1)
 
     def _encode(self, keys: Tensor, values: Tensor, pool: Pool, fill: Fill) -> None:
         """Encode all pages that are full."""
         full_keys, full_values = (
             list(fill.filled(old, x)) for old, x in zip(self.copies, (keys, values), strict=True)
         )
-        if full_keys and self._learning is not None:
-            self._learn([x for x, _ in full_keys], [x for x, _ in full_values], pool, fill)
+        new_keys, new_values = ([x for x, _ in full] for full in (full_keys, full_values))
+        learning = self._learning
+        if learning is not None:
+            self._learn(learning, new_keys, pool, fill)
         for (own_keys, slots), (own_values, _) in zip(full_keys, full_values, strict=True):
             self._store(own_keys, own_values, slots, pool)
+        if learning is not None and full_keys:
+            learning.count(len(fill.beginning))
+            if learning.done:
+                self._learning = None
+            else:
+                learning.keep(fill.blocks, new_keys, new_values, fill.beginning)
 
     def _store(self, keys: Tensor, values: Tensor, slots: Tensor, pool: Pool) -> None:
         assert self.key_map is not None
         self.code.store(keys, values, slots, pool, shared(self.key_map, len(slots)))
 
-    def _learn(self, keys: list[Tensor], values: list[Tensor], pool: Pool, fill: Fill) -> None:
+    def _learn(self, learning: Learning, keys: list[Tensor], pool: Pool, fill: Fill) -> None:
         """Another map, if these pages make one due, and the codes by it of those before."""
-        learning = self._learning
-        assert learning is not None
-        fitted = learning.fit(keys, fill.beginning)
+        fitted = learning.fit(keys, fill.beginning) if keys else None
         if fitted is not None:
-            self.key_map = fitted
-            for slot, page in learning.coded():
-                where = torch.tensor([[slot]], device=fill.slots.device)
-                self._store(page.keys[None], page.values[None], where, pool)
-        if learning.done:
-            self._learning = None
-        else:
-            learning.keep(fill.blocks, keys, values, fill.beginning)
+            self.key_map, learning.stale = fitted, True
+        # Of a map of before as well, if its step failed here.
+        if learning.stale and (coded := learning.coded()) is not None:
+            self._store(*coded, pool)
+        learning.stale = False
 
     def _check(self, query: Tensor, keys: Tensor, values: Tensor, pool: Pool, step: Step) -> None:
         """Refuse what does not fit, before anything is read or written."""

@@ -1,6 +1,6 @@
 """The attention of one layer of a model that vLLM runs."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +9,11 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from sixfold.cache.engine import EngineLayer
+from sixfold.cache.step import Step
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.beside import Beside, scratch_blocks
 from sixfold.integrations.vllm.names import Options, policy
+from sixfold.integrations.vllm.sharing import overlap
 from sixfold.kernels.types import KeyMap, Pool
 from sixfold.packing import Bits
 
@@ -22,6 +24,7 @@ class SixfoldImpl(AttentionImpl):
     Attributes:
         bits: Bits a value.
         layer: None until vLLM has made the cache.
+        others: The other layers of the model.
     """
 
     bits: ClassVar[Bits]
@@ -56,7 +59,9 @@ class SixfoldImpl(AttentionImpl):
         self.kv_cache_dtype, self.sinks = kv_cache_dtype, sinks
         self.kv_sharing_target_layer_name = None
         self.layer: EngineLayer | None = None
+        self.others: Sequence[SixfoldImpl] = ()
         self._blocks: tuple[Tensor, Pool] | None = None
+        self._sharing: list[SixfoldImpl] = []
         device = torch.get_default_device()
         if device.type == "cuda":
             # What is taken while vLLM loads the model it leaves out of the memory for blocks.
@@ -95,11 +100,6 @@ class SixfoldImpl(AttentionImpl):
         if held is not None:
             self.layer.copies, self.layer.sinks = held.copies, held.sinks
 
-    def forget(self, blocks: Iterable[int]) -> None:
-        """See `EngineLayer.forget`."""
-        if self.layer is not None:
-            self.layer.forget(blocks)
-
     def forward(
         self,
         layer: Any,
@@ -124,12 +124,13 @@ class SixfoldImpl(AttentionImpl):
             return output.fill_(0)
         assert self.layer is not None, "vLLM runs a layer before it made a cache for it"
         step = attn_metadata.step
-        tokens = sum(step.new)
+        tokens, pool = sum(step.new), self._pool(kv_cache)
+        self._claim(step)
         self.layer.attend(
             query[:tokens],
             key[:tokens],
             value[:tokens],
-            self._pool(kv_cache),
+            pool,
             step,
             scaling=self.scale,
             softcap=self.softcap,
@@ -144,7 +145,32 @@ class SixfoldImpl(AttentionImpl):
         assert self.layer is not None
         if self._blocks is None or self._blocks[0] is not kv_cache:
             self._blocks = kv_cache, self.layer.pool(kv_cache.flatten(2))
+            self._meet(kv_cache)
         return self._blocks[1]
+
+    def _meet(self, kv_cache: Tensor) -> None:
+        """Find the layers that have the same memory, of those that have any yet."""
+        self._sharing = []
+        for other in self.others:
+            if other._blocks is None or other.layer is None:
+                continue
+            found = overlap(kv_cache, other._blocks[0])
+            if found == "same":
+                self._sharing.append(other)
+                other._sharing.append(self)
+            elif found == "mixed":
+                # Nobody could tell them which of their blocks this layer has written to.
+                for one in (self, other):
+                    assert one.layer is not None
+                    one.layer.settle()
+
+    def _claim(self, step: Step) -> None:
+        """Tell the layers that have the same memory what this one writes in it."""
+        if not len(step.fill.beginning):
+            return
+        for other in self._sharing:
+            if other.layer is not None and other.layer.learning:
+                other.layer.forget(step.fill.blocks)
 
 
 def reserve(impl: SixfoldImpl, vllm_config: Any, device: torch.device) -> None:

@@ -63,20 +63,17 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         )
         self.sinks = SinkRows(requests, beside.sink_rows) if options.sink_tokens else None
         self.sink_tokens = options.sink_tokens
-        everyone = get_layers_from_vllm_config(vllm_config, Attention)
-        layers = {name: layer for name, layer in everyone.items() if name in layer_names}
-        # Groups take turns in one memory.
-        self.others = [
-            layer.impl
-            for name, layer in everyone.items()
-            if name not in layers and isinstance(layer.impl, SixfoldImpl)
-        ]
-        refit = _known(everyone, vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        refit = not uncompressed(vllm_config)
         dtype = vllm_config.model_config.dtype
         for name, layer in layers.items():
             found = _map_of(maps, name, layer.impl.num_kv_heads, vllm_config)
             layer.impl.open(kv_cache_spec.head_size_v, beside, dtype, device, found, refit=refit)
         impls = [layer.impl for layer in layers.values()]
+        everyone = get_layers_from_vllm_config(vllm_config, Attention)
+        ours = [x.impl for x in everyone.values() if isinstance(x.impl, SixfoldImpl)]
+        for impl in impls:
+            impl.others = [other for other in ours if other is not impl]
         windows = {impl.sliding_window for impl in impls}
         self.scratch = Scratch(kernel(impls, vllm_config, device), windows=windows)
         announce(impls, options, vllm_config, device)
@@ -98,21 +95,12 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         table = table[to_device(np.array(running), table.device)]
         host = zip(host_table(table), ends, strict=True)
         blocks = [own[: -(-end // PAGE_TOKENS)] for own, end in host]
-        for impl in self.others:
-            impl.forget(block for own in blocks for block in own)
         rows = torch.from_numpy(self.raw_pages.step(context, ends, blocks))
         sinks = None
         if self.sinks is not None:
             sinks = torch.from_numpy(self.sinks.step(context, [own[0] for own in blocks]))
         step = Step(new, context, table, rows, sinks, self.sink_tokens)
         return SixfoldMetadata(step, self.scratch.plan(step, blocks))
-
-
-def _known(layers: dict[str, Any], vllm_config: Any) -> bool:
-    """Whether all who write to blocks are ours, and a block has one number in all groups."""
-    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers.values()]
-    sizes = {spec.page_size_bytes for spec in specs if spec is not None}
-    return len(sizes) == 1 and not uncompressed(vllm_config)
 
 
 def _lengths(batch: CommonAttentionMetadata) -> list[int]:

@@ -52,7 +52,7 @@ class Options:
 
     Attributes:
         key_map: A file that `sixfold.cache.KeyMaps.save` wrote, for the layers of this model. None:
-            each layer fits its own to the first page that the engine sees.
+            each layer fits its own to the first tokens that the engine sees.
         sink_tokens: First tokens of every sequence that are kept uncompressed beside their codes.
         recent_window: 64: so is the last full page of every running request. 0: it is not.
     """
