@@ -106,7 +106,8 @@ def _typed(one: Any) -> str:
 def _default(one: Any) -> str:
     if one.required:
         return "must be given"
-    if one.default is None or one.default is False or one.default == "":
+    # What typer has for an option without a default depends on its version.
+    if not isinstance(one.default, str | int | float) or one.default is False or one.default == "":
         return ""
     return f"`{one.default}`"
 

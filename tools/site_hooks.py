@@ -29,4 +29,4 @@ def _outside(link: re.Match[str], folder: Path, repository: str | None) -> str:
     path = target.relative_to(ROOT).as_posix()
     if repository:
         return f"[{words}]({repository.rstrip('/')}/blob/main/{path}{link[3] or ''})"
-    return f"{words} (`{path}`)" if words != path else f"`{path}`"
+    return f"`{path}`" if path.endswith(words) else f"{words} (`{path}`)"

@@ -2,18 +2,16 @@
 
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import sixfold
 import sixfold.cache
 import sixfold.errors
-from tools import command_line, site_hooks
+from tools import site_hooks
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -90,19 +88,6 @@ def test_every_public_name_is_described(site: Path) -> None:
         assert re.search(rf'id="[\w.]*\b{name.rpartition(".")[2]}"', shown), name
 
 
-def test_the_page_of_commands_is_what_the_commands_say() -> None:
-    command = "python -m tools.command_line"
-    assert command_line.rendered() == command_line.PAGE.read_text(encoding="utf-8"), command
-
-
-@pytest.mark.parametrize(("name", "command"), list(command_line.commands()))
-def test_the_line_to_try_is_one_that_the_command_takes(name: str, command: Any) -> None:
-    words = shlex.split(command_line.EXAMPLES[name][1])
-    typed = name.split()
-    assert words[: len(typed)] == typed
-    command.make_context(name, words[len(typed) :])
-
-
 def test_links_out_of_the_documents_become_paths_or_links_to_a_repository() -> None:
     class Page:
         class file:
@@ -114,6 +99,7 @@ def test_links_out_of_the_documents_become_paths_or_links_to_a_repository() -> N
 
     outside = "[notes](../benchmarks/NOTES.md#a)"
     assert shown(outside) == "notes (`benchmarks/NOTES.md`)"
+    assert shown("[NOTES.md](../benchmarks/NOTES.md)") == "`benchmarks/NOTES.md`"
     there = "https://example.org/sixfold/blob/main/benchmarks/NOTES.md#a"
     assert shown(outside, "https://example.org/sixfold/") == f"[notes]({there})"
     for kept in ("[x](gpu.md)", "[x](../benchmarks/MISSING.md)", "[x](https://example.org)"):
