@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPILER := $(shell command -v $(firstword $(or $(CXX),c++)) 2>/dev/null)
 REQUIRE := SIXFOLD_REQUIRE_EXTENSION=$(if $(COMPILER),1,0)
 
-.PHONY: setup demo test check bench bench-gpu bench-vllm-gpu results results-cpu sanitize test-neon clean
+.PHONY: setup demo test check docs bench bench-gpu bench-vllm-gpu results results-cpu sanitize test-neon clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site of docs/, in site/. Whatever mkdocs warns of is an error: a link or anchor that leads nowhere,
+# a page that the navigation lacks, a name that the code lacks. It asks no network.
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
 
 test: check
 	$(BIN)/python -m pytest -q -m "not slow and not compile"
@@ -167,5 +172,5 @@ test-neon: cmake
 	$(CTEST) --test-dir build/neon
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -74,7 +74,7 @@ def generate(
     bits: Annotated[float, typer.Option(help="Bits per value: 1 to 8, 2.5 or 3.5.")] = 4,
     key_bits: Annotated[float | None, typer.Option(help="Bits of the keys, if other.")] = None,
     value_bits: Annotated[float | None, typer.Option(help="Bits of the values, if other.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also run uncompressed.")] = False,
     json: JsonOption = None,

@@ -24,7 +24,7 @@ def distortion(
         str, typer.Option(help=f"Any of {', '.join(METHODS)}, separated by commas.")
     ] = ",".join(METHODS),
     vectors: Annotated[int, typer.Option(min=1, help="Vectors a measurement.")] = 4096,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the random vectors and rotations.")] = 0,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:

@@ -38,7 +38,7 @@ def niah(
     lengths: Annotated[str, typer.Option(help="Document lengths in tokens.")] = "512,1024,2048",
     depths: Annotated[str, typer.Option(help="Depths, 0 first to 1 last.")] = "0,0.25,0.5,0.75,1",
     documents: Annotated[int, typer.Option(min=1, help="Documents a length.")] = 2,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the documents' random choices.")] = 0,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:

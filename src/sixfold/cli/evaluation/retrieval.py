@@ -38,7 +38,7 @@ def retrieval(
     ] = ",".join(TASKS),
     length: Annotated[int, typer.Option(min=64, help="Tokens of a document.")] = 1024,
     documents: Annotated[int, typer.Option(min=1, help="Documents a task.")] = 4,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the documents' random choices.")] = 0,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
