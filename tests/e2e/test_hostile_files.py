@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "dense sliding": ("gemma2", (248, 203), {"skip_layers": [0], "bits": 2.5}),
     "convolutions": ("lfm2", (150, 150), {}),
 }
+FAST = ("pages", "convolutions")
 NUMBERS = [-1, 0, 1, 2, 63, 65, 2**31, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
 OTHERS = [None, True, False, 1.5, 1e308, "1", [], [1], {}, "F32", "full_attention"]
 WHOLE = [-1, 0, 1, 47, 150, 151, 1000, 2**31, 2**62, 2**63 - 1, 2**63 - 64, -(2**63), 1 - 2**63]
@@ -110,7 +111,10 @@ def survives(case: str, path: Path, fused: bool) -> bool:
     return True
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_thousands_of_changes(case: str, tmp_path: Path) -> None:
     path, source = tmp_path / "file", random.Random(0)
     description, tensors = contents(case, path)

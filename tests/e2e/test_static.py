@@ -64,7 +64,7 @@ def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
     # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
     [("reference", 1e-3), pytest.param("triton", 3e-3, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("pinned", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float, pinned: bool) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
     code = f"from tests.e2e.test_static import largest_difference as d; print(d(True, {pinned}))"

@@ -196,7 +196,7 @@ def largest_difference(fused: bool) -> float:
 
 
 @traces_models
-@both_modes
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_model_with_a_growing_cache(fused: bool) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
     code = f"from tests.e2e.test_surroundings import largest_difference as d; print(d({fused}))"

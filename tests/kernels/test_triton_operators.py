@@ -39,6 +39,8 @@ from tests.vectors import gaussian
 
 OPERATORS = torch.ops.sixfold
 DIM, BITS = 32, 3
+# The others take seconds each.
+FAST = ("rotate", "encode_pages")
 
 Stored = tuple[Tensor, Tensor, Tensor, Pool, Coding, Coding, KeyMap]
 
@@ -89,7 +91,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.usefixtures("unhooked")
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in calls()],
+)
 def test_operators_are_well_formed(name: str) -> None:
     torch.library.opcheck(getattr(OPERATORS, name).default, calls()[name])
 
@@ -199,6 +204,7 @@ def check_static_layer_compiles() -> None:
     assert int(static.pages) == held + 1
 
 
+@pytest.mark.slow
 def test_what_users_call_compiles_in_one_graph() -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
     code = (

@@ -20,6 +20,8 @@ from tests.kernels.oracle import walsh
 from tests.vectors import KINDS, gaussian, normalized_error, outlier_channels
 
 DIMS = [32, 64, 80, 96, 100, 128, 200, 256, 576, 1536]
+# Matrices of the widest are made coordinate by coordinate.
+FAST = DIMS[:-1]
 
 
 def relative_distortions(
@@ -96,7 +98,7 @@ def constant_magnitude(dim: int) -> Tensor:
 
 # Sums of ±1 would stay on a lattice, which fine levels fit or miss by luck.
 @pytest.mark.parametrize("vectors", [one_hot, constant_magnitude])
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", FAST)
 def test_lattice_vectors_lose_what_is_expected(dim: int, vectors: Callable[[int], Tensor]) -> None:
     check([vectors(dim)] * (300_000 // dim**2 + 1), (1, 2.5, 3))
 

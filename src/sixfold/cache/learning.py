@@ -15,7 +15,7 @@ from sixfold.packing import PAGE_TOKENS
 
 # From so many pages on, more of them change a map little (docs/key_map.md).
 ENOUGH = 16
-# Later queries do not change what channels of them are strong.
+# Enough to tell which channels are strong: a server of short chats fills no page for long.
 MOST_QUERIES = 4096
 
 
