@@ -8,6 +8,7 @@ outlier channels; ``--model`` measures a checkpoint instead.
 
 import argparse
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ BITS = (4, 3, 2)
 CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
 
 
-def maps_of(model: PreTrainedModel, text: Tensor) -> KeyMaps:
-    """The maps that a cache fits to `text` [tokens] in one piece."""
-    cache = TurboQuantCache.for_model(model)
+def maps_of(model: PreTrainedModel, text: Tensor, **options: Any) -> KeyMaps:
+    """The maps that a cache of these options fits to `text` [tokens] in one piece."""
+    cache = TurboQuantCache.for_model(model, **options)
     fill(model, text, cache)
     return cache.key_maps()
 
@@ -87,29 +88,44 @@ def models(path: str | None) -> tuple[dict[str, PreTrainedModel], Any]:
     return {Path(path).name: model}, AutoTokenizer.from_pretrained(path)
 
 
-def main() -> None:
-    """Measure every way on every model; print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a checkpoint's folder; default: the embedded models")
-    parser.add_argument("--file", type=Path, help="text; default: the package's own prose")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=768)
-    parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="0: one piece")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every study of key maps can be told."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", help="a checkpoint's folder; default: the embedded models")
+    made.add_argument("--file", type=Path, help="text; default: the package's own prose")
+    made.add_argument("--windows", type=int, default=8)
+    made.add_argument("--tokens", type=int, default=768)
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def run(arguments: argparse.Namespace, study: Callable[..., Iterable[dict[str, Any]]]) -> None:
+    """Print the rows that `study` finds for every model and windows, and write them if asked to."""
     chosen, tokenizer = models(arguments.model)
     text = arguments.file.read_text(encoding="utf-8") if arguments.file else haystack()
     windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
     rows = []
     for name, model in chosen.items():
-        for chunk in arguments.chunks:
-            for row in study(model, windows, arguments.tokens // 2, chunk):
-                rows.append({"model": name, **row})
-                print(json.dumps(rows[-1]), flush=True)
+        for row in study(model, windows):
+            rows.append({"model": name, **row})
+            print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         shape = [len(windows) - 1, arguments.tokens]
         document = {"machine": machine.describe(), "windows": shape, "rows": rows}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure every way on every model; print and write the table."""
+    options = parser(__doc__)
+    options.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="0: one piece")
+    arguments = options.parse_args()
+
+    def ways(model: PreTrainedModel, windows: Tensor) -> Iterator[dict[str, Any]]:
+        for chunk in arguments.chunks:
+            yield from study(model, windows, arguments.tokens // 2, chunk)
+
+    run(arguments, ways)
 
 
 if __name__ == "__main__":
