@@ -38,8 +38,11 @@ check: setup
 docs: setup
 	$(BIN)/python -m mkdocs build --strict
 
+# Tests of small tensors gain nothing from threads: one for each process that runs them. JOBS=0: one process.
+JOBS ?= auto
+FAST := -q -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow and not compile"
 test: check
-	$(BIN)/python -m pytest -q -m "not slow and not compile"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 	$(BIN)/python tools/count_lines.py
 
 # Every fast test on the oldest versions that pyproject.toml declares, and on the newest there are.
@@ -56,12 +59,12 @@ WARNED.oldest := -W "ignore:'click.utils:DeprecationWarning" \
 $(TRIED:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml requirements-oldest.txt $(NATIVE)
 	test -x .venv-$*/bin/python || $(PYTHON.$*) -m venv .venv-$*
 	$(REQUIRE) .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet \
-	  $(VERSIONS.$*) -e ".[all]" beartype grimp hypothesis pytest --config-settings=build-dir=build/$*
+	  $(VERSIONS.$*) -e ".[all]" beartype grimp hypothesis pytest pytest-xdist --config-settings=build-dir=build/$*
 	touch $@
 
 $(TRIED:%=test-%): test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|numpy)="
-	.venv-$*/bin/python -m pytest -q -m "not slow and not compile" $(WARNED.$*)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(FAST) $(WARNED.$*)
 
 # vLLM wants packages of its own: an environment beside ours. VLLM_OVERLAY: tools/vllm_overlay.py.
 VLLM_VENV := .venv-vllm$(addprefix -,$(VLLM_OVERLAY))
