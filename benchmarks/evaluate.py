@@ -161,7 +161,7 @@ def evaluate(subject: Subject, windows: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def _dots(done: int, total: int) -> None:
+def _dots(done: int, total: int, name: str) -> None:
     print(f"\r{done} of {total}", end="\n" if done == total else "", flush=True)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import sixfold
 from sixfold.cli.app import app
 from sixfold.cli.common import parse_bits, parse_list, parse_size
-from sixfold.cli.render import Output
+from sixfold.cli.render import Output, progress_bar
 from sixfold.errors import SixfoldError
 
 COMMANDS = (
@@ -66,6 +66,20 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     result = CliRunner().invoke(app, ["demo", "--file", str(tmp_path / "binary")])
     assert (result.exit_code, "is not UTF-8 text" in result.stderr) == (2, True)
+
+
+def test_a_measurement_in_a_pipe_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0, 10, 31, 40, 62])
+    monkeypatch.setattr("sixfold.cli.render.monotonic", lambda: next(clock))
+    with progress_bar("reading text") as progress:
+        for step, name in enumerate(["uncompressed", "4 bits", "uncompressed", "4 bits"], 1):
+            progress(step, 1000, name)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading text: 2 of 1,000 steps in 0:00:31, the last of 4 bits",
+        "reading text: 4 of 1,000 steps in 0:01:02, the last of 4 bits",
+    ]
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,27 @@ def test_plan_takes_weights_off_and_may_find_no_room() -> None:
     assert [row["users"]["4096"] for row in none["rows"]] == [0] * len(none["rows"])
 
 
+def test_plan_sets_a_directorys_weights_aside_and_marks_contexts_beyond_the_model(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    size = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    options = ["--memory", "100MB", "--contexts", "64,1000000"]
+    found = run_json("plan", str(model_dir), *options)
+    limit = tiny_model().config.max_position_embeddings
+    assert (found["free_bytes"], found["most_tokens"]) == (10**8 - size, limit)
+    said = CliRunner().invoke(app, ["plan", str(model_dir), *options]).stdout
+    assert "set aside for this directory's weights" in said
+    assert "1,000,000*" in said
+    assert "64*" not in said
+    assert f"* beyond the {limit:,} tokens" in said
+    given = run_json("plan", str(model_dir), *options, "--weights", "0GB")
+    blocks = run_json("plan", str(model_dir), *options, "--vllm")
+    assert given["free_bytes"] == blocks["free_bytes"] == 10**8
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    bare = CliRunner().invoke(app, ["plan", str(tmp_path), "--memory", "100MB"])
+    assert "No memory is set aside for weights" in bare.stdout
+
+
 def test_plan_of_a_config_counts_what_the_cache_holds(model_dir: Path) -> None:
     planned = run_json("plan", str(model_dir), "--bits", "4", "--contexts", "500")["rows"][1]
     ids = tiny_tokenizer()(" ".join(["river"] * 2000), return_tensors="pt")["input_ids"][0, :500]

@@ -111,7 +111,7 @@ def test_files_are_found_answered_and_scored(tmp_path: Path) -> None:
     (tmp_path / "lcc_e.jsonl").write_text(json.dumps(question(["x"])), encoding="utf-8")
     data = find_datasets(tmp_path)
     assert {name: len(found) for name, found in data.items()} == {"passage_count": 2, "lcc": 1}
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     found = measure_longbench(
         tiny_model(),
         tiny_tokenizer(),
@@ -121,7 +121,7 @@ def test_files_are_found_answered_and_scored(tmp_path: Path) -> None:
         questions=2,
         progress=lambda *step: seen.append(step),
     )
-    assert seen == [(step, 6) for step in range(1, 7)]
+    assert seen == [(step, 6, "16" if step % 2 else "8") for step in range(1, 7)]
     counted = found["passage_count"]["16"]
     assert counted.asked == 2
     assert counted.by_length["0-4k"] is not None

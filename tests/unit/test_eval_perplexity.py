@@ -70,16 +70,17 @@ def test_perplexity_and_loss_increase_agree(found: dict[str, CacheComparison]) -
 
 
 def test_progress_counts_up_to_the_total(windows: torch.Tensor) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     compare_caches(
         tiny_model(),
         windows,
         {"same": uncompressed},
         prefill=PREFILL,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *step: seen.append(step),
     )
-    # Per window one prefill, then 149 predictions in chunks of 64.
-    assert seen == [(step, 8) for step in range(1, 9)]
+    # Of two windows and caches: one prefill, then 149 predictions in chunks of 64.
+    names = ["uncompressed", "same"] * 8
+    assert seen == [(step, 16, name) for step, name in enumerate(names, 1)]
 
 
 def test_estimate_is_mean_and_standard_error() -> None:

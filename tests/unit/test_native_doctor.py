@@ -104,7 +104,7 @@ def test_an_operation_without_such_a_backend_lacks_nothing(
         "implementation",
         lambda name, _: SimpleNamespace(__name__=f"kernels.{selected.get(name, 'cpu')}"),
     )
-    assert "Every operation runs on its fastest backend for cpu, cpu." in said()
+    assert "Every operation runs on the fastest backend there is for it on cpu." in said()
     selected["encode"] = "reference"
     monkeypatch.setattr(
         doctor,

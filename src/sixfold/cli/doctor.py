@@ -177,7 +177,7 @@ def _choice(operations: list[Operation], fastest: str, device: torch.device) -> 
         if one.selected != fastest and one.missing.get(fastest) != NO_BACKEND
     ]
     if not slow:
-        return f"Every operation runs on its fastest backend for {device.type}, {fastest}."
+        return f"Every operation runs on the fastest backend there is for it on {device.type}."
     reasons = {one.missing.get(fastest, "not chosen") for one in slow}
     names = ", ".join(one.operation for one in slow)
     return (

@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,14 @@ class Shape:
     kv_heads: int
     head_dim: int
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest context the model is made for, where its config says."""
+        if self.config is None:
+            return None
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
     def layer_shapes(self, policy: CachePolicy | None) -> list[LayerShape]:
         """The attention layers under one policy; None leaves them uncompressed."""
         if self.config is None:
@@ -60,7 +69,12 @@ def plan(
     kv_heads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Key-value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(min=1, max=MOST, help="Coordinates.")] = None,
     memory: Annotated[str, typer.Option(help="Of the device: 80GB is 80·10⁹ bytes.")] = "80GB",
-    weights: Annotated[str, typer.Option(help="Taken by weights and activations.")] = "0GB",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="For weights and activations; by default a directory's weights, with --vllm 0."
+        ),
+    ] = None,
     bits: Annotated[str, typer.Option(help="Bits per value, separated by commas.")] = "4,3,2.5,2",
     contexts: Annotated[
         str, typer.Option(help="Tokens a user, separated by commas.")
@@ -73,9 +87,12 @@ def plan(
 ) -> None:
     """How many users x context fit in memory: the cache's own byte accounting."""
     output, shape = Output(json), _shape(model, layers, kv_heads, head_dim)
-    free = _memory(memory) - parse_size(weights)
+    # Blocks of vLLM are what it leaves them, which is given as the memory.
+    of_model = 0 if vllm else _weights_of(model)
+    taken = of_model if weights is None else parse_size(weights)
+    free = _memory(memory) - taken
     if free <= 0:
-        raise SixfoldError(f"weights of {weights} leave nothing of a memory of {memory}")
+        raise SixfoldError(f"weights of {human_bytes(taken)} leave nothing of a memory of {memory}")
     if vllm:
         _plan_blocks(shape.layer_shapes(None), parse_bits(bits), free, block_size, output)
         return
@@ -87,18 +104,39 @@ def plan(
     for width in parse_bits(bits):
         policy = CachePolicy.spending(width, dims)
         found.append(_capacity(width, shape.layer_shapes(policy), sizes, free))
+    limit = shape.most_tokens
+
+    def shown(tokens: int) -> str:
+        return f"{tokens:,}" + "*" * (limit is not None and tokens > limit)
+
     output.table(
         f"Users that fit in {human_bytes(free)}",
         ["context", "uncompressed", *(f"{one.bits:g} bits" for one in found[1:])],
-        [[f"{size:,}", *(f"{one.users[size]:,}" for one in found)] for size in sizes]
-        + [["longest, one user", *(f"{one.longest_context:,}" for one in found)]],
+        [[shown(size), *(f"{one.users[size]:,}" for one in found)] for size in sizes]
+        + [["longest, one user", *(shown(one.longest_context) for one in found)]],
     )
     output.say(
         "Bytes as the cache counts them after a prefill: codes, scales, full-precision windows and "
-        "tables. A cache that grows token by token holds up to 1/16 more. The model's own limit "
-        "of context is not applied."
+        "tables. A cache that grows token by token holds up to 1/16 more."
     )
-    output.json({"free_bytes": free, "rows": [asdict(one) for one in found]})
+    if limit is not None and max(*sizes, *(one.longest_context for one in found)) > limit:
+        output.say(f"* beyond the {limit:,} tokens that this model is made for.")
+    output.say(_about_weights(taken, asked=weights is not None))
+    output.json({"free_bytes": free, "most_tokens": limit, "rows": [asdict(one) for one in found]})
+
+
+def _weights_of(model: str | None) -> int:
+    """Bytes of a directory's weights; 0 where there is none."""
+    files = Path(model).glob("*.safetensors") if model is not None else ()
+    return sum(file.stat().st_size for file in files)
+
+
+def _about_weights(taken: int, *, asked: bool) -> str:
+    if not taken:
+        return "No memory is set aside for weights and activations: give --weights."
+    if asked:
+        return f"{human_bytes(taken)} are set aside for weights and activations."
+    return f"{human_bytes(taken)} are set aside for this directory's weights, none for activations."
 
 
 def _memory(text: str) -> int:

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +18,7 @@ from sixfold.eval.progress import Progress as ReportProgress
 
 STANDARD_OUTPUT = Path("-")
 UNLIMITED = 10_000
+SECONDS_BETWEEN_LINES = 30
 
 
 class Output:
@@ -74,13 +77,40 @@ class Output:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[ReportProgress]:
-    """Show a bar on standard error, if that is a terminal; yields what moves it."""
-    console = Console(stderr=True)
-    columns = (TextColumn(label), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    """Show on standard error how far a measurement is; yields what it has to call.
+
+    A bar in a terminal. Elsewhere, in a pipe or a log, a line every half a minute.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Lines(label, console).report
+        return
+    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    shown = TextColumn("{task.description}", markup=False)
+    with Progress(shown, *columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{label}: {name}")
+
+        yield report
+
+
+class _Lines:
+    """How far a measurement is, now and then."""
+
+    def __init__(self, label: str, console: Console) -> None:
+        self.label, self.console = label, console
+        self.begun = self.said = monotonic()
+
+    def report(self, done: int, total: int, name: str) -> None:
+        now = monotonic()
+        if now - self.said < SECONDS_BETWEEN_LINES:
+            return
+        self.said = now
+        spent = timedelta(seconds=round(now - self.begun))
+        line = f"{self.label}: {done:,} of {total:,} steps in {spent}, the last of {name}"
+        self.console.print(line, markup=False, soft_wrap=True)
 
 
 def human_bytes(count: float) -> str:

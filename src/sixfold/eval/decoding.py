@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from sixfold.eval.caches import MakeCache, held_bytes
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.eval.timing import Case, Contender, Quartiles, measure
 from sixfold.integrations.transformers.keyword import cache_argument
 
@@ -53,12 +53,13 @@ def decode_costs(
         progress: Called after every prefill.
     """
     contenders, nbytes = [], {}
-    for done, (name, make_cache) in enumerate(caches.items(), 1):
+    prefills = Steps(progress, len(caches))
+    for name, make_cache in caches.items():
         cache = make_cache(model)
         _forward(model, context, cache)
         nbytes[name] = held_bytes(cache)
         contenders.append(Contender(name, partial(_forward, model, context[-1:], cache)))
-        progress(done, len(caches))
+        prefills.done(name)
     rows = measure(Case(contenders), repeats=steps)
     return {row.name: DecodeCost(len(context), nbytes[row.name], row.seconds) for row in rows}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sixfold.codebooks import expected_mse
 from sixfold.errors import SixfoldError
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.packing import BITS, Bits
 from sixfold.quantizers import TurboQuantMSE, TurboQuantProd
 
@@ -100,10 +100,10 @@ def measure_distortion(
         for method in methods
         if has_prod(bits) or not method.startswith("prod")
     ]
-    found = []
-    for done, case in enumerate(cases, 1):
+    found, steps = [], Steps(progress, len(cases))
+    for case in cases:
         found.append(_measure(*case, vectors, seed))
-        progress(done, len(cases))
+        steps.done(case[0])
     return found
 
 

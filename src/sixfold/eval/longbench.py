@@ -28,7 +28,7 @@ from sixfold.eval.longbench_metrics import (
     rouge_l,
 )
 from sixfold.eval.niah import greedy
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.integrations.transformers.keyword import cache_argument
 
 
@@ -160,7 +160,7 @@ def measure_longbench(
         Scores by dataset and cache.
     """
     chosen = {name: list(rows)[:questions] for name, rows in data.items()}
-    total, done = len(caches) * sum(map(len, chosen.values())), 0
+    steps = Steps(progress, len(caches) * sum(map(len, chosen.values())))
     results: dict[str, dict[str, DatasetScore]] = {}
     for name, rows in chosen.items():
         points: dict[str, list[float]] = {cache: [] for cache in caches}
@@ -169,8 +169,7 @@ def measure_longbench(
             for cache, make_cache in caches.items():
                 said = _answer(model, tokenizer, ids, make_cache, DATASETS[name].new_tokens)
                 points[cache].append(score(name, said, question))
-                done += 1
-                progress(done, total)
+                steps.done(cache)
         lengths = [int(question["length"]) for question in rows]
         results[name] = {cache: _summary(found, lengths) for cache, found in points.items()}
     return results

@@ -27,8 +27,11 @@ from sixfold.eval.needles import (
     make_needles,
     split_sentences,
 )
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.integrations.transformers.keyword import cache_argument
+
+# Tokens of a document for the question, and for merges that differ across sentence boundaries.
+SLACK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,7 @@ def build_questions(
     """
     needles = make_needles(rng, len(depths))
     statements = token_count(tokenizer, " ".join(needle.statement for needle in needles))
-    # Sixteen tokens of slack: the question, and merges that differ across sentence boundaries.
-    text = excerpt(tokenizer, sentences, tokens - statements - 16, rng)
+    text = excerpt(tokenizer, sentences, tokens, statements, rng)
     asked = [document(text, needles, depths, needle) for needle in needles]
     plain: list[int] = tokenizer(hide(text, needles, depths), verbose=False)["input_ids"]
     questions: list[list[int]] = [tokenizer(one, verbose=False)["input_ids"] for one in asked]
@@ -166,7 +168,7 @@ def retrieve(
         raise SixfoldError(f"expected 1 to {len(NAMES)} depths from 0 to 1, got {list(depths)}")
     sentences, rng = split_sentences(text), Random(seed)
     hits = {name: {(size, depth): 0 for size in lengths for depth in depths} for name in caches}
-    total, done = len(lengths) * documents * len(caches), 0
+    steps = Steps(progress, len(lengths) * documents * len(caches))
     held: dict[str, tuple[int, int]] = {}
     for size in (size for size in sorted(lengths) for _ in range(documents)):
         questions = build_questions(tokenizer, sentences, depths, size, rng)
@@ -176,8 +178,7 @@ def retrieve(
             held[name] = held_bytes(cache), half_precision_bytes(cache)
             for depth, hit in zip(depths, found, strict=True):
                 hits[name][size, depth] += hit
-            done += 1
-            progress(done, total)
+            steps.done(name)
     return {
         name: Retrieval(
             tuple(Cell(*key, documents, exact) for key, exact in grid.items()), *held[name]
@@ -191,13 +192,28 @@ def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def excerpt(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], budget: int, rng: Random
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    tokens: int,
+    hidden: int,
+    rng: Random,
 ) -> list[str]:
-    """Consecutive sentences of at most `budget` tokens, going round at the end of the text."""
-    if not sentences or budget <= 0:
+    """Consecutive sentences, going round at the end of the text.
+
+    Args:
+        tokenizer: Counts tokens.
+        sentences: Of the text.
+        tokens: Most of the document.
+        hidden: Those of what will be hidden in it.
+        rng: Draws the first sentence.
+    """
+    if not sentences:
+        raise SixfoldError("the text has no sentences: give a longer one")
+    budget = tokens - hidden - SLACK
+    if budget <= 0:
         raise SixfoldError(
-            f"no room for text: {len(sentences)} sentences and {max(budget, 0)} tokens "
-            "left beside the needles; give a longer document or fewer depths"
+            f"documents of {tokens} tokens are too short for what is to be hidden in them: "
+            f"at least {hidden + SLACK + 1} are needed"
         )
     counts = [token_count(tokenizer, sentence) for sentence in sentences]
     if sum(counts) < budget:

@@ -23,8 +23,10 @@ from sixfold.eval.caches import (
     uncompressed,
 )
 from sixfold.eval.estimate import Estimate
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.integrations.transformers.keyword import cache_argument
+
+UNCOMPRESSED = "uncompressed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def compare_caches(
         prefill: First tokens of a window, which are not scored.
         prefill_chunk: Tokens a forward pass of those; all at once by default.
         chunk: Tokens a forward pass after that. Those of one chunk see each other exactly.
-        progress: Called after every chunk.
+        progress: Called after every prefill and chunk of every cache.
 
     Returns:
         The comparison for every name.
@@ -135,18 +137,19 @@ def compare_caches(
         )
     tallies = {name: _Tally() for name in caches}
     starts = range(prefill, windows.shape[1] - 1, chunk)
-    steps = len(starts) + 1
-    for index, window in enumerate(windows):
+    steps = Steps(progress, len(windows) * (1 + len(starts)) * (1 + len(caches)))
+    for window in windows:
         exact, held = uncompressed(model), {name: make(model) for name, make in caches.items()}
-        for cache in (exact, *held.values()):
+        for name, cache in ((UNCOMPRESSED, exact), *held.items()):
             fill(model, window[:prefill], cache, prefill_chunk)
-        progress(index * steps + 1, len(windows) * steps)
-        for step, start in enumerate(starts, 2):
+            steps.done(name)
+        for start in starts:
             ids, targets = window[:-1][start:][:chunk], window[1:][start:][:chunk]
             reference = _log_probabilities(model, ids, exact)
+            steps.done(UNCOMPRESSED)
             for name, cache in held.items():
                 tallies[name].add(reference, _log_probabilities(model, ids, cache), targets)
-            progress(index * steps + step, len(windows) * steps)
+                steps.done(name)
         for name, cache in held.items():
             tallies[name].close_window(held_bytes(cache), half_precision_bytes(exact))
     return {name: tally.summary() for name, tally in tallies.items()}

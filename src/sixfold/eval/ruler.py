@@ -20,7 +20,7 @@ from sixfold.errors import SixfoldError
 from sixfold.eval.caches import MakeCache, half_precision_bytes, held_bytes
 from sixfold.eval.needles import NAMES, Needle, make_needles, split_sentences
 from sixfold.eval.niah import excerpt, greedy, token_count
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.integrations.transformers.keyword import cache_argument
 
 KEYS, VALUES, HOPS = 4, 4, 4
@@ -140,7 +140,7 @@ def measure_retrieval(
         raise SixfoldError(f"there is no task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
     rng, sentences = Random(seed), split_sentences(text)
     results: dict[str, dict[str, Score]] = {}
-    total, done = len(tasks) * documents * len(caches), 0
+    steps = Steps(progress, len(tasks) * documents * len(caches))
     for task in tasks:
         shares: dict[str, list[float]] = {name: [] for name in caches}
         bits = dict.fromkeys(caches, 0.0)
@@ -150,8 +150,7 @@ def measure_retrieval(
             for name, make_cache in caches.items():
                 said, bits[name] = _continue(model, tokenizer, context, tail, puzzle, make_cache)
                 shares[name].append(found_share(said, puzzle.answers))
-                done += 1
-                progress(done, total)
+                steps.done(name)
         results[task] = {
             name: Score(documents, found.count(1.0), sum(found) / documents, bits[name])
             for name, found in shares.items()
@@ -168,8 +167,7 @@ def _document(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of text with the facts hidden in it, and those of the question at its end."""
     facts = token_count(tokenizer, " ".join((*puzzle.facts, puzzle.cue)))
-    # Sixteen tokens of slack for merges that differ across sentence boundaries.
-    parts = excerpt(tokenizer, sentences, tokens - facts - 16, rng)
+    parts = excerpt(tokenizer, sentences, tokens, facts, rng)
     places = sorted(rng.randrange(len(parts) + 1) for _ in puzzle.facts)
     for place, fact in reversed(list(zip(places, puzzle.facts, strict=True))):
         parts.insert(place, f" {fact}")

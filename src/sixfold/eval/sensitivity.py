@@ -62,7 +62,7 @@ def measure_sensitivity(
         prefill: First tokens of a window, which are not scored.
         chunk: Tokens a forward pass after that.
         options: Of `TurboQuantCache`, for all; by default no tokens stay in full precision.
-        progress: Called after every chunk.
+        progress: See `compare_caches`.
 
     Returns:
         One for every layer that can be compressed, side and width, in that order.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import SixfoldError
-from sixfold.eval.progress import Progress, no_progress
+from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.eval.timing import Case, Contender, Row, measure
 from sixfold.packing import Bits
 from sixfold.quantizers import TurboQuantMSE
@@ -184,8 +184,9 @@ def measure_speed(
         raise SixfoldError(f"expected operations among {OPERATIONS}, got {sorted(unknown)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs, rows = layers(shape, device, seed), {}
-    for done, operation in enumerate(operations, 1):
+    steps = Steps(progress, len(operations))
+    for operation in operations:
         case = CASES[operation](inputs, widths)
         rows[operation] = measure(case, repeats=repeats, settle=SETTLE)
-        progress(done, len(operations))
+        steps.done(operation)
     return rows
