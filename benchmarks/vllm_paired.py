@@ -193,7 +193,7 @@ def main() -> None:
             name = asked.model.name if asked.model else "random"
             rows += [{"model": name, "step": asked.step, **x} for x in found]
             print(*map(json.dumps, found), sep="\n", flush=True)
-    kept = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items() if k != "json"}
+    kept = {k: v.name if isinstance(v, Path) else v for k, v in vars(asked).items() if k != "json"}
     if asked.json is not None:
         rows = beside(rows, asked.json, "model", "streams", "step")
         found_all = {"machine": machine.describe(), "asked": kept, "rows": rows}

@@ -364,7 +364,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         return
     rows = loads(arguments) if arguments.kind == "load" else qualities(arguments)
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    asked = {k: v.name if isinstance(v, Path) else v for k, v in vars(arguments).items()}
     asked = {k: v for k, v in asked.items() if k not in ("json", "text", "models", "windows")}
     if arguments.json is not None:
         same = ("model", "threads", "streams", "memory") if arguments.kind == "load" else ("model",)
