@@ -11,167 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sixfold.cache import CachePolicy
 from sixfold.cache.engine import EngineLayer
 from sixfold.cache.step import Step
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.kernels.types import KeyMap, Pool
 from sixfold.packing import PAGE_TOKENS
-
-HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 48
-SCALING = DIM**-0.5
-
-
-def engine_layer(rows: int = 16, bits: float = 8, sinks: int = 0, **options: Any) -> EngineLayer:
-    layer = EngineLayer(
-        CachePolicy(bits, bits, sink_tokens=sinks, recent_window=0),
-        KV_HEADS,
-        DIM,
-        VALUE_DIM,
-        rows,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        sink_rows=rows if sinks else 0,
-        **options,
-    )
-    for x in (*layer.copies, *layer.sinks):
-        # What was never written may be anything.
-        x.fill_(torch.nan)
-    return layer
-
-
-@dataclasses.dataclass
-class Request:
-    """A sequence, and how far the engine is with it."""
-
-    query: Tensor  # [tokens, heads, dim]
-    keys: Tensor
-    values: Tensor
-    blocks: list[int] = dataclasses.field(default_factory=list)
-    rows: dict[int, int] = dataclasses.field(default_factory=dict)  # of pages
-    sink: int = -1
-    done: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return len(self.query)
-
-
-def request(tokens: int, seed: int) -> Request:
-    generator = torch.Generator().manual_seed(seed)
-
-    def gaussian(heads: int, dim: int) -> Tensor:
-        return torch.randn(tokens, heads, dim, generator=generator)
-
-    offset = 5 * torch.randn(KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
-    keys = gaussian(KV_HEADS, DIM) + offset
-    return Request(gaussian(HEADS, DIM), keys, gaussian(KV_HEADS, VALUE_DIM))
-
-
-class Engine:
-    """The least that an engine is: blocks that are handed out and taken back, rows likewise."""
-
-    def __init__(
-        self, layer: EngineLayer, blocks: int = 40, seed: int = 0, recent: bool = False
-    ) -> None:
-        self.layer, self.recent = layer, recent
-        # Blocks of one layer among those of others.
-        memory = torch.full((blocks, 2, KV_HEADS, layer.block_bytes), 0x7E, dtype=torch.uint8)
-        self.pool = layer.pool(memory[:, 1])
-        order = random.Random(seed)
-        self.free = list(range(blocks))
-        order.shuffle(self.free)
-        self.rows = list(range(len(layer.copies[0])))
-        order.shuffle(self.rows)
-        self.sink_rows = list(range(len(layer.sinks[0])))
-
-    def start(self, one: Request) -> None:
-        one.done = 0
-        one.sink = self.sink_rows.pop() if self.sink_rows else -1
-
-    def stop(self, one: Request) -> None:
-        """Finished, aborted or preempted: what it had is somebody else's."""
-        self.rows += one.rows.values()
-        self.sink_rows += [one.sink] if one.sink >= 0 else []
-        self.free += one.blocks
-        one.blocks, one.rows, one.done = [], {}, 0
-
-    def plan(self, work: list[tuple[Request, int]]) -> Step:
-        """Blocks, and rows for pages that are open; for those before them if asked to."""
-        for one, new in work:
-            while len(one.blocks) * PAGE_TOKENS < one.done + new:
-                one.blocks.append(self.free.pop())
-            last, rest = divmod(one.done + new, PAGE_TOKENS)
-            for page in [last] * (rest > 0) + [last - 1] * (self.recent and last > 0):
-                if page not in one.rows and page >= one.done // PAGE_TOKENS:
-                    one.rows[page] = self.rows.pop()
-        most = max(len(one.blocks) for one, _ in work)
-        slots = torch.tensor([one.blocks + [0] * (most - len(one.blocks)) for one, _ in work])
-        rows = torch.tensor([[one.rows.get(page, -1) for page in range(most)] for one, _ in work])
-        return Step(
-            [new for _, new in work],
-            [one.done for one, _ in work],
-            slots,
-            rows,
-            torch.tensor([one.sink for one, _ in work]) if self.layer.policy.sink_tokens else None,
-            self.layer.policy.sink_tokens,
-        )
-
-    def step(self, work: list[tuple[Request, int]], **options: Any) -> list[Tensor]:
-        """Run so many tokens of each request; the output of each."""
-        plan = self.plan(work)
-        packed = [
-            torch.cat([getattr(one, name)[one.done : one.done + new] for one, new in work])
-            for name in ("query", "keys", "values")
-        ]
-        query, keys, values = packed
-        out = self.layer.attend(query, keys, values, self.pool, plan, scaling=SCALING, **options)
-        for one, new in work:
-            one.done += new
-            kept = one.done // PAGE_TOKENS - self.recent
-            for page in [page for page in one.rows if page < kept]:
-                self.rows.append(one.rows.pop(page))
-        return [out[span] for span in plan.spans]
-
-
-def exact(one: Request, sliding_window: int | None = None, softcap: float | None = None) -> Tensor:
-    """Float64 on the exact tokens, [tokens, heads, value_dim]."""
-    groups = HEADS // KV_HEADS
-    query = one.query.double().transpose(0, 1)
-    keys, values = (
-        x.double().transpose(0, 1).repeat_interleave(groups, 0) for x in (one.keys, one.values)
-    )
-    logits = query @ keys.mT * SCALING
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    place = torch.arange(one.tokens)
-    hidden = place > place[:, None]
-    if sliding_window is not None:
-        hidden = hidden | (place <= place[:, None] - sliding_window)
-    return (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
-
-
-def run_alone(
-    one: Request,
-    chunks: list[int],
-    key_map: KeyMap | None,
-    sliding_window: int | None = None,
-    sinks: int = 0,
-    recent: bool = False,
-    bits: float = 8,
-    **options: Any,
-) -> Tensor:
-    layer = engine_layer(4, bits, sinks, key_map=key_map, sliding_window=sliding_window)
-    engine, found = Engine(layer, seed=5, recent=recent), []
-    engine.start(one)
-    for new in chunks:
-        found += engine.step([(one, new)], **options)
-    engine.stop(one)
-    return torch.cat(found)
+from tests.engine import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    SCALING,
+    VALUE_DIM,
+    Engine,
+    Request,
+    check_codes,
+    decoded,
+    engine_layer,
+    exact,
+    relative,
+    request,
+    run_alone,
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"softcap": 3.0}], ids=str)
@@ -202,15 +62,6 @@ def test_raw_copies_are_read_in_place_of_codes(sinks: int, recent: bool, chunks:
         setattr(mixed, name, x)
     (out,) = engine.step([(one, 1)])
     assert relative(out, exact(mixed)[200:]) < 1e-2
-
-
-def decoded(layer: EngineLayer, pool: Pool, blocks: list[int]) -> list[Tensor]:
-    """Keys and values of whole pages, [tokens, kv_heads, dim]."""
-    slots = torch.tensor([blocks])
-    starts = torch.arange(len(blocks))[None] * PAGE_TOKENS
-    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
-    assert layer.key_map is not None
-    return [x[0].transpose(0, 1) for x in layer.code.read(pages, torch.float32, layer.key_map)]
 
 
 def test_what_is_not_coded_is_exact() -> None:
@@ -291,23 +142,6 @@ def test_codes_are_those_of_each_page_alone(pinned: bool) -> None:
     assert check_codes(engine, requests) == 28
 
 
-def check_codes(engine: Engine, requests: list[Request]) -> int:
-    """What is coded of them is what the map of now makes of every page alone."""
-    layer, checked = engine.layer, 0
-    assert layer.key_map is not None
-    shared = layer.key_map._replace(map_index=torch.zeros(1, dtype=torch.int64))
-    for one in requests:
-        for page in range(one.done // PAGE_TOKENS):
-            tokens = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-            expected = layer.pool(torch.zeros(1, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
-            keys, values = (x[tokens].transpose(0, 1)[None] for x in (one.keys, one.values))
-            layer.code.store(keys, values, torch.zeros(1, 1, dtype=torch.int64), expected, shared)
-            for found, alone in zip(engine.pool, expected, strict=True):
-                assert torch.equal(found[one.blocks[page]], alone[0])
-            checked += 1
-    return checked
-
-
 def test_the_output_may_be_somebody_elses_memory() -> None:
     plain, given = Engine(engine_layer()), Engine(engine_layer())
     outs = []
@@ -354,180 +188,6 @@ def test_blocks_are_shared_in_the_step_that_fills_them(order: list[int], recent:
     found = engine.step([work[i] for i in order])
     assert relative(found[order.index(1)], exact(second)[128:168]) < 0.02
     assert relative(found[order.index(0)], exact(first)[:150]) < 0.02
-
-
-def test_the_map_is_fitted_again_until_enough_was_seen() -> None:
-    """At the first page, and whenever twice as many are full; codes are those of the last map."""
-    layer = engine_layer(bits=4)
-    engine, one = Engine(layer), request(1300, 3)
-    engine.start(one)
-    engine.step([(one, PAGE_TOKENS - 1)])
-    assert layer.key_map is None
-    fitted: dict[int, KeyMap] = {}
-    while one.done < one.tokens:
-        # Rows as a request decodes, and now and then a chunk of some pages.
-        engine.step([(one, min(150 if one.done % 256 == 255 else 1, one.tokens - one.done))])
-        pages = one.done // PAGE_TOKENS
-        if not fitted or layer.key_map is not [*fitted.values()][-1]:
-            fitted[pages] = layer.key_map
-            mean = one.keys[: pages * PAGE_TOKENS].mean(0)
-            torch.testing.assert_close(layer.key_map.mean[0], mean, rtol=1e-4, atol=1e-4)
-            check_codes(engine, [one])
-    assert [*fitted] == [1, 2, 6, 14, 18]
-    assert layer.key_map is fitted[18]
-    check_codes(engine, [one])
-
-
-def test_blocks_that_were_given_away_are_not_written_again() -> None:
-    """To another sequence, whose page is coded there, or to another layer (`forget`)."""
-    layer = engine_layer(bits=4)
-    engine, first, second, third = Engine(layer), *(request(256, seed) for seed in (1, 2, 3))
-    for one in (first, second, third):
-        engine.start(one)
-    engine.step([(first, 64)])
-    engine.step([(second, 64)])
-    lent, again = first.blocks[0], second.blocks[0]
-    engine.free += [again]
-    layer.forget([lent])
-    for x in engine.pool:
-        x[lent].view(torch.uint8).fill_(0x55)
-    engine.step([(third, 64)])
-    assert third.blocks == [again]
-    old = layer.key_map
-    engine.step([(third, 192)])
-    assert layer.key_map is not old
-    check_codes(engine, [third])
-    for x in engine.pool:
-        assert (x[lent].view(torch.uint8) == 0x55).all()
-
-
-def test_the_map_is_fitted_to_pages_whose_blocks_were_used_again() -> None:
-    """An engine that gives its only block to one greeting after another."""
-    layer = engine_layer(bits=4)
-    engine, greetings = Engine(layer, blocks=1), [request(64, seed) for seed in range(20)]
-    fitted: dict[int, KeyMap] = {}
-    for i, one in enumerate(greetings):
-        engine.start(one)
-        engine.step([(one, 64)])
-        check_codes(engine, [one])
-        engine.stop(one)
-        assert layer.key_map is not None
-        if not fitted or layer.key_map is not [*fitted.values()][-1]:
-            fitted[i + 1] = layer.key_map
-            mean = torch.cat([x.keys for x in greetings[: i + 1]]).mean(0)
-            torch.testing.assert_close(layer.key_map.mean[0], mean, rtol=1e-4, atol=1e-4)
-    assert [*fitted] == [1, 2, 4, 8, 16]
-    assert not layer.learning
-
-
-class Failing:
-    """A code whose memory cannot be written to, from some call on."""
-
-    def __init__(self, layer: EngineLayer, works: int) -> None:
-        self.code, self.works = layer.code, works
-        layer.code = self  # type: ignore[assignment]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.code, name)
-
-    def store(self, *given: Any) -> None:
-        if not self.works:
-            raise MemoryError
-        self.works -= 1
-        self.code.store(*given)
-
-
-@pytest.mark.parametrize("works", [0, 1])
-@pytest.mark.parametrize("repeated", [False, True])
-@pytest.mark.parametrize("pages", [1, 5])
-def test_a_step_that_failed_while_its_pages_were_coded(
-    works: int, repeated: bool, pages: int
-) -> None:
-    """Whether it is repeated or given up, the pages before are read by the map they have."""
-    layer = engine_layer()
-    engine, one, other = Engine(layer), request(500, 1), request(500, 2)
-    engine.start(one)
-    engine.step([(one, PAGE_TOKENS)])
-    before = layer.key_map
-    failing = Failing(layer, works)
-    engine.start(other)
-    with pytest.raises(MemoryError):
-        engine.step([(other, pages * PAGE_TOKENS)])
-    failing.works = 1000
-    if repeated:
-        (out,) = engine.step([(other, pages * PAGE_TOKENS)])
-        assert relative(out, exact(other)[: len(out)]) < 0.02
-    else:
-        engine.stop(other)
-    (out,) = engine.step([(one, 100)])
-    assert layer.key_map is not before
-    check_codes(engine, [one] + [other] * repeated)
-    assert relative(out, exact(one)[64:164]) < 0.02
-
-
-def test_a_first_page_that_failed_to_be_coded() -> None:
-    layer, one, other = engine_layer(), request(500, 1), request(64, 2)
-    engine, failing = Engine(layer), Failing(layer, 0)
-    engine.start(one)
-    with pytest.raises(MemoryError):
-        engine.step([(one, 5 * PAGE_TOKENS)])
-    engine.stop(one)
-    failing.works = 1000
-    engine.start(other)
-    engine.step([(other, 64)])
-    check_codes(engine, [other])
-
-
-@pytest.mark.parametrize("tokens", [10, 70])
-def test_a_layer_that_is_told_to_settle(tokens: int) -> None:
-    """Keeps the map it has, or the first."""
-    layer = engine_layer(bits=4)
-    engine, one = Engine(layer), request(400, 3)
-    engine.start(one)
-    engine.step([(one, tokens)])
-    layer.settle()
-    engine.step([(one, 80)])
-    fitted = layer.key_map
-    engine.step([(one, 200)])
-    assert fitted is not None
-    assert layer.key_map is fitted
-    assert not layer.learning
-    check_codes(engine, [one])
-
-
-def test_a_layer_whose_blocks_others_write_to_keeps_its_first_map() -> None:
-    layer = engine_layer(bits=4, refit=False)
-    engine, one = Engine(layer), request(400, 3)
-    engine.start(one)
-    engine.step([(one, 70)])
-    fitted = layer.key_map
-    engine.step([(one, 300)])
-    assert fitted is not None
-    assert layer.key_map is fitted
-    check_codes(engine, [one])
-
-
-def test_what_was_asked_before_all_sequences_of_now_began_does_not_count() -> None:
-    """An engine warms up with sequences of a few tokens, as many as it can run at once."""
-    maps = []
-    for warmed in (False, True):
-        layer = engine_layer(bits=4)
-        engine, one = Engine(layer), request(100, 3)
-        if warmed:
-            dummy = [request(3, seed) for seed in range(4)]
-            for other in dummy:
-                other.query[:, :, :8] *= 1000
-                engine.start(other)
-            engine.step([(other, 2) for other in dummy])
-            engine.step([(other, 1) for other in dummy])
-            for other in dummy:
-                engine.stop(other)
-        engine.start(one)
-        engine.step([(one, 50)])
-        engine.step([(one, 50)])
-        assert layer.key_map is not None
-        maps.append(layer.key_map)
-    torch.testing.assert_close(*(x.scale for x in maps), rtol=0, atol=0)
 
 
 def test_blocks_lie_where_they_may() -> None:
