@@ -111,6 +111,7 @@ results: setup
 	  reproduction long_context; do \
 	  $(BIN)/python -m benchmarks.$$study --json docs/results/$$study.json || exit 1; done
 	$(BIN)/python -m benchmarks.trellis --out docs/results
+	$(BIN)/python -m benchmarks.codes plain hard --windows 4 --json docs/results/codes.json
 	$(BIN)/python -m benchmarks.evaluate --out docs/results
 	$(BIN)/python -m benchmarks.needles --json docs/results/needles.json --plot docs/needles.png
 	$(BIN)/python -m tools.render_results

@@ -94,18 +94,7 @@ def needle_table(results: dict[str, Any]) -> str:
 
 def recipe_table(results: dict[str, Any]) -> str:
     """One row for every model and case of a study; the first of a width is what ships."""
-    rows = sorted(results["rows"], key=lambda row: (_models(row), -row["bits"]))
-    needles = any("needles_asked" in row for row in rows)
-    columns = ["model", "bits", "case", "bits at 32,768 tokens", "mean KL, nats"]
-    columns += ["against the first", "99 % KL", "perplexity", "same top token"]
-    columns += ["needles"] * needles
-    lines = [_joined(columns), _joined(["---", "---:", "---", *["---:"] * (len(columns) - 3)])]
-    for row in rows:
-        cells = [row["model"], f"{row['bits']:g}", row["case"], f"{row['bits_long']:.2f}"]
-        cells += _recipe_quality(row) if "kl" in row else ["-"] * 5
-        if needles:
-            cells.append(f"{row['needles_exact'] / row['needles_asked']:.1%}")
-        lines.append(_joined(cells))
+    rows, needles = results["rows"], any("needles_asked" in row for row in results["rows"])
     note = (
         f"{rows[-1]['windows']} windows of {results['window_tokens']} tokens, the second half "
         f"scored in chunks of {results['chunk']}; ± half a 95 % interval over windows, paired."
@@ -115,11 +104,35 @@ def recipe_table(results: dict[str, Any]) -> str:
             f" {rows[-1]['needles_asked']} needles in documents of {results['needle_tokens']:,} "
             "tokens."
         )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*_cases(rows, needles=needles), "", note])
 
 
-def _models(row: dict[str, Any]) -> int:
-    return ("plain", "hard", "massive x2").index(row["model"])
+def codes_table(results: dict[str, Any]) -> str:
+    """One row for every model and lead; the first of a width is what ships."""
+    rows = results["rows"]
+    windows = {row["model"]: row["windows"] for row in rows}
+    counts = ", ".join(f"{count} ({model})" for model, count in windows.items())
+    note = (
+        f"Windows of {results['window_tokens']} tokens: {counts}; {results['prefill']} tokens "
+        f"prefilled, the rest scored in chunks of {results['chunk']}; ± half a 95 % interval over "
+        "windows, paired."
+    )
+    return "\n".join([*_cases(rows), "", note])
+
+
+def _cases(rows: list[dict[str, Any]], *, needles: bool = False) -> list[str]:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    columns = ["model", "bits", "case", "bits at 32,768 tokens", "mean KL, nats"]
+    columns += ["against the first", "99 % KL", "perplexity", "same top token"]
+    columns += ["needles"] * needles
+    lines = [_joined(columns), _joined(["---", "---:", "---", *["---:"] * (len(columns) - 3)])]
+    for row in sorted(rows, key=lambda row: (models.index(row["model"]), -row["bits"])):
+        cells = [row["model"], f"{row['bits']:g}", row["case"], f"{row['bits_long']:.2f}"]
+        cells += _recipe_quality(row) if "kl" in row else ["-"] * 5
+        if needles:
+            cells.append(f"{row['needles_exact'] / row['needles_asked']:.1%}")
+        lines.append(_joined(cells))
+    return lines
 
 
 def _recipe_quality(row: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table
 from tools.blocks import RESULTS, ROOT, Block
 from tools.quality_tables import (
+    codes_table,
     evaluation_table,
     evaluation_targets,
     needle_table,
@@ -271,6 +272,7 @@ RECIPE_BLOCKS = tuple(
         *("maps", "value_maps", "windows", "layers", "codes"),
     )
 )
+CODES_BLOCK = Block(ROOT / "docs/recipe.md", RESULTS / "codes.json", "codes", codes_table)
 GPU_BLOCKS = tuple(
     Block(ROOT / "docs/gpu.md", RESULTS / f"{name}.json", name, kernels_table)
     for name in ("gpu_kernels", "gpu_kernels_triton36")
@@ -290,6 +292,7 @@ REAL_BLOCK = Block(
 )
 OPTIONAL_BLOCKS = (
     REAL_BLOCK,
+    CODES_BLOCK,
     Block(ROOT / "README.md", RESULTS / "cpu_generate.json", "readme_speed", speed_table),
     *(
         *CPU_BLOCKS,

@@ -32,24 +32,34 @@ def measure(study: str, name: str) -> list[dict[str, Any]]:
     rows, base = [], dict[float, CacheComparison]()
     for case, result in found:
         first = base.setdefault(case.bits, result)
-        difference = result.kl_difference(first)
-        rows.append(
-            {
-                "model": name,
-                "case": case.label,
-                "bits": case.bits,
-                "bits_long": bits_held(model.config, case.bits, case.settings),
-                **result.to_dict(),
-                "kl_change": {
-                    "mean": difference.mean / first.kl.mean,
-                    "half_width": (difference.half_width or 0.0) / first.kl.mean,
-                },
-            }
-        )
+        held = bits_held(model.config, case.bits, case.settings)
+        rows.append(row_of(name, case.label, case.bits, held, result, first))
     if STUDIES[study].needles:
         cases = [case for case, _ in found]
         rows = _with_needles(model, tokenizer, cases, rows)
     return rows
+
+
+def row_of(
+    model: str, case: str, bits: float, held: float, result: CacheComparison, first: CacheComparison
+) -> dict[str, Any]:
+    """A row of a table.
+
+    Args:
+        model: Its name.
+        case: What is special about it.
+        bits: Its width.
+        held: Bits a value at `LONG_CONTEXT` tokens, everything counted.
+        result: What was found.
+        first: What was found for the case that others of this width are measured against.
+    """
+    difference = result.kl_difference(first)
+    change = {
+        "mean": difference.mean / first.kl.mean,
+        "half_width": (difference.half_width or 0.0) / first.kl.mean,
+    }
+    shown = {"model": model, "case": case, "bits": bits, "bits_long": held}
+    return {**shown, **result.to_dict(), "kl_change": change}
 
 
 def _compare(
