@@ -11,7 +11,7 @@ namespace sixfold {
 namespace {
 
 constexpr Kernels kernels_named(const char* isa) {
-    return {isa, vectors::kVectorKernels, kAttentionKernels, vectors::kTokenKernels};
+    return {isa, vectors::kVectorKernels, vectors::kTrellisKernels, kAttentionKernels, vectors::kTokenKernels};
 }
 
 }  // namespace

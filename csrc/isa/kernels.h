@@ -3,6 +3,7 @@
 
 #include "attention/attention.h"
 #include "attention/tokens.h"
+#include "vectors/trellis.h"
 #include "vectors/vectors.h"
 
 namespace sixfold {
@@ -10,6 +11,7 @@ namespace sixfold {
 struct Kernels {
     const char* isa;
     VectorKernels vectors;
+    TrellisKernels trellis;
     AttentionKernels attention;
     TokenKernels tokens;
 };

@@ -25,6 +25,8 @@ struct SimdBase : Registers<kBytes> {
     // Codebook::thresholds.
     static constexpr int kRadixBits = 3, kFoldLevels = 3, kQueries = 2, kCountedBits = 1;
     static constexpr bool kGrid = false;
+    // Trellis: whether a ByteTable<7> is faster than arithmetic.
+    static constexpr bool kTableCosts = false;
     // Attention: rows multiplied at once, strips of sixteen sums that registers have room for, what
     // levels of keys are stored xor, the largest 8-bit weight, whether few rows are multiplied
     // straight from codes, and whether a ByteTable looks at the lower bits of an index only.
@@ -148,6 +150,46 @@ struct SimdBase : Registers<kBytes> {
     static SIXFOLD_INLINE i32 dot_words(i32 sum, u8 levels, i32 operand) {
         const i32 x = bits<i32>(levels), y = operand;
         return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+    }
+
+    // Two numbers of 16 bits, over and over.
+    static SIXFOLD_INLINE i16 set_pair(const std::int16_t* p) {
+        return bits<i16>(i32{} + load_unaligned<std::int32_t>(p));
+    }
+    // As many numbers of 16 bits as a register has bytes, in the order that narrow_words wants.
+    static SIXFOLD_INLINE void load_words(const std::int16_t* p, i16& low, i16& high) {
+        static_assert(kBytes == 16);
+        low = load_aligned<i16>(p);
+        high = load_aligned<i16>(p + 8);
+    }
+    // Numbers from 0 on to bytes, with saturation.
+    static SIXFOLD_INLINE u8 narrow_words(i16 low, i16 high) {
+        static_assert(kBytes == 16);
+        low = low < 255 ? low : i16{} + 255;
+        high = high < 255 ? high : i16{} + 255;
+        return __builtin_shufflevector(bits<u8>(low), bits<u8>(high), 0, 2, 4, 6, 8, 10, 12, 14, 16,
+                                       18, 20, 22, 24, 26, 28, 30);
+    }
+    // The difference, which saturates, squared; without its last 15 bits, rounded.
+    static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
+        const i16 wrapped = a - b, beyond = ((a ^ b) & (a ^ wrapped)) >> 15;
+        const i32 x = bits<i32>((beyond & ((a >> 15) ^ 0x7fff)) | (~beyond & wrapped));
+        const i32 even = (x << 16) >> 16, odd = x >> 16;
+        return bits<i16>(((even * even + 0x4000) >> 15) | ((odd * odd + 0x4000) >> 15 << 16));
+    }
+    template <class T>
+    static SIXFOLD_INLINE T add_saturating(T a, T b) {
+        const T sum = a + b;
+        return sum | bits<T>(sum < a);
+    }
+    static SIXFOLD_INLINE u8 min(u8 a, u8 b) { return a < b ? a : b; }
+    static SIXFOLD_INLINE u16 min(u16 a, u16 b) { return a < b ? a : b; }
+    // Where x is less: that instead of `least`, and `number` instead of `which`.
+    template <class T>
+    static SIXFOLD_INLINE void take_less(T x, T number, T& least, T& which) {
+        const auto less = x < least;
+        which = less ? number : which;
+        least = less ? x : least;
     }
 };
 

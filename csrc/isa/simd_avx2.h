@@ -103,6 +103,38 @@ struct Simd : SimdBase<32> {
     static SIXFOLD_INLINE i32 dot_words(i32 sum, u8 levels, i32 operand) {
         return sum + (i32)_mm256_madd_epi16((__m256i)levels, (__m256i)operand);
     }
+
+    static SIXFOLD_INLINE void load_words(const std::int16_t* p, i16& low, i16& high) {
+        const auto a = load_aligned<__m256i>(p), b = load_aligned<__m256i>(p + 16);
+        low = (i16)_mm256_permute2x128_si256(a, b, 0x20);
+        high = (i16)_mm256_permute2x128_si256(a, b, 0x31);
+    }
+    static SIXFOLD_INLINE u8 narrow_words(i16 low, i16 high) {
+        return (u8)_mm256_packus_epi16((__m256i)low, (__m256i)high);
+    }
+    static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
+        const __m256i x = _mm256_subs_epi16((__m256i)a, (__m256i)b);
+        return (i16)_mm256_mulhrs_epi16(x, x);
+    }
+    static SIXFOLD_INLINE u8 add_saturating(u8 a, u8 b) {
+        return (u8)_mm256_adds_epu8((__m256i)a, (__m256i)b);
+    }
+    static SIXFOLD_INLINE u16 add_saturating(u16 a, u16 b) {
+        return (u16)_mm256_adds_epu16((__m256i)a, (__m256i)b);
+    }
+    static SIXFOLD_INLINE u8 min(u8 a, u8 b) {
+        return (u8)_mm256_min_epu8((__m256i)a, (__m256i)b);
+    }
+    static SIXFOLD_INLINE u16 min(u16 a, u16 b) {
+        return (u16)_mm256_min_epu16((__m256i)a, (__m256i)b);
+    }
+    // There is no comparison of numbers without a sign.
+    template <class T>
+    static SIXFOLD_INLINE void take_less(T x, T number, T& least, T& which) {
+        const T lower = min(x, least);
+        which = lower == least ? which : number;
+        least = lower;
+    }
 };
 
 // vpshufb holds 16 entries and gives 0 for indices above 127: with saturation everything that is

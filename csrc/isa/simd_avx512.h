@@ -16,7 +16,7 @@ namespace {
 
 struct Simd : SimdBase<64> {
     static constexpr int kRadixBits = 4, kQueries = 4;
-    static constexpr bool kGrid = true;
+    static constexpr bool kGrid = true, kTableCosts = true;
     static constexpr int kRowBlock = 8, kAccumulators = 16;
     static constexpr int kKeyFlip = 0x80;  // level + 128: vpdpbusd wants that
     static constexpr int kByteWeight = 255;
@@ -128,6 +128,41 @@ struct Simd : SimdBase<64> {
     }
     static SIXFOLD_INLINE i32 dot_words(i32 sum, u8 levels, i32 operand) {
         return (i32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)levels, (__m512i)operand);
+    }
+
+    static SIXFOLD_INLINE void load_words(const std::int16_t* p, i16& low, i16& high) {
+        const __m512i a = _mm512_load_si512(p), b = _mm512_load_si512(p + 32);
+        low = (i16)_mm512_shuffle_i64x2(a, b, 0x88);
+        high = (i16)_mm512_shuffle_i64x2(a, b, 0xdd);
+    }
+    static SIXFOLD_INLINE u8 narrow_words(i16 low, i16 high) {
+        return (u8)_mm512_packus_epi16((__m512i)low, (__m512i)high);
+    }
+    static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
+        const __m512i x = _mm512_subs_epi16((__m512i)a, (__m512i)b);
+        return (i16)_mm512_mulhrs_epi16(x, x);
+    }
+    static SIXFOLD_INLINE u8 add_saturating(u8 a, u8 b) {
+        return (u8)_mm512_adds_epu8((__m512i)a, (__m512i)b);
+    }
+    static SIXFOLD_INLINE u16 add_saturating(u16 a, u16 b) {
+        return (u16)_mm512_adds_epu16((__m512i)a, (__m512i)b);
+    }
+    static SIXFOLD_INLINE u8 min(u8 a, u8 b) {
+        return (u8)_mm512_min_epu8((__m512i)a, (__m512i)b);
+    }
+    static SIXFOLD_INLINE u16 min(u16 a, u16 b) {
+        return (u16)_mm512_min_epu16((__m512i)a, (__m512i)b);
+    }
+    static SIXFOLD_INLINE void take_less(u8 x, u8 number, u8& least, u8& which) {
+        const __mmask64 less = _mm512_cmplt_epu8_mask((__m512i)x, (__m512i)least);
+        which = (u8)_mm512_mask_mov_epi8((__m512i)which, less, (__m512i)number);
+        least = min(x, least);
+    }
+    static SIXFOLD_INLINE void take_less(u16 x, u16 number, u16& least, u16& which) {
+        const __mmask32 less = _mm512_cmplt_epu16_mask((__m512i)x, (__m512i)least);
+        which = (u16)_mm512_mask_mov_epi16((__m512i)which, less, (__m512i)number);
+        least = min(x, least);
     }
 
   private:

@@ -68,6 +68,18 @@ struct Simd : SimdBase<16> {
         vst1q_s16(p + 8, packed_words(x[2], x[3]));
     }
 
+    static SIXFOLD_INLINE u8 narrow_words(i16 low, i16 high) {
+        return vcombine_u8(vqmovun_s16(low), vqmovun_s16(high));
+    }
+    static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
+        const int16x8_t x = vqsubq_s16(a, b);
+        return vqrdmulhq_s16(x, x);
+    }
+    static SIXFOLD_INLINE u8 add_saturating(u8 a, u8 b) { return vqaddq_u8(a, b); }
+    static SIXFOLD_INLINE u16 add_saturating(u16 a, u16 b) { return vqaddq_u16(a, b); }
+    static SIXFOLD_INLINE u8 min(u8 a, u8 b) { return vminq_u8(a, b); }
+    static SIXFOLD_INLINE u16 min(u16 a, u16 b) { return vminq_u16(a, b); }
+
     static SIXFOLD_INLINE i32 dot_keys(i32 sum, u8 levels, i32 query) {
         return vdotq_s32(sum, bits<int8x16_t>(levels), bits<int8x16_t>(query));
     }

@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 
@@ -13,6 +14,7 @@
 namespace sixfold {
 
 void bind_vectors(nanobind::module_& m);
+void bind_trellis(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 
 using Address = std::uintptr_t;  // 0: no such tensor
@@ -39,6 +41,15 @@ template <class T>
 PoolTensor<T> tensor_of(const PoolGroup& group) {
     const auto [address, slot_stride, head_stride] = group;
     return {at<T>(address), slot_stride, head_stride};
+}
+
+inline float shrink_of(const vectors::Rotation& r) {
+    return static_cast<float>(std::pow(r.dim, -r.rounds / 2.0));
+}
+
+inline vectors::VectorArray array_of(Address address, Count n, int dim, int dtype) {
+    const Count size = dtype == static_cast<int>(vectors::Dtype::f32) ? 4 : 2;
+    return {at<char>(address), n, dim * size, static_cast<vectors::Dtype>(dtype)};
 }
 
 }  // namespace sixfold

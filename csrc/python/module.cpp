@@ -77,5 +77,6 @@ NB_MODULE(_cpu, m) {
     m.def("sum_words", &sum_words, nb::arg("address"), nb::arg("count"), nb::arg("passes"),
           nb::arg("threads"));
     sixfold::bind_vectors(m);
+    sixfold::bind_trellis(m);
     sixfold::bind_attention(m);
 }

@@ -32,10 +32,6 @@ Codebook book_of(const CodeGroup& group) {
     return {at<const float>(std::get<4>(group)), shape_of(group)};
 }
 
-float shrink_of(const Rotation& r) {
-    return static_cast<float>(std::pow(r.dim, -r.rounds / 2.0));
-}
-
 EncodeTask encode_task(const RotationGroup& rotation, const CodeGroup& code, int scale) {
     const Rotation r = rotation_of(rotation);
     return {r,
@@ -49,11 +45,6 @@ EncodeTask encode_task(const RotationGroup& rotation, const CodeGroup& code, int
 DecodeTask decode_task(const RotationGroup& rotation, const CodeGroup& code) {
     const Rotation r = rotation_of(rotation);
     return {r, shape_of(code), book_of(code), shrink_of(r)};
-}
-
-VectorArray array_of(Address address, Count n, int dim, int dtype) {
-    const Count size = dtype == static_cast<int>(Dtype::f32) ? 4 : 2;
-    return {at<char>(address), n, dim * size, static_cast<Dtype>(dtype)};
 }
 
 PagedVectors paged_of(const PagedGroup& group) {

@@ -251,26 +251,27 @@ float* quantize_tile(const EncodeTask& task, const Norms& norms, float* tile, fl
     return tile;
 }
 
-// packing.encode_scale of every lane's scale.
-inline void store_scales(const EncodeTask& task, const Norms& norms, const float* sums,
-                         const CodeTile& out) {
-    constexpr double kHalfMax = 65504, kLargeUnit = 65536;
-    double correction[kLanes];
+// What multiplies ‖x‖/sqrt(dim), by sums of u·q and q·q.
+inline void correct(ScaleKind kind, int dim, const float* sums, double* correction) {
     for (int lane = 0; lane < kLanes; ++lane) {
         const double product = sums[lane], square = sums[kLanes + lane];
-        correction[lane] = task.scale == ScaleKind::norm      ? 1
-                           : task.scale == ScaleKind::optimal ? product / square
-                                                              : task.shape.dim /
-                                                                    (product > 0 ? product : 1);
+        correction[lane] = kind == ScaleKind::norm      ? 1
+                           : kind == ScaleKind::optimal ? product / square
+                                                        : dim / (product > 0 ? product : 1);
     }
+}
+
+// packing.encode_scale of every lane's scale.
+inline void store_scales(const double* correction, double unit, const Norms& norms,
+                         const CodeTile& out) {
+    constexpr double kHalfMax = 65504, kLargeUnit = 65536;
     std::uint16_t halves[kLanes];
     for (int i = 0; i < kLanes; i += 4) {
         f32x4 stored;
         double scale[4];
         for (int j = 0; j < 4; ++j) {
             const int lane = i + j;
-            scale[j] = static_cast<double>(norms.norm[lane]) / norms.power[lane] * task.unit *
-                       correction[lane];
+            scale[j] = static_cast<double>(norms.norm[lane]) / norms.power[lane] * unit * correction[lane];
             const bool finite = scale[j] - scale[j] == 0;
             const double x = scale[j] > kHalfMax ? -scale[j] / kLargeUnit : scale[j];
             // A zero vector's optimal scale is minus zero, by the sign of its product.
@@ -318,7 +319,9 @@ void encode_tile(const EncodeTask& task, const Affine& affine, const VectorTile&
     prefetch_next(in, dim, 2);
     symbols = quantize_tile<V>(task, norms, tile, squares, symbols, sums);
     prefetch_next(in, dim, 3);
-    store_scales(task, norms, sums, out);
+    double correction[kLanes];
+    correct(task.scale, dim, sums, correction);
+    store_scales(correction, task.unit, norms, out);
     for (int i = task.shape.symbols * kLanes; i < task.shape.symbol_rows * kLanes; ++i)
         symbols[i] = 0;
     pack_symbols<V>(task.shape, symbols, words);

@@ -33,6 +33,17 @@ void score_queries(const float* tile, int dim, const float* queries, const float
 }
 
 template <class V>
+void score_all(const float* tile, int dim, const float* queries, std::int64_t n_queries,
+               const float* scales, int count, float* out, std::int64_t stride) {
+    std::int64_t q = 0;
+    for (; q + V::kQueries <= n_queries; q += V::kQueries)
+        score_queries<V, V::kQueries>(tile, dim, queries + q * dim, scales, count, out + q * stride,
+                                      stride);
+    for (; q < n_queries; ++q)
+        score_queries<V, 1>(tile, dim, queries + q * dim, scales, count, out + q * stride, stride);
+}
+
+template <class V>
 void score_tile(const ScoresTask& task, const CodeTile& in, const float* queries,
                 std::int64_t n_queries, float* out, std::int64_t stride, float* scratch) {
     const int dim = task.shape.dim;
@@ -42,13 +53,7 @@ void score_tile(const ScoresTask& task, const CodeTile& in, const float* queries
     load_codes<V>(task.shape, in, words);
     load_scales(in, scales);
     expand<V>(task.shape, task.book, words, ones, tile);
-    std::int64_t q = 0;
-    for (; q + V::kQueries <= n_queries; q += V::kQueries)
-        score_queries<V, V::kQueries>(tile, dim, queries + q * dim, scales, in.count,
-                                      out + q * stride, stride);
-    for (; q < n_queries; ++q)
-        score_queries<V, 1>(tile, dim, queries + q * dim, scales, in.count, out + q * stride,
-                            stride);
+    score_all<V>(tile, dim, queries, n_queries, scales, in.count, out, stride);
 }
 
 }  // namespace

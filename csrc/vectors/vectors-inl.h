@@ -1,4 +1,4 @@
-// The kernels of vectors.h, on the Simd and Tiles that were included before.
+// The kernels of vectors.h and trellis.h, on the Simd and Tiles that were included before.
 #pragma once
 
 #include "vectors/codes-inl.h"
@@ -7,6 +7,8 @@
 #include "vectors/decode-inl.h"
 #include "vectors/encode-inl.h"
 #include "vectors/scores-inl.h"
+
+#include "vectors/paths-inl.h"
 
 namespace sixfold::vectors {
 namespace {

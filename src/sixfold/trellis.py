@@ -28,6 +28,14 @@ from sixfold.packing import Bits
 
 # states -> bits -> (multiplier, spread) of `quantile_codebook`.
 _CODEBOOKS: dict[int, dict[Bits, tuple[int, float]]] = {
+    128: {
+        1: (59, 0.9),
+        2: (29, 1.05),
+        2.5: (29, 1.1),
+        3: (15, 1.15),
+        3.5: (81, 1.2),
+        4: (9, 1.2),
+    },
     256: {
         1: (123, 0.9),
         2: (185, 1.05),

@@ -75,13 +75,14 @@ GOLDEN: dict[Any, str] = {
     sixfold.QJL(64, 100): "4f62c5315ad48575",
     sixfold.PolarQuant(120): "3c2cd480fed34d01",
     sixfold.OutlierSplit(128): "8635ee98359b0c22",
-    sixfold.TrellisQuantizer(64, 1): "09ef5ac2862250b4",
-    sixfold.TrellisQuantizer(128, 2): "db59d5fde1b3723e",
-    sixfold.TrellisQuantizer(128, 2.5): "b6692d7eb328b6e2",
-    sixfold.TrellisQuantizer(96, 3, 1024): "a88191db70a99646",
-    sixfold.TrellisQuantizer(80, 3.5, scale="unbiased"): "d85103f75c4d13d7",
-    sixfold.TrellisQuantizer(256, 4, scale="norm"): "4f4d3761ecd85147",
-    sixfold.TrellisQuantizer(37, 2.5, 1024, rotation="orthogonal", seed=7): "b61f898bfb4ecd26",
+    sixfold.TrellisQuantizer(64, 1): "fdec3b77cc598267",
+    sixfold.TrellisQuantizer(128, 2): "0cdfd75a46c205d2",
+    sixfold.TrellisQuantizer(128, 2.5): "46687f002bc9756f",
+    sixfold.TrellisQuantizer(64, 2.5, 128): "bdf7e1d522690d68",
+    sixfold.TrellisQuantizer(96, 3, 1024): "ebe578f705110519",
+    sixfold.TrellisQuantizer(80, 3.5, scale="unbiased"): "4777c8740887e6fb",
+    sixfold.TrellisQuantizer(256, 4, scale="norm"): "4fd5de169f2c351d",
+    sixfold.TrellisQuantizer(37, 2.5, 1024, rotation="orthogonal", seed=7): "bf3a7a131aee1029",
 }
 
 

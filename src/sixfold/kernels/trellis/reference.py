@@ -11,12 +11,15 @@ from sixfold.kernels._tiles import tiles
 from sixfold.kernels.encode import Scale
 from sixfold.kernels.encode.reference import correction, rotated_direction
 from sixfold.kernels.rotate.reference import rotate
+from sixfold.kernels.trellis.grid import SearchGrid, search_grid
 from sixfold.packing import Bits, decode_scale, encode_scale
 from sixfold.trellis import advances, pack_path, path_bytes, unpack_path, window_bits
 
 # Windows on either side of the seam that choose where the path begins and ends. README.md has what
 # fewer and more are worth.
 _SEAM_WINDOWS = 8
+# Steps between subtractions of the least sum.
+_PERIOD = 2
 # The search keeps a cost for at most half the states of every coordinate; a tile counts one in 32
 # of them, which makes it 32 MB at most.
 _UNCOUNTED = 64
@@ -57,67 +60,76 @@ def search(
     the seam; given them, the path is the best there is.
     """
     dim, widths = u.shape[1], advances(u.shape[1], bits)
+    grid = search_grid(codewords, bits)
     # Coordinates first: every operation of the search then runs over contiguous vectors.
-    u = u.mT.contiguous()
-    margin = math.ceil(_SEAM_WINDOWS * window_bits(len(codewords)) / bits)
+    places = grid.places(u).mT.contiguous()
+    margin = seam_margin(len(codewords), bits)
     around = [t % dim for t in range(-margin, margin)]
-    last = widths[-1]
-    free = _viterbi(u[around], codewords, [widths[t] for t in around], before=widths[around[0] - 1])
+    last, widths_around = widths[-1], [widths[t] for t in around]
+    free = _viterbi(places[around], grid, widths_around, before=widths[around[0] - 1])
     seam = free[margin] & ((len(codewords) >> last) - 1)
-    return _viterbi(u, codewords, widths, before=last, seam=seam).mT.int()
+    path = _viterbi(places, grid, widths, before=last, seam=seam).mT.int()
+    # Where sums have stopped growing the path may miss the seam: what is read is what is stored.
+    return unpack_path(pack_path(path, bits), dim, bits, len(codewords))
+
+
+def seam_margin(states: int, bits: Bits) -> int:
+    """Coordinates on either side of the seam that choose it."""
+    return math.ceil(_SEAM_WINDOWS * window_bits(states) / bits)
 
 
 def _viterbi(
-    u: Float32[Tensor, "steps n"],
-    codewords: Float32[Tensor, " states"],
+    places: Int32[Tensor, "steps n"],
+    grid: SearchGrid,
     advances: Sequence[int],
     before: int,
     seam: Int64[Tensor, " n"] | None = None,
 ) -> Int64[Tensor, "steps n"]:
-    """The path of least squared error; of equals, at every step from the last, the lowest state.
+    """The path of least cost; of equals, at every step from the last, the lowest state.
 
     Args:
-        u: Vectors.
-        codewords: Of every state.
+        places: Vectors on the grid.
+        grid: What its costs are.
         advances: Bits that leave the window after each step, the lowest first.
         before: Bits that left it before the first step.
         seam: The bits that were left then, and must be left after the last step. Free without.
     """
-    states, n = len(codewords), u.shape[1]
+    states, n = len(grid.words), places.shape[1]
     # kept[b]: least cost of all paths whose window holds the bits b once the lowest have left.
-    kept = u.new_zeros(states >> before, n)
+    kept = places.new_zeros(states >> before, n)
     if seam is not None:
-        kept.fill_(math.inf).scatter_(0, seam[None], 0)
-    history = [kept]
-    cost = u.new_empty(states, n)
-    for x, advance in zip(u, advances, strict=True):
-        torch.sub(x, codewords[:, None], out=cost).square_()
-        # The bits that enter are the highest: every value of them goes on from the same `kept`.
-        cost.view(1 << before, states >> before, n).add_(kept)
-        kept = cost.view(states >> advance, 1 << advance, n).amin(1)
+        kept.fill_(grid.most).scatter_(0, seam[None], 0)
+    history = []
+    for step, (place, advance) in enumerate(zip(places, advances, strict=True), 1):
         history.append(kept)
+        # The bits that enter are the highest: every value of them goes on from the same `kept`.
+        sums = grid.costs(place, grid.words[:, None]).view(1 << before, -1, n) + kept
+        kept = sums.clamp(max=grid.most).view(states >> advance, 1 << advance, n).amin(1)
+        if step % _PERIOD == 0:
+            kept = kept - kept.amin(0)
         before = advance
-    last = history.pop()
-    return _trace(u, codewords, advances, history, last.argmin(0) if seam is None else seam)
+    return _trace(places, grid, advances, history, kept.argmin(0) if seam is None else seam)
 
 
 def _trace(
-    u: Float32[Tensor, "steps n"],
-    codewords: Float32[Tensor, " states"],
+    places: Int32[Tensor, "steps n"],
+    grid: SearchGrid,
     advances: Sequence[int],
     history: Sequence[Tensor],
     kept: Int64[Tensor, " n"],
 ) -> Int64[Tensor, "steps n"]:
     """Follow the least costs, `history` [kept, n] before every step, back from the bits kept last.
 
-    The few costs it needs are computed again, bit for bit: cheaper than noting every decision.
+    The few costs it needs are computed again: cheaper than noting every decision.
     """
     path = []
-    for x, advance, before in reversed([*zip(u, advances, history, strict=True)]):
-        left = torch.arange(1 << advance, device=u.device)[:, None]
+    for place, advance, before in reversed([*zip(places, advances, history, strict=True)]):
+        left = torch.arange(1 << advance, device=places.device)[:, None]
         choices = kept << advance | left
         origins = choices & (len(before) - 1)
-        cost = (x - codewords[choices]).square_().add_(before.gather(0, origins))
+        cost = (grid.costs(place, grid.words[choices]) + before.gather(0, origins)).clamp(
+            max=grid.most
+        )
         best = cost.argmin(0, keepdim=True)
         path.append(choices.gather(0, best)[0])
         kept = origins.gather(0, best)[0]

@@ -1,0 +1,59 @@
+"""The whole numbers that the search compares (README.md, rules 2 and 3)."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float32, Int32
+from torch import Tensor
+
+from sixfold.packing import Bits
+
+# Whole numbers and their differences have 16 bits.
+_LARGEST = (1 << 15) - 1
+# Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More are
+# finer, and fewer leave room for vectors with several outliers in a row.
+_UNITS: dict[Bits, int] = {1: 724, 2: 1448, 2.5: 1722}
+# Bits of a squared difference below those of a cost.
+_SHIFT = 15
+
+
+class SearchGrid(NamedTuple):
+    """Codewords as whole numbers, and the intervals whose middles coordinates are moved to."""
+
+    words: Int32[Tensor, " states"]
+    half: Int32[Tensor, ""]
+    """Of the width of an interval."""
+    rate: Float32[Tensor, ""]
+    """Intervals a standard deviation."""
+    intervals: int
+    most: int
+    """Costs and their sums stop there."""
+
+    def places(self, u: Float32[Tensor, "*b dim"]) -> Int32[Tensor, "*b dim"]:
+        """Coordinates at the middles of their intervals."""
+        end = self.intervals // 2
+        numbers = (u * self.rate - 0.5).round().clamp(-end, end - 1).int()
+        return (2 * numbers + 1) * self.half
+
+    def costs(
+        self, place: Int32[Tensor, "*#n"], word: Int32[Tensor, "*#n"]
+    ) -> Int32[Tensor, "*#n"]:
+        """What a coordinate costs in a state: the squared difference, rounded."""
+        squared = (place - word).clamp(-_LARGEST, _LARGEST).square()
+        return ((squared + (1 << _SHIFT - 1)) >> _SHIFT).clamp(max=self.most)
+
+
+def search_grid(codewords: Float32[Tensor, " states"], bits: Bits) -> SearchGrid:
+    """The grid for a codebook, without waiting for its device.
+
+    Below 3 bits sums have 8 bits, and a table of the costs of a state fits two registers. With
+    more, the codewords that can follow a state are so near each other that a coordinate far from
+    all of them would cost more than 8 bits hold.
+    """
+    narrow = bits in _UNITS
+    unit = _UNITS[bits] if narrow else 1 << 13
+    intervals, most = (128, 0xFF) if narrow else (1024, 0xFFFF)
+    words = (codewords.double() * unit).round().clamp(-_LARGEST, _LARGEST).int()
+    # To a quarter of a deviation beyond the outermost codeword: further out all costs are large.
+    half = (words.abs().amax() + unit // 4 + intervals - 1) // intervals
+    half = half.clamp(max=_LARGEST // intervals)
+    return SearchGrid(words, half, (unit / (2 * half.double())).float(), intervals, most)
