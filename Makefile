@@ -38,7 +38,7 @@ check: setup
 docs: setup
 	$(BIN)/python -m mkdocs build --strict
 
-# Tests of small tensors gain nothing from threads: one for each process that runs them. JOBS=0: one process.
+# Tests of small tensors gain nothing from threads: each process has one. JOBS=0: no other processes.
 JOBS ?= auto
 FAST := -q -n $(JOBS) --maxprocesses 8 --dist worksteal -m "not slow and not compile"
 test: check

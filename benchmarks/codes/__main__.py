@@ -8,6 +8,7 @@ projections named as Llama's. Models that are not measured keep the rows that FI
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def measure(name: str, asked: argparse.Namespace) -> list[Row]:
         {case: lead.cache(bits) for case, (bits, lead) in cases.items()},
         prefill=asked.prefill,
         chunk=CHUNK,
+        progress=_said,
     )
     first: dict[Bits, CacheComparison] = {}
     rows = []
@@ -60,6 +62,11 @@ def measure(name: str, asked: argparse.Namespace) -> list[Row]:
         base = first.setdefault(bits, found[case])
         rows.append(row_of(Path(name).name, lead.label, bits, held, found[case], base))
     return rows
+
+
+def _said(done: int, total: int, name: str) -> None:
+    if done % 100 == 0:
+        print(f"{done} of {total}, the last of {name}", file=sys.stderr, flush=True)
 
 
 def write(path: Path, rows: list[Row], asked: argparse.Namespace) -> None:
@@ -90,6 +97,7 @@ def main() -> None:
     asked = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)
     for name in asked.models:
         rows = measure(name, asked)
         for row in rows:

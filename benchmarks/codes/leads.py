@@ -78,7 +78,7 @@ def even(bits: Bits) -> dict[str, Bits]:
 
 
 PRODUCT = Lead("as it is")
-TRELLIS = {states: (keys_by(states), values_by(states)) for states in (256, 1024)}
+TRELLIS = {states: (keys_by(states), values_by(states)) for states in (128, 256)}
 WINDOW = {"recent_window": 128}
 
 
@@ -87,28 +87,31 @@ def leads(bits: Bits) -> list[Lead]:
     found = [
         PRODUCT,
         Lead("window of 128", options=WINDOW),
-        Lead("trellis, 256 states", *TRELLIS[256]),
-        Lead("trellis, 256 states, window of 128", *TRELLIS[256], WINDOW),
+        Lead("trellis, 128 states", *TRELLIS[128]),
+        Lead("trellis, 128 states, window of 128", *TRELLIS[128], WINDOW),
     ]
     if bits != 2.5:
         return found
-    trellis_keys, trellis_values = TRELLIS[256]
-    quarters = (
-        ("in their own basis, quarters +1 0 0 -1", 0.1),
-        ("in their own basis, half shrunk, quarters +1 0 0 -1", 0.5),
-        ("in sorted channels, quarters +1 0 0 -1", 1.0),
-    )
+    trellis_keys, trellis_values = TRELLIS[128]
+    quarters = (("in their own basis", 0.1), ("in sorted channels", 1.0))
     return [
         *found,
-        Lead("trellis, 1024 states", *TRELLIS[1024]),
-        Lead("trellis, keys and values alike", *TRELLIS[256], even(bits)),
+        Lead("trellis, 256 states", *TRELLIS[256]),
+        Lead("trellis, keys and values alike", *TRELLIS[128], even(bits)),
         Lead("trellis for keys alone", trellis_keys, values_by()),
         Lead("trellis for values alone", keys_by(), trellis_values),
-        Lead("values centred", keys_by(), values_by(center=True)),
         Lead("values centred and weighed", keys_by(), values_by(center=True, weigh=True)),
         *(
-            Lead(f"keys {label}", keys_in_quarters(QUARTERS, shrink=shrink), values_by())
-            for label, shrink in quarters
+            Lead(
+                f"keys {basis}, quarters of 4, 3, 3 and 2 bits",
+                keys_in_quarters(QUARTERS, shrink=shrink),
+                values_by(),
+            )
+            for basis, shrink in quarters
         ),
-        Lead(f"values {quarters[0][0]}", keys_by(), values_in_quarters(QUARTERS, shrink=0.1)),
+        Lead(
+            "values in their own basis, quarters of 3, 2, 2 and 1 bits",
+            keys_by(),
+            values_in_quarters(QUARTERS, shrink=0.1),
+        ),
     ]
