@@ -58,6 +58,7 @@ struct Simd : SimdBase<16> {
     static SIXFOLD_INLINE int16x8_t packed_words(i32 a, i32 b) {
         return vcombine_s16(vmovn_s32(a), vmovn_s32(b));
     }
+    using SimdBase::store_bytes;
     static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, const i32* x) {
         const int8x16_t bytes = vcombine_s8(vmovn_s16(packed_words(x[0], x[1])),
                                             vmovn_s16(packed_words(x[2], x[3])));

@@ -9,8 +9,8 @@ from sixfold.packing import Bits
 
 # Whole numbers and their differences have 16 bits.
 _LARGEST = (1 << 15) - 1
-# Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More are
-# finer, and fewer leave room for vectors with several outliers in a row.
+# Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More
+# are finer, and fewer leave room for vectors with several outliers in a row.
 _UNITS: dict[Bits, int] = {1: 724, 2: 1448, 2.5: 1722}
 # Bits of a squared difference below those of a cost.
 _SHIFT = 15
