@@ -58,10 +58,11 @@ Case::Case() {
     vectors = normals(static_cast<std::int64_t>(n) * dim);
     for (int i = 0; i < dim; ++i) vectors[i] *= n % 3 == 0 ? INFINITY : 0;
     asked = normals(static_cast<std::int64_t>(queries) * dim);
-    half = is_narrow(shape) ? 1 + below(255) : 1 + below(31);
+    half = 1 + below(is_narrow(shape) ? 127 : 31);
     intervals = is_narrow(shape) ? kIntervals : 1024;
+    const int largest = is_narrow(shape) ? 0x3fff : 0x7fff;
     for (int i = 0; i < states; ++i)
-        words.insert(words.end(), 2, static_cast<std::int16_t>(below(65535) - 32767));
+        words.insert(words.end(), 2, static_cast<std::int16_t>(below(2 * largest + 1) - largest));
 }
 
 Found Case::run(const TrellisKernels& kernels) const {
