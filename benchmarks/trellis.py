@@ -29,8 +29,8 @@ from sixfold.packing import Bits
 from sixfold.trellis import STATES, TRELLIS_BITS
 
 SCALAR, TRELLIS = "TurboQuantMSE", "trellis"
-# Calls of a millisecond: where cores are shared, most end before another program gets this one.
-SPEED_DIM, SPEED_VECTORS, SPEED_QUERIES = 128, 1024, 8
+# Calls of milliseconds: where cores are shared, most end before another program gets this one.
+SPEED_DIM, SPEED_VECTORS, SPEED_QUERIES = 128, 2048, 8
 CACHE_BITS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=768, help="of a window")
     parser.add_argument("--out", type=Path, help="folder of the JSON files")
     parser.add_argument("--speed", action="store_true", help="measure speed only")
-    parser.add_argument("--repeats", type=int, default=101, help="of --speed")
+    parser.add_argument("--repeats", type=int, default=61, help="of --speed")
     arguments = parser.parse_args()
     if arguments.speed:
         torch.set_num_threads(1)
