@@ -1,5 +1,7 @@
 """What the trellis is worth: ``python -m benchmarks.trellis --out docs/results``.
 
+With ``--speed`` what it takes instead: one thread, every number of states and instruction set.
+
 Squared error of Gaussian vectors beside `TurboQuantMSE` and Shannon's bound; and the mean KL of the
 embedded model, plain and hard, whose cache holds the one or the other code in the same bytes.
 """
@@ -9,6 +11,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,13 @@ from sixfold import TrellisQuantizer, TurboQuantMSE
 from sixfold.eval import machine
 from sixfold.eval.embedded import haystack
 from sixfold.eval.perplexity import compare_caches, windows_of
+from sixfold.eval.timing import Case, Contender, measure
 from sixfold.packing import Bits
 from sixfold.trellis import STATES, TRELLIS_BITS
 
 SCALAR, TRELLIS = "TurboQuantMSE", "trellis"
+# Calls of milliseconds: where cores are shared, most end before another program gets this one.
+SPEED_DIM, SPEED_VECTORS, SPEED_QUERIES = 128, 2048, 8
 CACHE_BITS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
@@ -65,6 +71,44 @@ def divergence(
     return rows
 
 
+def speed(vectors: int, queries: int, repeats: int) -> list[dict[str, Any]]:
+    """Encoding bfloat16, decoding to float32 and scores at dim = 128, and what encoding loses."""
+    x = torch.randn(vectors, SPEED_DIM, generator=torch.Generator().manual_seed(0)).bfloat16()
+    asked, exact = x[:queries].float(), x.double()
+    rows = []
+    for isa, states, bits in itertools.product(("avx512", "avx2"), (128, 256), (2, 2.5, 4)):
+        quantizer = TrellisQuantizer(SPEED_DIM, bits, states)
+        codes = quantizer.encode(x)
+        environment = {"SIXFOLD_ISA": isa}
+        contenders = [
+            Contender(
+                "encode",
+                partial(quantizer.encode, x),
+                2 * x.numel(),
+                result=None,
+                environment=environment,
+            ),
+            Contender(
+                "decode",
+                partial(quantizer.decode, codes),
+                4 * x.numel(),
+                environment=environment,
+            ),
+            Contender(
+                "scores",
+                partial(quantizer.scores, asked, codes),
+                codes.nbytes,
+                result=None,
+                environment=environment,
+            ),
+        ]
+        notes = {"isa": isa, "states": states, "bits": bits}
+        measured = measure(Case(contenders, exact), repeats=repeats)
+        rows += [row.to_dict() | notes for row in measured]
+        print(notes, *(f"{row.gigabytes_per_second:.3f}" for row in measured), flush=True)
+    return rows
+
+
 def write(folder: Path | None, name: str, **document: Any) -> None:
     """Write one file of results, if anywhere."""
     if folder:
@@ -83,7 +127,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--tokens", type=int, default=768, help="of a window")
     parser.add_argument("--out", type=Path, help="folder of the JSON files")
+    parser.add_argument("--speed", action="store_true", help="measure speed only")
+    parser.add_argument("--repeats", type=int, default=61, help="of --speed")
     arguments = parser.parse_args()
+    if arguments.speed:
+        torch.set_num_threads(1)
+        rows = speed(SPEED_VECTORS, SPEED_QUERIES, arguments.repeats)
+        sizes = {"dim": SPEED_DIM, "vectors": SPEED_VECTORS, "queries": SPEED_QUERIES}
+        write(arguments.out, "trellis_speed", **sizes, rows=rows)
+        return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rows = []

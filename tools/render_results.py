@@ -114,6 +114,27 @@ def trellis_distortion_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{vectors} Gaussian vectors a row."])
 
 
+def trellis_speed_table(results: dict[str, Any]) -> str:
+    """One row for every instruction set, number of states and width: GB/s, and the error."""
+    columns = ["instruction set", "states", "bits", "encode, GB/s of bf16", "decode, GB/s of f32"]
+    columns += ["scores, million rows/s", "error"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    rows = results["rows"]
+    for encode, decode, scores in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        cells = [encode["isa"], str(encode["states"]), f"{encode['bits']:g}"]
+        for row in (encode, decode):
+            cells.append(f"{row['gigabytes_per_second']:.2f}")
+        cells.append(f"{results['vectors'] / scores['seconds']['median'] / 1e6:.1f}")
+        lines.append(_joined([*cells, f"{decode['error'] ** 2:.4f}"]))
+    lines += [
+        "",
+        f"{results['vectors']} vectors of dim {results['dim']}, {results['queries']} queries at "
+        f"once, one thread of {results['machine']['processor']}; medians. "
+        "Error: ‖x - x̂‖² / ‖x‖².",
+    ]
+    return "\n".join(lines)
+
+
 def trellis_kl_table(results: dict[str, Any]) -> str:
     """One row for every model and width: both codes, and their difference."""
     columns = ["model", "bits", "bits in this run", "scalar", "trellis", "difference", "ratio"]
@@ -236,6 +257,7 @@ TRELLIS_TABLES = {
     "trellis_choices": trellis_choices_table,
     "trellis_distortion": trellis_distortion_table,
     "trellis_kl": trellis_kl_table,
+    "trellis_speed": trellis_speed_table,
 }
 TRELLIS_BLOCKS = tuple(
     Block(TRELLIS, RESULTS / f"{name}.json", name, table) for name, table in TRELLIS_TABLES.items()

@@ -25,6 +25,8 @@ struct Registers;
         typedef std::uint16_t u16 __attribute__((vector_size(bytes)));                 \
         typedef std::uint8_t u8 __attribute__((vector_size(bytes)));                   \
         typedef std::uint16_t half_u16 __attribute__((vector_size(bytes / 2)));        \
+        typedef std::uint8_t half_u8 __attribute__((vector_size(bytes / 2)));          \
+        typedef std::uint8_t quarter_u8 __attribute__((vector_size(bytes / 4)));       \
     }
 SIXFOLD_REGISTERS(16);
 SIXFOLD_REGISTERS(32);

@@ -18,6 +18,8 @@ struct SimdBase : Registers<kBytes> {
     using typename Registers<kBytes>::u16;
     using typename Registers<kBytes>::u8;
     using typename Registers<kBytes>::half_u16;
+    using typename Registers<kBytes>::half_u8;
+    using typename Registers<kBytes>::quarter_u8;
 
     static constexpr int kWidth = kBytes / 4;
     // Vectors: levels of butterflies done in registers, and of sums; scores done at once; bits of
@@ -25,7 +27,7 @@ struct SimdBase : Registers<kBytes> {
     // Codebook::thresholds.
     static constexpr int kRadixBits = 3, kFoldLevels = 3, kQueries = 2, kCountedBits = 1;
     static constexpr bool kGrid = false;
-    // Trellis: whether a ByteTable<7> is faster than arithmetic.
+    // Trellis: whether look_up_128 is faster than arithmetic.
     static constexpr bool kTableCosts = false;
     // Attention: rows multiplied at once, strips of sixteen sums that registers have room for, what
     // levels of keys are stored xor, the largest 8-bit weight, whether few rows are multiplied
@@ -152,6 +154,11 @@ struct SimdBase : Registers<kBytes> {
         return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
     }
 
+    // table[index], of which the lower seven bits count.
+    static SIXFOLD_INLINE u8 look_up_128(const std::uint8_t* table, u8 index) {
+        for (int lane = 0; lane < kBytes; ++lane) index[lane] = table[index[lane] & 127];
+        return index;
+    }
     // Two numbers of 16 bits, over and over.
     static SIXFOLD_INLINE i16 set_pair(const std::int16_t* p) {
         return bits<i16>(i32{} + load_unaligned<std::int32_t>(p));
@@ -184,6 +191,19 @@ struct SimdBase : Registers<kBytes> {
     }
     static SIXFOLD_INLINE u8 min(u8 a, u8 b) { return a < b ? a : b; }
     static SIXFOLD_INLINE u16 min(u16 a, u16 b) { return a < b ? a : b; }
+    // Bits of `a` where the mask has ones, else of `b`.
+    template <class T>
+    static SIXFOLD_INLINE T select(T mask, T a, T b) {
+        return (mask & a) | (~mask & b);
+    }
+    // A byte a lane, from and to memory; each fits.
+    static SIXFOLD_INLINE u32 widen_bytes(const std::uint8_t* p) {
+        return __builtin_convertvector(load_unaligned<quarter_u8>(p), u32);
+    }
+    static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, u8 x) { store_aligned(p, x); }
+    static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, u16 x) {
+        store_unaligned(p, __builtin_convertvector(x, half_u8));
+    }
     // Where x is less: that instead of `least`, and `number` instead of `which`.
     template <class T>
     static SIXFOLD_INLINE void take_less(T x, T number, T& least, T& which) {

@@ -79,6 +79,7 @@ struct Simd : SimdBase<32> {
         const __m256i crossed = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
         return _mm256_permute4x64_epi64(crossed, 0xD8);
     }
+    using SimdBase::store_bytes;
     static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, const i32* x) {
         const __m256i words = packed_words(x);
         store_unaligned(p, _mm_packs_epi16(_mm256_castsi256_si128(words),
@@ -104,6 +105,14 @@ struct Simd : SimdBase<32> {
         return sum + (i32)_mm256_madd_epi16((__m256i)levels, (__m256i)operand);
     }
 
+    static SIXFOLD_INLINE u32 widen_bytes(const std::uint8_t* p) {
+        return (u32)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, u16 x) {
+        const auto words = (__m256i)x;
+        store_unaligned(p, _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                            _mm256_extracti128_si256(words, 1)));
+    }
     static SIXFOLD_INLINE void load_words(const std::int16_t* p, i16& low, i16& high) {
         const auto a = load_aligned<__m256i>(p), b = load_aligned<__m256i>(p + 16);
         low = (i16)_mm256_permute2x128_si256(a, b, 0x20);

@@ -130,6 +130,20 @@ struct Simd : SimdBase<64> {
         return (i32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)levels, (__m512i)operand);
     }
 
+    // Two instructions, where one permutation of two registers is three operations on Intel.
+    static SIXFOLD_INLINE u8 look_up_128(const std::uint8_t* table, u8 index) {
+        const auto where = (__m512i)index;
+        const __mmask64 upper = _mm512_test_epi8_mask(where, _mm512_set1_epi8(64));
+        const __m512i low = _mm512_permutexvar_epi8(where, _mm512_load_si512(table));
+        return (u8)_mm512_mask_permutexvar_epi8(low, upper, where, _mm512_load_si512(table + 64));
+    }
+    static SIXFOLD_INLINE u32 widen_bytes(const std::uint8_t* p) {
+        return (u32)_mm512_cvtepu8_epi32(load_unaligned<__m128i>(p));
+    }
+    using SimdBase::store_bytes;
+    static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, u16 x) {
+        store_unaligned(p, _mm512_cvtepi16_epi8((__m512i)x));
+    }
     static SIXFOLD_INLINE void load_words(const std::int16_t* p, i16& low, i16& high) {
         const __m512i a = _mm512_load_si512(p), b = _mm512_load_si512(p + 32);
         low = (i16)_mm512_shuffle_i64x2(a, b, 0x88);
@@ -153,6 +167,10 @@ struct Simd : SimdBase<64> {
     }
     static SIXFOLD_INLINE u16 min(u16 a, u16 b) {
         return (u16)_mm512_min_epu16((__m512i)a, (__m512i)b);
+    }
+    template <class T>
+    static SIXFOLD_INLINE T select(T mask, T a, T b) {
+        return (T)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xCA);
     }
     static SIXFOLD_INLINE void take_less(u8 x, u8 number, u8& least, u8& which) {
         const __mmask64 less = _mm512_cmplt_epu8_mask((__m512i)x, (__m512i)least);

@@ -58,6 +58,7 @@ struct Simd : SimdBase<16> {
     static SIXFOLD_INLINE int16x8_t packed_words(i32 a, i32 b) {
         return vcombine_s16(vmovn_s32(a), vmovn_s32(b));
     }
+    using SimdBase::store_bytes;
     static SIXFOLD_INLINE void store_bytes(std::uint8_t* p, const i32* x) {
         const int8x16_t bytes = vcombine_s8(vmovn_s16(packed_words(x[0], x[1])),
                                             vmovn_s16(packed_words(x[2], x[3])));
@@ -73,7 +74,9 @@ struct Simd : SimdBase<16> {
     }
     static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
         const int16x8_t x = vqsubq_s16(a, b);
-        return vqrdmulhq_s16(x, x);
+        // -2^15 squared saturates, one below what it would be.
+        const uint16x8_t lowest = vceqq_s16(x, vdupq_n_s16(-32768));
+        return vsubq_s16(vqrdmulhq_s16(x, x), vreinterpretq_s16_u16(lowest));
     }
     static SIXFOLD_INLINE u8 add_saturating(u8 a, u8 b) { return vqaddq_u8(a, b); }
     static SIXFOLD_INLINE u16 add_saturating(u16 a, u16 b) { return vqaddq_u16(a, b); }

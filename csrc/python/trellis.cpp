@@ -23,7 +23,9 @@ PathShape shape_of(const PathGroup& group) {
     return {dim, window, half_bits};
 }
 
-const float* codewords_of(const PathGroup& group) { return at<const float>(std::get<3>(group)); }
+Codewords codewords_of(const PathGroup& group) {
+    return {at<const float>(std::get<3>(group)), shape_of(group)};
+}
 
 SearchGrid grid_of(const GridGroup& group) {
     const auto [words, half, rate, intervals, margin] = group;

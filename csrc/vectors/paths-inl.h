@@ -72,16 +72,19 @@ void load_paths(const PathShape& shape, const CodeTile& in, float* rows) {
 // The paths of a tile, for the bits that leave every window; not closed.
 template <class V>
 void pack_paths(const PathShape& shape, const std::uint8_t* left, float* rows) {
-    auto* words = reinterpret_cast<std::uint32_t*>(rows);
-    for (int i = 0; i < path_words(shape) * kLanes; ++i) words[i] = 0;
+    using u32 = typename V::u32;
+    const auto put = [&](float* row, u32 x) {
+        V::store(row, bits<typename V::f32>(bits<u32>(V::load(row)) | x));
+    };
+    for (int i = 0; i < path_words(shape) * kLanes; ++i) rows[i] = 0;
     for (int t = 0; t < shape.dim; ++t) {
         const int start = start_of(shape, t), shift = start % 32;
         const bool crosses = shift + advance_of(shape, t) > 32;
-        std::uint32_t* row = words + start / 32 * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const std::uint32_t bits = left[t * kSearched + lane];
-            row[lane] |= bits << shift;
-            if (crosses) row[kLanes + lane] |= bits >> (32 - shift);
+        float* row = rows + start / 32 * kLanes;
+        for (int lane = 0; lane < kLanes; lane += V::kWidth) {
+            const u32 x = V::widen_bytes(left + t * kSearched + lane);
+            put(row + lane, x << shift);
+            if (crosses) put(row + kLanes + lane, x >> (32 - shift));
         }
     }
 }
@@ -158,7 +161,7 @@ void encode_paths_tile(const PathEncodeTask& task, const VectorTile& in, const C
         pack_paths<V>(task.shape, chosen + i * kLanes, rows);
         Tiles<V>::template store<false>(as_vectors(part), rows, path_words(task.shape), 1);
         close_rows<V>(task.shape, rows);
-        sum_products<V>(task.shape, task.codewords, rows, tile + i * tile_floats(dim), sums);
+        sum_products<V>(task.shape, task.codewords.of, rows, tile + i * tile_floats(dim), sums);
         double correction[kLanes];
         correct_forward(task.scale, dim, sums, correction);
         store_scales(correction, task.unit, norms[i], part);
@@ -173,7 +176,7 @@ void decode_paths_tile(const PathDecodeTask& task, const CodeTile& in, const Vec
     alignas(64) float scales[kLanes];
     load_paths<V>(task.shape, in, rows);
     load_scales(in, scales);
-    expand_paths<V>(task.shape, task.codewords, rows, scales, tile);
+    expand_paths<V>(task.shape, task.codewords.of, rows, scales, tile);
     rotate_in_place<V>(task.rotation, true, tile, rows);
     Tiles<V>::template store<true>(out, tile, dim, task.shrink);
 }
@@ -187,7 +190,7 @@ void score_paths_tile(const PathScoresTask& task, const CodeTile& in, const floa
     for (float& one : ones) one = 1;
     load_paths<V>(task.shape, in, rows);
     load_scales(in, scales);
-    expand_paths<V>(task.shape, task.codewords, rows, ones, tile);
+    expand_paths<V>(task.shape, task.codewords.of, rows, ones, tile);
     score_all<V>(tile, dim, queries, n_queries, scales, in.count, out, stride);
 }
 

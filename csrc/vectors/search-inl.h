@@ -55,7 +55,7 @@ struct TableCosts {
         interval = V::narrow_words(low, high);
     }
     SIXFOLD_INLINE Lanes operator()(int state) const {
-        return ByteTable<7>(table + state * kIntervals, 0)(interval);
+        return V::look_up_128(table + state * kIntervals, interval);
     }
 };
 
@@ -74,13 +74,19 @@ void fill_table(const SearchGrid& grid, int states, std::uint8_t* table) {
     }
 }
 
+// All ones in the lanes whose bit i is set.
+template <class Lanes, class Sum>
+SIXFOLD_INLINE Lanes ones_where(Lanes x, int i) {
+    return Lanes{} - ((x >> i) & static_cast<Sum>(1));
+}
+
 // The search of as many vectors as a register has sums.
 template <class V, class Costs>
 class Search {
   public:
     using Sum = typename Costs::Sum;
     using Lanes = typename Costs::Lanes;
-    static constexpr int kCount = V::kWidth * 4 / static_cast<int>(sizeof(Sum));
+    static constexpr int kCount = V::kWidth * 4 / static_cast<int>(sizeof(Sum)), kMostBits = 10;
 
     Search(const PathShape& shape, int margin, const Costs& costs, float* scratch)
         : shape_(shape), margin_(margin), costs_(costs),
@@ -93,15 +99,14 @@ class Search {
     void run(const std::int16_t* places, std::uint8_t* left) {
         places_ = places;
         choose_seam();
-        for (int group = 0; group < states_of(shape_) >> left_before(0); ++group)
-            store_aligned(kept_ + group * kCount, ~Lanes{});
-        for (int lane = 0; lane < kCount; ++lane) kept_[group_[lane] * kCount + lane] = 0;
+        start_at_seam();
         for (int t = 0; t < shape_.dim; ++t) step<true>(t, t);
-        for (int t = shape_.dim - 1; t >= 0; --t) step_back(t, t, left + t * kSearched);
+        for (int t = shape_.dim - 1; t >= 0; --t)
+            V::store_bytes(left + t * kSearched, step_back(t, t));
     }
 
   private:
-    // Leaves in group_ what the windows of the last coordinate shall share with those of the first.
+    // Leaves in bit_ what the windows of the last coordinate shall share with those of the first.
     void choose_seam() {
         for (int group = 0; group < states_of(shape_); ++group)
             if (group < states_of(shape_) >> shape_.half_bits / 2)
@@ -110,18 +115,36 @@ class Search {
         for (int i = 0; i < 2 * margin_; ++i, t = t + 1 == shape_.dim ? 0 : t + 1)
             // Nothing is traced back beyond the seam.
             i < margin_ ? step<false>(i, t) : step<true>(i, t);
-        find_least(states_of(shape_) >> left_before(t));
-        std::uint8_t ignored[kSearched];
+        find_least(window_after(t));
         for (int i = 2 * margin_ - 1; i >= margin_; --i) {
             t = t == 0 ? shape_.dim - 1 : t - 1;
-            step_back(i, t, ignored);
+            step_back(i, t);
         }
     }
 
+    // kept = 0 for the group that bit_ names, all ones elsewhere.
+    void start_at_seam() {
+        const int window = window_after(0);
+        for (int group = 0; group < 1 << window; ++group) {
+            Lanes other = {};
+            for (int i = 0; i < window; ++i) other |= bit_[i] ^ ones_if(group >> i & 1);
+            store_aligned(kept_ + group * kCount, other);
+        }
+    }
+
+    static SIXFOLD_INLINE Lanes ones_if(int bit) { return Lanes{} - static_cast<Sum>(bit); }
     int left_before(int t) const { return advance_of(shape_, t == 0 ? shape_.dim - 1 : t - 1); }
+    // Bits of a window that are left before coordinate t.
+    int window_after(int t) const { return shape_.window - left_before(t); }
     Sum* decisions_of(int step) const {
         return decisions_ +
-               static_cast<std::int64_t>(step) * (states_of(shape_) >> shape_.half_bits / 2) * kCount;
+               static_cast<std::int64_t>(step) * decision_rows(shape_) * kCount;
+    }
+
+    // Bits of a decision, and decisions in a lane.
+    static constexpr int field_of(int advance) { return advance <= 2 ? 2 : 4; }
+    static constexpr int fields_of(int advance) {
+        return 8 * static_cast<int>(sizeof(Sum)) / field_of(advance);
     }
 
     template <bool kDecide>
@@ -147,19 +170,29 @@ class Search {
         const int groups = states_of(shape_) >> kAdvance;
         const Sum* kept = kept_;
         Sum *extended = spare_, *decisions = decisions_of(step);
-        for (int group = 0; group < groups; ++group) {
-            Lanes least, which = {};
+        constexpr int kField = field_of(kAdvance), kFields = fields_of(kAdvance);
+        for (int group = 0; group < groups; decisions += kCount) {
+            Lanes decided = {};
+#pragma GCC unroll 4
+            for (int field = 0; field < kFields; ++field, ++group) {
+                const int first = group << kAdvance;
+                const Sum* origins = kept + (first & mask) * kCount;
+                Lanes least, which = {};
 #pragma GCC unroll 16
-            for (int j = 0; j < 1 << kAdvance; ++j) {
-                const int state = (group << kAdvance) + j;
-                const Lanes before = load_aligned<Lanes>(kept + (state & mask) * kCount);
-                const Lanes sum = V::add_saturating(before, costs(state));
-                if (j == 0) least = sum;
-                else if constexpr (kDecide) V::take_less(sum, Lanes{} + static_cast<Sum>(j), least, which);
-                else least = V::min(sum, least);
+                for (int j = 0; j < 1 << kAdvance; ++j) {
+                    // Only groups of 16 can be wider than the mask.
+                    const int origin = (kAdvance < 4 ? j : j & mask) * kCount;
+                    const Lanes sum =
+                        V::add_saturating(load_aligned<Lanes>(origins + origin), costs(first + j));
+                    const Lanes number = Lanes{} + static_cast<Sum>(j << field * kField);
+                    if (j == 0) least = sum;
+                    else if constexpr (kDecide) V::take_less(sum, number, least, which);
+                    else least = V::min(sum, least);
+                }
+                store_aligned(extended + group * kCount, least);
+                decided |= which;
             }
-            store_aligned(extended + group * kCount, least);
-            if constexpr (kDecide) store_aligned(decisions + group * kCount, which);
+            if constexpr (kDecide) store_aligned(decisions, decided);
         }
     }
 
@@ -173,24 +206,41 @@ class Search {
         }
     }
 
-    void find_least(int groups) {
-        for (int lane = 0; lane < kCount; ++lane) {
-            int best = 0;
-            for (int group = 1; group < groups; ++group)
-                if (kept_[group * kCount + lane] < kept_[best * kCount + lane]) best = group;
-            group_[lane] = static_cast<std::uint16_t>(best);
+    // Leaves in bit_ the group of `window` bits that has the least sum, the lowest of equals.
+    void find_least(int window) {
+        Lanes least = load_aligned<Lanes>(kept_);
+        for (int i = 0; i < window; ++i) bit_[i] = Lanes{};
+        for (int group = 1; group < 1 << window; ++group) {
+            const Lanes before = least;
+            least = V::min(load_aligned<Lanes>(kept_ + group * kCount), before);
+            const Lanes same = bits<Lanes>(least == before);
+            for (int i = 0; i < window; ++i)
+                bit_[i] = V::select(same, bit_[i], ones_if(group >> i & 1));
         }
     }
 
-    // From the groups after a step to those before it, and the bits that left in between.
-    void step_back(int step, int t, std::uint8_t* left) {
-        const Sum* decisions = decisions_of(step);
-        const int advance = advance_of(shape_, t), mask = (states_of(shape_) >> left_before(t)) - 1;
-        for (int lane = 0; lane < kCount; ++lane) {
-            const int which = decisions[group_[lane] * kCount + lane];
-            left[lane] = static_cast<std::uint8_t>(which);
-            group_[lane] = static_cast<std::uint16_t>((group_[lane] << advance | which) & mask);
-        }
+    // From the groups after a step, in bit_, to those before it. Returns the bits that left in between.
+    Lanes step_back(int step, int t) {
+        const int advance = advance_of(shape_, t);
+        const Lanes which = decision(decisions_of(step), advance);
+        for (int i = window_after(t) - 1; i >= advance; --i) bit_[i] = bit_[i - advance];
+        for (int i = 0; i < advance; ++i) bit_[i] = ones_where<Lanes, Sum>(which, i);
+        return which;
+    }
+
+    // What was decided of the group that the bits in bit_ name: its row by halving `rows`, which needs
+    // memory that sums no longer need, then its field.
+    Lanes decision(const Sum* rows, int advance) {
+        const int field = field_of(advance), low = fields_of(advance) == 4 ? 2 : 1;
+        for (int i = low; i < shape_.window - advance; ++i, rows = spare_)
+            for (int row = 0; row < 1 << (shape_.window - advance - 1 - i); ++row) {
+                const auto even = load_aligned<Lanes>(rows + 2 * row * kCount);
+                const auto odd = load_aligned<Lanes>(rows + (2 * row + 1) * kCount);
+                store_aligned(spare_ + row * kCount, V::select(bit_[i], odd, even));
+            }
+        auto found = load_aligned<Lanes>(rows);
+        for (int i = 0; i < low; ++i) found = V::select(bit_[i], found >> (field << i), found);
+        return found & static_cast<Sum>((1 << field) - 1);
     }
 
     PathShape shape_;
@@ -198,7 +248,7 @@ class Search {
     Costs costs_;
     const std::int16_t* places_ = nullptr;
     Sum *kept_, *spare_, *decisions_;
-    std::uint16_t group_[kCount];
+    Lanes bit_[kMostBits];
 };
 
 template <class V, class Costs>

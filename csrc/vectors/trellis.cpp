@@ -27,6 +27,10 @@ std::int64_t encode_scratch(const PathEncodeTask& task) {
 
 }  // namespace
 
+Codewords::Codewords(const float* table, const PathShape& shape) {
+    std::copy(table, table + states_of(shape), of);
+}
+
 void encode_paths(const TrellisKernels& kernels, const PathEncodeTask& task, const VectorArray& in,
                   const Rows& out, int threads) {
     run((in.count + kSearched - 1) / kSearched, kSearchCost * kSearched * task.shape.dim,

@@ -3,12 +3,12 @@
 // | name      | shape                        | what                                                |
 // | --------- | ---------------------------- | --------------------------------------------------- |
 // | codewords | f32 [states]                 | what a state stands for                             |
-// | words     | i16 [states]                 | the same in the whole numbers of the search         |
+// | words     | i16 [states, 2]              | the same in the whole numbers of the search, twice  |
 // | rows      | u32 [path words, 16]         | paths of 16 vectors                                 |
 // | places    | i16 [dim, 64]                | coordinates of 64 vectors, in those whole numbers   |
 // | left      | u8 [dim, 64]                 | bits that leave the windows of 64 vectors           |
 // | kept      | u8 or u16 [groups, lanes]    | least sums by what is left of a window              |
-// | decisions | the same [steps, groups, lanes] | which state of each group had it                 |
+// | decisions | u8 or u16 [steps, decision rows, lanes] | which state of each group had it             |
 #pragma once
 
 #include "vectors/vectors.h"
@@ -18,6 +18,7 @@ namespace sixfold::vectors {
 // Vectors that are searched side by side: those of a page of a head.
 constexpr int kSearched = kPageTokens;
 constexpr int kIntervals = 128;
+constexpr int kMaxStates = 1024;
 
 // Bits that make a state, and twice the bits of a coordinate.
 struct PathShape {
@@ -33,10 +34,17 @@ static constexpr int advance_of(const PathShape& s, int t) {
 }
 static constexpr int path_words(const PathShape& s) { return (start_of(s, s.dim) + 31) / 32; }
 
+// Codewords of states, where registers can load them from.
+struct Codewords {
+    Codewords(const float* table, const PathShape& shape);
+
+    alignas(64) float of[kMaxStates] = {};
+};
+
 // The whole numbers of the search, see kernels/trellis/grid.py; sums have 8 bits below 3 bits a
 // coordinate, else 16.
 struct SearchGrid {
-    const std::int16_t* words;
+    const std::int16_t* words;  // [states, 2], each twice
     int half;     // of the width of an interval
     float rate;   // intervals a standard deviation
     int intervals;
@@ -48,7 +56,7 @@ static constexpr bool is_narrow(const PathShape& s) { return s.half_bits < 6; }
 struct PathEncodeTask {
     Rotation rotation;
     PathShape shape;
-    const float* codewords;
+    Codewords codewords;
     SearchGrid grid;
     ScaleKind scale;
     double stretch, unit;  // see EncodeTask
@@ -57,13 +65,13 @@ struct PathEncodeTask {
 struct PathDecodeTask {
     Rotation rotation;
     PathShape shape;
-    const float* codewords;
+    Codewords codewords;
     float shrink;  // see DecodeTask
 };
 
 struct PathScoresTask {
     PathShape shape;
-    const float* codewords;
+    Codewords codewords;
 };
 
 struct TrellisKernels {
@@ -76,10 +84,16 @@ struct TrellisKernels {
                    std::int64_t n_queries, float* out, std::int64_t stride, float* scratch);
 };
 
+// Registers of decisions a step: one has those of four groups, or of two where three bits leave in
+// turn with two.
+static constexpr int decision_rows(const PathShape& s) {
+    return states_of(s) >> s.half_bits / 2 >> 2;
+}
+
 // Pieces of a search's scratch, in floats.
 static constexpr std::int64_t decision_floats(const PathShape& s, const SearchGrid& grid) {
     const std::int64_t steps = s.dim > 2 * grid.margin ? s.dim : 2 * grid.margin;
-    return steps * (states_of(s) >> s.half_bits / 2) * (kSearched / 4);
+    return steps * decision_rows(s) * (kSearched / 4);
 }
 static constexpr std::int64_t kept_floats(const PathShape& s) {
     return (states_of(s) >> s.half_bits / 2) * (kSearched / 4);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sixfold.codebooks import centroids
-from sixfold.kernels import _native
+from sixfold.kernels import _native, trellis
 from sixfold.kernels.attention import page_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode, decode_pages
@@ -22,6 +22,7 @@ from sixfold.kernels.scores import scores
 from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS, row_bytes
 from sixfold.rotation import Rotation
+from sixfold.trellis import codewords
 
 pytestmark = [
     pytest.mark.skipif(isinstance(_native.extension(), str), reason=str(_native.extension())),
@@ -36,6 +37,7 @@ CPU = torch.device("cpu")
 ROTATION = Rotation(DIM, "orthogonal")
 TURNS, FACTOR = ROTATION.turns(CPU), ROTATION.factor(CPU)
 BOOK = centroids(DIM, BITS, CPU)
+PATH_BOOK = codewords(128, 2)
 CODING = Coding(TURNS, FACTOR, BOOK, BITS, DIM, "optimal")
 TABLES: dict[str, Any] = {"turns": TURNS, "factor": FACTOR, "centroids": BOOK}
 
@@ -144,6 +146,25 @@ CALLS: dict[str, Callable[[], object]] = {
         torch.ones(ROWS, dtype=torch.float16),
         BOOK,
         bits=BITS,
+    ),
+    "encode_paths": lambda: trellis.encode(
+        torch.ones(ROWS >> 5, DIM), TURNS, FACTOR, PATH_BOOK, bits=2, scale="norm"
+    ),
+    "decode_paths": lambda: trellis.decode(
+        torch.zeros(ROWS, DIM // 4, dtype=torch.uint8),
+        torch.ones(ROWS, dtype=torch.float16),
+        TURNS,
+        FACTOR,
+        PATH_BOOK,
+        dim=DIM,
+        bits=2,
+    ),
+    "score_paths": lambda: trellis.scores(
+        torch.ones(256, DIM),
+        torch.zeros(ROWS, DIM // 4, dtype=torch.uint8),
+        torch.ones(ROWS, dtype=torch.float16),
+        PATH_BOOK,
+        bits=2,
     ),
     "encode_pages": encode_whole_pages,
     "decode_pages": decode_whole_pages,

@@ -101,14 +101,14 @@ def test_an_operation_without_such_a_backend_lacks_nothing(
     selected = {"trellis": "reference"}
     monkeypatch.setattr(
         doctor,
+        "missing_backends",
+        lambda name: {"cpu": NO_BACKEND if name == "trellis" else "gone"},
+    )
+    monkeypatch.setattr(
+        doctor,
         "implementation",
         lambda name, _: SimpleNamespace(__name__=f"kernels.{selected.get(name, 'cpu')}"),
     )
     assert "Every operation runs on the fastest backend there is for it on cpu." in said()
     selected["encode"] = "reference"
-    monkeypatch.setattr(
-        doctor,
-        "missing_backends",
-        lambda name: {"cpu": NO_BACKEND if name == "trellis" else "gone"},
-    )
     assert "The cpu backend of encode does not run: gone." in said()

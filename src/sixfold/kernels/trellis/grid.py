@@ -7,10 +7,8 @@ from torch import Tensor
 
 from sixfold.packing import Bits
 
-# Whole numbers and their differences have 16 bits.
-_LARGEST = (1 << 15) - 1
-# Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More are
-# finer, and fewer leave room for vectors with several outliers in a row.
+# Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More
+# are finer, and fewer leave room for vectors with several outliers in a row.
 _UNITS: dict[Bits, int] = {1: 724, 2: 1448, 2.5: 1722}
 # Bits of a squared difference below those of a cost.
 _SHIFT = 15
@@ -38,7 +36,7 @@ class SearchGrid(NamedTuple):
         self, place: Int32[Tensor, "*#n"], word: Int32[Tensor, "*#n"]
     ) -> Int32[Tensor, "*#n"]:
         """What a coordinate costs in a state: the squared difference, rounded."""
-        squared = (place - word).clamp(-_LARGEST, _LARGEST).square()
+        squared = (place - word).clamp(-(1 << 15), (1 << 15) - 1).square()
         return ((squared + (1 << _SHIFT - 1)) >> _SHIFT).clamp(max=self.most)
 
 
@@ -52,8 +50,10 @@ def search_grid(codewords: Float32[Tensor, " states"], bits: Bits) -> SearchGrid
     narrow = bits in _UNITS
     unit = _UNITS[bits] if narrow else 1 << 13
     intervals, most = (128, 0xFF) if narrow else (1024, 0xFFFF)
-    words = (codewords.double() * unit).round().clamp(-_LARGEST, _LARGEST).int()
+    # Sums of 8 bits are narrowed as if differences did not saturate.
+    largest = (1 << 14) - 1 if narrow else (1 << 15) - 1
+    words = (codewords.double() * unit).round().clamp(-largest, largest).int()
     # To a quarter of a deviation beyond the outermost codeword: further out all costs are large.
     half = (words.abs().amax() + unit // 4 + intervals - 1) // intervals
-    half = half.clamp(max=_LARGEST // intervals)
+    half = half.clamp(max=largest // intervals)
     return SearchGrid(words, half, (unit / (2 * half.double())).float(), intervals, most)

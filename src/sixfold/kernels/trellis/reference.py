@@ -103,7 +103,7 @@ def _viterbi(
     for step, (place, advance) in enumerate(zip(places, advances, strict=True), 1):
         history.append(kept)
         # The bits that enter are the highest: every value of them goes on from the same `kept`.
-        sums = grid.costs(place, grid.words[:, None]).view(1 << before, -1, n) + kept
+        sums = grid.costs(place, grid.words[:, None]).view(1 << before, *kept.shape) + kept
         kept = sums.clamp(max=grid.most).view(states >> advance, 1 << advance, n).amin(1)
         if step % _PERIOD == 0:
             kept = kept - kept.amin(0)

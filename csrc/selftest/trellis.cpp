@@ -1,0 +1,123 @@
+// Every instruction set's trellis kernels against the portable ones, bit for bit, on random shapes,
+// widths and codebooks. Buffers end where their data does, for a sanitizer to see what lies beyond.
+#include "vectors/trellis.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "isa/dispatch.h"
+
+using namespace sixfold;
+using namespace sixfold::vectors;
+
+namespace {
+
+using Floats = std::vector<float>;
+
+std::mt19937 generator(1);
+
+int below(int n) { return static_cast<int>(generator() % n); }
+
+Floats normals(std::int64_t n) {
+    std::normal_distribution<float> normal;
+    Floats x(n);
+    for (float& value : x) value = normal(generator);
+    return x;
+}
+
+struct Found {
+    std::vector<std::uint32_t> rows;
+    std::vector<std::uint16_t> scales;
+    Floats decoded, products;
+};
+
+// Random arguments, and what one table of kernels makes of them.
+struct Case {
+    PathShape shape;
+    int n = 1 + below(140), queries = below(6), threads = 1 + below(3);
+    ScaleKind scale = static_cast<ScaleKind>(below(3));
+    int half, intervals;
+    Floats turns, factor{1}, codewords, vectors, asked;
+    std::vector<std::int16_t> words;
+
+    Case();
+    Found run(const TrellisKernels& kernels) const;
+};
+
+Case::Case() {
+    static const int windows[] = {7, 8, 10}, widths[] = {2, 4, 5, 6, 7, 8};
+    shape = {4 << below(6), windows[below(3)], widths[below(6)]};
+    while (start_of(shape, shape.dim) < shape.window) shape.dim *= 2;
+    const int dim = shape.dim, states = states_of(shape);
+    turns = normals(3 * dim);
+    codewords = normals(states);
+    vectors = normals(static_cast<std::int64_t>(n) * dim);
+    for (int i = 0; i < dim; ++i) vectors[i] *= n % 3 == 0 ? INFINITY : 0;
+    asked = normals(static_cast<std::int64_t>(queries) * dim);
+    half = 1 + below(is_narrow(shape) ? 127 : 31);
+    intervals = is_narrow(shape) ? kIntervals : 1024;
+    const int largest = is_narrow(shape) ? 0x3fff : 0x7fff;
+    for (int i = 0; i < states; ++i)
+        words.insert(words.end(), 2, static_cast<std::int16_t>(below(2 * largest + 1) - largest));
+}
+
+Found Case::run(const TrellisKernels& kernels) const {
+    const int dim = shape.dim;
+    Floats x = vectors;
+    Found found{std::vector<std::uint32_t>(static_cast<std::size_t>(n) * path_words(shape)),
+                std::vector<std::uint16_t>(n), Floats(x.size()),
+                Floats(static_cast<std::size_t>(n) * queries)};
+    const Rotation rotation{dim, 1, 3, turns.data(), factor.data()};
+    const Codewords book(codewords.data(), shape);
+    const int margin = (16 * shape.window + shape.half_bits - 1) / shape.half_bits;
+    const SearchGrid grid{words.data(), half, static_cast<float>(intervals) / 7, intervals, margin};
+    const Rows rows{reinterpret_cast<std::uint8_t*>(found.rows.data()), found.scales.data()};
+    const VectorArray in{reinterpret_cast<char*>(x.data()), n, dim * 4, Dtype::f32};
+    const VectorArray out{reinterpret_cast<char*>(found.decoded.data()), n, dim * 4, Dtype::f32};
+    encode_paths(kernels, {rotation, shape, book, grid, scale, 1.0 / dim, std::pow(dim, -0.5)}, in,
+                 rows, threads);
+    decode_paths(kernels, {rotation, shape, book, static_cast<float>(std::pow(dim, -1.5))}, rows,
+                 out, threads);
+    score_paths(kernels, {shape, book}, rows, 1, n, asked.data(), queries, found.products.data(),
+                threads);
+    return found;
+}
+
+// Fused products of scores may round otherwise; which NaN a product gives is the processor's choice.
+bool same(const Floats& a, const Floats& b, float tolerance) {
+    for (std::size_t i = 0; i < a.size(); ++i)
+        if (std::abs(a[i] - b[i]) > tolerance * (1 + std::abs(b[i])) ||
+            std::isnan(a[i]) != std::isnan(b[i]))
+            return false;
+    return true;
+}
+
+bool agrees(const Case& of, const Kernels& table) {
+    const Found expected = of.run(portable_kernels().trellis), got = of.run(table.trellis);
+    const bool rows = got.rows == expected.rows, scales = got.scales == expected.scales;
+    const bool decoded = same(got.decoded, expected.decoded, 0);
+    const bool products = same(got.products, expected.products, 1e-3f);
+    if (rows && scales && decoded && products) return true;
+    std::printf("%s: dim %d, window %d, half bits %d, n %d: rows %d, scales %d, decoded %d, "
+                "scores %d\n",
+                table.isa, of.shape.dim, of.shape.window, of.shape.half_bits, of.n, rows, scales,
+                decoded, products);
+    return false;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? std::stoi(argv[1]) : 60;
+    int failed = 0;
+    for (const Kernels* table : available_kernels()) {
+        generator.seed(1);
+        for (int i = 0; i < cases; ++i) failed += !agrees(Case(), *table);
+        std::printf("%s: %d cases\n", table->isa, cases);
+    }
+    return failed != 0;
+}
