@@ -179,7 +179,8 @@ struct SimdBase : Registers<kBytes> {
     }
     // The difference, which saturates, squared; without its last 15 bits, rounded.
     static SIXFOLD_INLINE i16 square(i16 a, i16 b) {
-        const i16 wrapped = a - b, beyond = ((a ^ b) & (a ^ wrapped)) >> 15;
+        const i16 wrapped = bits<i16>(bits<u16>(a) - bits<u16>(b));
+        const i16 beyond = ((a ^ b) & (a ^ wrapped)) >> 15;
         const i32 x = bits<i32>((beyond & ((a >> 15) ^ 0x7fff)) | (~beyond & wrapped));
         const i32 even = (x << 16) >> 16, odd = x >> 16;
         return bits<i16>(((even * even + 0x4000) >> 15) | ((odd * odd + 0x4000) >> 15 << 16));
