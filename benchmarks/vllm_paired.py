@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 from time import sleep
-from typing import Any
 
-from benchmarks.vllm_serving import beside, bytes_of_model, options_of, random_model
+from benchmarks.rows import Row, beside
+from benchmarks.vllm_serving import bytes_of_model, options_of, random_model
 from sixfold.eval import machine
 
 CONTENDERS = ("auto", "fp8", "SIXFOLD_4BIT")
@@ -66,7 +66,6 @@ with open(job["out"] + ".part", "w") as file:
     json.dump(found, file)
 os.rename(job["out"] + ".part", job["out"])
 """
-Row = dict[str, Any]
 
 
 def prompts(streams: int, tokens: int, vocabulary: int) -> list[list[int]]:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rows import Row, beside
 from benchmarks.vllm_models import folder_of
 from sixfold.eval import machine
 
@@ -53,7 +54,6 @@ BENCH = (
     "main(parser.parse_args())\n"
 )
 DIMS = [64, 128, 256]
-Row = dict[str, Any]
 
 
 def options_of(contender: str) -> dict[str, Any]:
@@ -262,14 +262,6 @@ def qualities(arguments: argparse.Namespace) -> list[Row]:
                     rows.append({**row, "text": arguments.text.stem})
                     print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def beside(rows: list[Row], file: Path, *keys: str) -> list[Row]:
-    """With what the file has of others: all together take hours."""
-    measured = {tuple(row[key] for key in keys) for row in rows}
-    old = json.loads(file.read_text())["rows"] if file.exists() else []
-    kept = [row for row in old if tuple(row[key] for key in keys) not in measured]
-    return [*kept, *rows]
 
 
 def _row(model: str, contender: str, chunk: int, base: torch.Tensor, found: torch.Tensor) -> Row:

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +20,13 @@ from benchmarks.codes.leads import Lead, leads
 from benchmarks.evaluate import CHUNK, bits_held
 from benchmarks.recipe.measure import row_of
 from benchmarks.recipe.models import MODELS
+from benchmarks.rows import Row, beside
 from sixfold.eval import machine
 from sixfold.eval.embedded import haystack
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 from sixfold.packing import Bits
 
 WIDTHS: tuple[Bits, ...] = (4, 3, 2.5, 2)
-Row = dict[str, Any]
 
 
 def loaded(name: str, asked: argparse.Namespace) -> tuple[PreTrainedModel, Tensor]:
@@ -70,15 +69,13 @@ def _said(done: int, total: int, name: str) -> None:
 
 
 def write(path: Path, rows: list[Row], asked: argparse.Namespace) -> None:
-    """Beside the models that are there already, in their places."""
-    held = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    measured = {row["model"] for row in rows}
+    """Beside the other models that are there already."""
     document = {
         "machine": machine.describe(),
         "window_tokens": asked.tokens,
         "prefill": asked.prefill,
         "chunk": CHUNK,
-        "rows": [*(row for row in held if row["model"] not in measured), *rows],
+        "rows": beside(rows, path, "model"),
     }
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """What is compared at each width. The first lead of a width is the product as it is."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def _layer(layer: TurboQuantLayer, fits: tuple[Fit, Fit], output: Tensor) -> Tur
     )
 
 
+# Every lead of every window asks for those of one model.
+@lru_cache(maxsize=1)
 def output_moments(model: PreTrainedModel) -> list[Tensor]:
     """Of every layer, for each KV head: WᵀW of the columns W of `o_proj` that read it, summed."""
     found, heads = [], model.config.num_key_value_heads

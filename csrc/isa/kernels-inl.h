@@ -11,7 +11,8 @@ namespace sixfold {
 namespace {
 
 constexpr Kernels kernels_named(const char* isa) {
-    return {isa, vectors::kVectorKernels, vectors::kTrellisKernels, kAttentionKernels, vectors::kTokenKernels};
+    return {isa, vectors::kVectorKernels, vectors::kTrellisKernels, kAttentionKernels,
+            vectors::kTokenKernels};
 }
 
 }  // namespace

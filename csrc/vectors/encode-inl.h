@@ -271,7 +271,8 @@ inline void store_scales(const double* correction, double unit, const Norms& nor
         double scale[4];
         for (int j = 0; j < 4; ++j) {
             const int lane = i + j;
-            scale[j] = static_cast<double>(norms.norm[lane]) / norms.power[lane] * unit * correction[lane];
+            scale[j] = static_cast<double>(norms.norm[lane]) / norms.power[lane] * unit *
+                       correction[lane];
             const bool finite = scale[j] - scale[j] == 0;
             const double x = scale[j] > kHalfMax ? -scale[j] / kLargeUnit : scale[j];
             // A zero vector's optimal scale is minus zero, by the sign of its product.

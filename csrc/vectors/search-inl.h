@@ -74,12 +74,6 @@ void fill_table(const SearchGrid& grid, int states, std::uint8_t* table) {
     }
 }
 
-// All ones in the lanes whose bit i is set.
-template <class Lanes, class Sum>
-SIXFOLD_INLINE Lanes ones_where(Lanes x, int i) {
-    return Lanes{} - ((x >> i) & static_cast<Sum>(1));
-}
-
 // The search of as many vectors as a register has sums.
 template <class V, class Costs>
 class Search {
@@ -108,9 +102,8 @@ class Search {
   private:
     // Leaves in bit_ what the windows of the last coordinate shall share with those of the first.
     void choose_seam() {
-        for (int group = 0; group < states_of(shape_); ++group)
-            if (group < states_of(shape_) >> shape_.half_bits / 2)
-                store_aligned(kept_ + group * kCount, Lanes{});
+        for (int group = 0; group < states_of(shape_) >> shape_.half_bits / 2; ++group)
+            store_aligned(kept_ + group * kCount, Lanes{});
         int t = (shape_.dim - margin_ % shape_.dim) % shape_.dim;
         for (int i = 0; i < 2 * margin_; ++i, t = t + 1 == shape_.dim ? 0 : t + 1)
             // Nothing is traced back beyond the seam.
@@ -138,6 +131,8 @@ class Search {
         return Lanes{} + number;
     }
     static SIXFOLD_INLINE Lanes ones_if(int bit) { return -every(bit); }
+    // All ones in the lanes whose bit i is set.
+    static SIXFOLD_INLINE Lanes ones_where(Lanes x, int i) { return -(x >> i & every(1)); }
     int left_before(int t) const { return advance_of(shape_, t == 0 ? shape_.dim - 1 : t - 1); }
     // Bits of a window that are left before coordinate t.
     int window_after(int t) const { return shape_.window - left_before(t); }
@@ -229,7 +224,7 @@ class Search {
         const int advance = advance_of(shape_, t);
         const Lanes which = decision(decisions_of(step), advance);
         for (int i = window_after(t) - 1; i >= advance; --i) bit_[i] = bit_[i - advance];
-        for (int i = 0; i < advance; ++i) bit_[i] = ones_where<Lanes, Sum>(which, i);
+        for (int i = 0; i < advance; ++i) bit_[i] = ones_where(which, i);
         return which;
     }
 

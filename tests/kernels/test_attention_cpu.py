@@ -18,6 +18,7 @@ from sixfold.packing import (
 )
 from tests.kernels.attention_cases import Case, assert_as_accurate, make_case, resized
 from tests.kernels.attention_errors import error_beside_quantization
+from tests.threads import on_threads
 
 if "cpu" not in available_backends("attention"):
     pytest.skip("the extension was not compiled", allow_module_level=True)
@@ -152,13 +153,7 @@ def test_rows_do_not_depend_on_what_they_are_computed_with(queries: int) -> None
 @pytest.mark.usefixtures("isa")
 def test_threads_change_no_bit(pages: int, queries: int) -> None:
     case = make_case(key_dim=36, lengths=(64,) * pages, queries=queries, batch=1)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 7):
-            torch.set_num_threads(count)
-            results.append(case.run())
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads(case.run, 1, 2, 7)
     for other in results[1:]:
         assert torch.equal(other.out, results[0].out)
         assert torch.equal(other.lse, results[0].lse)

@@ -14,6 +14,7 @@ from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.types import Tokens
 from tests.layers import pages as layer_pages
+from tests.threads import on_threads
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in available_backends("cached_attention"), reason="no compiled extension"
@@ -180,15 +181,10 @@ def test_a_token_that_is_no_number_shows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_do_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, threads = Held.of(2_000, batch=1), torch.get_num_threads()
-    query, found = held.queries(1), []
+    held = Held.of(2_000, batch=1)
+    query = held.queries(1)
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(held.attend(query))
-    finally:
-        torch.set_num_threads(threads)
+    found = on_threads(lambda: held.attend(query), 1, 2, 3)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

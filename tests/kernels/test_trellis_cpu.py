@@ -12,6 +12,7 @@ from sixfold.packing import Bits, decode_scale
 from sixfold.rotation import Rotation, RotationKind
 from sixfold.trellis import STATES, TRELLIS_BITS, codewords, starts, window_bits
 from tests.kernels.vector_cases import DTYPES, SCALES, assert_same_bits, assert_same_codes, mixed
+from tests.threads import on_threads
 from tests.vectors import gaussian
 
 _cpu = pytest.importorskip("sixfold._cpu")
@@ -179,14 +180,7 @@ def test_number_of_threads_does_not_show() -> None:
             cpu.scores(x[:5], rows, stored, book, bits=2),
         ]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = everything()
-        torch.set_num_threads(5)
-        together = everything()
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(everything, 1, 5)
     for one, other in zip(alone, together, strict=True):
         assert_same_bits(other, one)
 

@@ -36,6 +36,7 @@ from tests.kernels.vector_cases import (
     pages_of,
     tables,
 )
+from tests.threads import on_threads
 from tests.vectors import gaussian, generator
 
 _cpu = pytest.importorskip("sixfold._cpu")
@@ -305,13 +306,6 @@ def test_number_of_threads_does_not_show() -> None:
             scores_cpu.scores(x[:5], rows, stored, book, bits=4),
         ]
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = everything()
-        torch.set_num_threads(5)
-        together = everything()
-    finally:
-        torch.set_num_threads(before)
+    alone, together = on_threads(everything, 1, 5)
     for one, other in zip(alone, together, strict=True):
         assert_same_bits(other, one)
