@@ -111,7 +111,7 @@ def side_group(coding: Coding, layout: Layout) -> SideGroup:
     Raises:
         ShapeError: The tensors do not fit each other.
     """
-    turns, factor, centroids, bits, dim, _ = coding
+    turns, factor, centroids, bits, dim = coding[:5]
     pointers = turns.data_ptr(), factor.data_ptr(), centroids.data_ptr()
     held, moved, group = _codings.get((id(coding), layout), (None, None, None))
     # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
-from sixfold.packing import Bits
+from sixfold.packing import Bits, n_symbols, symbol_bits
+from sixfold.trellis import path_bytes
 
 Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
+CodeName: TypeAlias = Literal["codebook", "trellis"]
 
 
 class Coding(NamedTuple):
@@ -22,10 +24,11 @@ class Coding(NamedTuple):
     Attributes:
         turns: See `sixfold.kernels.rotate`.
         factor: See `sixfold.kernels.rotate`.
-        centroids: See `sixfold.codebooks.centroids`.
+        centroids: See `sixfold.codebooks.centroids`; of a trellis see `sixfold.trellis.codewords`.
         bits: Bits a coordinate.
         dim: Coordinates of a vector.
         scale: What is stored in place of the norm, see `sixfold.kernels.encode`.
+        code: Whether a symbol stands for its coordinate alone, or coordinates share bits.
     """
 
     turns: Float[Tensor, "rounds 2 half"]
@@ -34,6 +37,14 @@ class Coding(NamedTuple):
     bits: Bits
     dim: int
     scale: Scale
+    code: CodeName = "codebook"
+
+    @property
+    def row(self) -> tuple[int, int]:
+        """Symbols of a row and their bits, as `packing.to_pages` takes them: a path is bytes."""
+        if self.code == "trellis":
+            return path_bytes(self.dim, self.bits), 8
+        return n_symbols(self.dim, self.bits), symbol_bits(self.bits)
 
 
 class KeyMap(NamedTuple):

@@ -9,16 +9,9 @@ from sixfold.kernels._narrow import narrow
 from sixfold.kernels._tables import check_map, check_table
 from sixfold.kernels._tiles import page_tiles, tiles
 from sixfold.kernels.rotate.reference import rotate
+from sixfold.kernels.trellis import reference as trellis
 from sixfold.kernels.types import Coding, KeyMap
-from sixfold.packing import (
-    PAGE_TOKENS,
-    Bits,
-    Layout,
-    decode_scale,
-    from_pages,
-    n_symbols,
-    symbol_bits,
-)
+from sixfold.packing import PAGE_TOKENS, Bits, Layout, decode_scale, from_pages
 
 
 def decode(
@@ -74,9 +67,11 @@ def expand_pages(
     layout: Layout,
 ) -> Float32[Tensor, "*b page_tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.expand_pages`."""
-    dim, bits = coding.dim, coding.bits
-    rows = from_pages(codes, n_symbols(dim, bits), symbol_bits(bits), layout)
-    return _scaled(rows, scales, coding.centroids, dim, bits)
+    rows = from_pages(codes, *coding.row, layout)
+    if coding.code == "trellis":
+        vectors = trellis.expand(rows, coding.centroids, dim=coding.dim, bits=coding.bits)
+        return vectors * decode_scale(scales)[..., None]
+    return _scaled(rows, scales, coding.centroids, coding.dim, coding.bits)
 
 
 def _scaled(rows: Tensor, scales: Tensor, centroids: Tensor, dim: int, bits: Bits) -> Tensor:

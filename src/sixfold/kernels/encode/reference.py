@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.kernels._codewords import lookup
+from sixfold.kernels._direction import correction, rotated_direction
 from sixfold.kernels._tables import check_map, check_table
 from sixfold.kernels._tiles import page_tiles, tiles
-from sixfold.kernels.rotate.reference import unnormalized
+from sixfold.kernels.trellis import reference as trellis
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -60,8 +61,7 @@ def encode_pages(
     key_map: KeyMap | None = None,
 ) -> None:
     """See `sixfold.kernels.encode.encode_pages`."""
-    turns, factor, centroids, bits, dim, scale = coding
-    (batch, n_pages), heads = slots.shape, x.shape[1]
+    (batch, n_pages), heads, dim = slots.shape, x.shape[1], coding.dim
     check_table("slots", slots, len(codes))
     if key_map is not None:
         check_map(key_map, batch)
@@ -72,9 +72,10 @@ def encode_pages(
         tile = paged[rows, columns]
         if maps is not None:
             tile = (tile - maps.mean[rows, None, :, None]) * maps.scale[rows, None, :, None]
-        packed, stored = _encode(tile, turns, factor, centroids, bits=bits, scale=scale)
+        encoder = trellis.encode if coding.code == "trellis" else _encode
+        packed, stored = encoder(tile, *coding[:3], bits=coding.bits, scale=coding.scale)
         where = slots[rows, columns]
-        codes[where] = to_pages(packed, n_symbols(dim, bits), symbol_bits(bits), layout)
+        codes[where] = to_pages(packed, *coding.row, layout)
         scales[where] = stored
 
 
@@ -105,53 +106,6 @@ def _encode(
     return pack(indices, symbol_bits(bits)), encode_scale(stored)
 
 
-def rotated_direction(
-    x: Float[Tensor, "*b dim"],
-    turns: Float[Tensor, "rounds 2 half"],
-    factor: Float[Tensor, "m m"],
-) -> tuple[Float32[Tensor, "*b dim"], Float64[Tensor, "*b"]]:
-    """What is quantized: u = sqrt(dim)·R·x/‖x‖, and its unit ‖x‖/sqrt(dim)."""
-    dim = x.shape[-1]
-    x, power = _moderate(x)
-    # In float64, because vector libraries round a float32 root to one of its two neighbours.
-    norm = fold_sum(x * x).double().sqrt().float()
-    valid = norm.isfinite() & (norm > 0)
-    # The stretch of the unnormalised rotation and the variance of the codebook, in one product.
-    stretch = torch.full_like(norm, math.pow(dim, 1 / 2 - len(turns) / 2)) / norm
-    rotated = torch.where(valid[..., None], unnormalized(x, turns, factor), 0)
-    u = (rotated * torch.where(valid, stretch, 0)[..., None]).contiguous()
-    return u, norm.double() / power * dim**-0.5
-
-
-def _moderate(
-    x: Float[Tensor, "*b dim"],
-) -> tuple[Float32[Tensor, "*b dim"], Float64[Tensor, "*b"]]:
-    """Multiply by a power of two, which is returned too, so that no square over- or underflows."""
-    # Codes are discrete: there is no gradient to keep a graph for.
-    x = x.detach()
-    if x.dtype is torch.float64:
-        exponent = torch.frexp(x.abs().amax(-1)).exponent.clamp(-1000, 1000)
-        power = torch.ldexp(torch.ones_like(x[..., 0]), -exponent)
-        return (x * power[..., None]).float(), power
-    x = x.float()
-    biased_exponent = x.abs().amax(-1).view(torch.int32) >> 23
-    power = ((254 - biased_exponent).clamp(min=1) << 23).view(torch.float32)
-    return x * power[..., None], power.double()
-
-
-def fold_sum(x: Float32[Tensor, "*b dim"]) -> Float32[Tensor, "*b"]:
-    """Sum in an order that every backend keeps: halves are added until one number is left.
-
-    Vectors are padded with zeros to a power of two.
-    """
-    size = 1 << (x.shape[-1] - 1).bit_length()
-    x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
-    while size > 1:
-        size //= 2
-        x = x[..., :size] + x[..., size:]
-    return x.squeeze(-1)
-
-
 def _nearest(u: Tensor, centroids: Tensor) -> Tensor:
     boundaries = (centroids[1:] + centroids[:-1]) / 2
     return torch.bucketize(u, boundaries, out_int32=True).to(torch.uint8)
@@ -175,15 +129,3 @@ def _nearest_pairs(u: Tensor, centroids: Tensor, bits: Bits) -> Tensor:
         best = torch.where(closer, distance, best)
         nearest = torch.where(closer, number, nearest)
     return index | nearest
-
-
-def correction(u: Tensor, q: Tensor, scale: Scale) -> Tensor:
-    """What multiplies ‖x‖/sqrt(dim), in float64; 1 or finite for a zero vector."""
-    if scale == "norm":
-        return torch.ones((), dtype=torch.float64, device=u.device)
-    product = fold_sum(u * q).double()
-    if scale == "optimal":
-        return product / fold_sum(q * q).double()
-    # ⟨u,u⟩ is dim but for rounding.
-    product = torch.where(product > 0, product, 1)
-    return torch.full_like(product, u.shape[-1]) / product

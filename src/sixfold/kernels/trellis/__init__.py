@@ -8,7 +8,7 @@ from torch import Tensor
 from sixfold.arguments import choice
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels._operation import operation, plain_dense
-from sixfold.kernels.encode import Scale
+from sixfold.kernels.types import Scale
 from sixfold.packing import Bits
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from sixfold.errors import ShapeError
 from sixfold.kernels._groups import DTYPES, SCALES, address, memory, rotation_group
 from sixfold.kernels._native import compiled
-from sixfold.kernels.encode import Scale
 from sixfold.kernels.trellis import reference
 from sixfold.kernels.trellis.grid import search_grid
+from sixfold.kernels.types import Scale
 from sixfold.packing import Bits
 from sixfold.trellis import STATES, path_bytes, window_bits
 

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
+from sixfold.kernels._direction import correction, rotated_direction
 from sixfold.kernels._tiles import tiles
-from sixfold.kernels.encode import Scale
-from sixfold.kernels.encode.reference import correction, rotated_direction
 from sixfold.kernels.rotate.reference import rotate
 from sixfold.kernels.trellis.grid import SearchGrid, search_grid
+from sixfold.kernels.types import Scale
 from sixfold.packing import Bits, decode_scale, encode_scale
 from sixfold.trellis import advances, pack_path, path_bytes, unpack_path, window_bits
 
