@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.with_layers import with_layers
 from sixfold import TrellisQuantizer
 from sixfold.cache import CachePolicy
-from sixfold.cache.code import Code, CodebookCode, MakeCode, codebook_code
+from sixfold.cache.code import Code, MakeCode, PageCode, page_code
 from sixfold.codes import TrellisCodes
 from sixfold.eval.caches import MakeCache, compressed
 from sixfold.kernels._narrow import narrow
@@ -61,7 +61,7 @@ def attend_decoded(
     return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
-class DecodedCode(CodebookCode):
+class DecodedCode(PageCode):
     """The product's code, of which attention sees what is decoded."""
 
     def attend(self, *arguments: Any) -> Tensor:
@@ -71,7 +71,7 @@ class DecodedCode(CodebookCode):
 
 def decoded_code(policy: CachePolicy, key_dim: int, value_dim: int) -> DecodedCode:
     """The same for a policy."""
-    code = codebook_code(policy, key_dim, value_dim)
+    code = page_code(policy, key_dim, value_dim)
     return DecodedCode(code.keys, code.values)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.trellis_cache import attend_decoded
 from sixfold.cache.affine import KeyMapFit, QueryEnergy, estimate_key_map
-from sixfold.cache.code import CodebookCode, codebook_code
+from sixfold.cache.code import PageCode, page_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.types import KeyMap, Pages, Pool
 from sixfold.packing import PAGE_TOKENS
@@ -79,7 +79,7 @@ class Imitated:
     """
 
     policy: CachePolicy
-    code: CodebookCode
+    code: PageCode
     fits: tuple[Fit, Fit]
     output: Tensor
     asked: Tensor | None = None
@@ -143,4 +143,4 @@ def _places(pool: Pool, slots: Tensor) -> list[tuple[int, int]]:
 def imitated(policy: CachePolicy, fits: tuple[Fit, Fit], output: Tensor) -> Imitated:
     """The code of one layer."""
     dims = output.shape[-1]
-    return Imitated(policy=policy, code=codebook_code(policy, dims, dims), fits=fits, output=output)
+    return Imitated(policy=policy, code=page_code(policy, dims, dims), fits=fits, output=output)

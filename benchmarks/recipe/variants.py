@@ -15,7 +15,7 @@ from sixfold.cache.affine import (
     equalizing_scale,
     estimate_key_map,
 )
-from sixfold.cache.code import CodebookCode, MakeCode, codebook_code
+from sixfold.cache.code import MakeCode, PageCode, page_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Pages, Pool, Scale, Softmax, Tokens
@@ -32,7 +32,7 @@ MASSIVE = 2.0
 class Variant(NamedTuple):
     """How the layers of a cache code and fit."""
 
-    make_code: MakeCode = codebook_code
+    make_code: MakeCode = page_code
     fit: KeyMapFit = DEFAULT_FIT
 
 
@@ -43,9 +43,9 @@ MakeVariant: TypeAlias = Callable[[], Variant]
 def scales(keys: Scale, values: Scale) -> MakeVariant:
     """Store these scales in place of the norms."""
 
-    def make_code(policy: CachePolicy, key_dim: int, value_dim: int) -> CodebookCode:
-        code = codebook_code(policy, key_dim, value_dim)
-        return CodebookCode(
+    def make_code(policy: CachePolicy, key_dim: int, value_dim: int) -> PageCode:
+        code = page_code(policy, key_dim, value_dim)
+        return PageCode(
             dataclasses.replace(code.keys, scale=keys),
             dataclasses.replace(code.values, scale=values),
         )
@@ -139,13 +139,13 @@ class Simulated:
     """
 
     policy: CachePolicy
-    code: CodebookCode
+    code: PageCode
     kept: dict[int, Vectors] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def make(cls, policy: CachePolicy, key_dim: int, value_dim: int, **options: Any) -> "Simulated":
         """The same for a policy."""
-        return cls(policy=policy, code=codebook_code(policy, key_dim, value_dim), **options)
+        return cls(policy=policy, code=page_code(policy, key_dim, value_dim), **options)
 
     @property
     def page_bytes(self) -> tuple[int, int]:

@@ -34,7 +34,8 @@ __all__ = [
     "write_container",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = ("1", "2")
 _MAGIC = "sixfold"
 
 
@@ -171,10 +172,10 @@ def _checked_metadata(path: Path, metadata: dict[str, str], kind: str) -> dict[s
     wanted = {"format", "version", "kind", "description", "sha256"}
     if metadata.get("format") != _MAGIC or not wanted <= metadata.keys():
         raise FormatError(f"{path} is a safetensors file, but not one written by Sixfold.")
-    if metadata["version"] != str(FORMAT_VERSION):
+    if metadata["version"] not in _READ_VERSIONS:
         raise FormatError(
             f"{path} has format version {metadata['version']}; this release of Sixfold reads "
-            f"version {FORMAT_VERSION}: upgrade Sixfold, or write the file again."
+            f"versions up to {FORMAT_VERSION}: upgrade Sixfold, or write the file again."
         )
     if metadata["kind"] != kind:
         raise FormatError(f"{path} holds a {metadata['kind']!r}, expected a {kind!r}.")

@@ -56,11 +56,22 @@ _CODEBOOKS: dict[int, dict[Bits, tuple[int, float]]] = {
 STATES = tuple(_CODEBOOKS)
 TRELLIS_BITS: tuple[Bits, ...] = (1, 2, 2.5, 3, 3.5, 4)
 
+# Of pages: two windows lie in two bytes at each of these widths (docs/format.md, section 2b).
+PAGE_STATES = 128
+PAGE_BITS: tuple[Bits, ...] = (1, 2, 2.5, 3, 4)
+# In fewer coordinates the seam takes too large a part of what the trellis gains.
+_LEAST_DIM = 32
+
 _CPU = torch.device("cpu")
 # Coarser than the last bit of any libm, so that every machine gets the same codebooks.
 _DIGITS = 10
 # Rows are whole 32-bit words, as those of `packing` are.
 _ALIGNMENT = 32
+
+
+def pages_hold(dim: int, bits: Bits) -> bool:
+    """Whether pages may hold paths of such vectors: whole bytes, and more than a few windows."""
+    return bits in PAGE_BITS and dim >= _LEAST_DIM and dim * bits % 8 == 0
 
 
 def check_trellis(dim: int, bits: Bits, states: int) -> tuple[Bits, int]:

@@ -3,7 +3,9 @@
 Only for a new version, before its first release. Files of released versions never change.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,19 +16,53 @@ from sixfold import TurboQuantCache
 from sixfold.io import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent
-CACHE = FOLDER / f"cache-v{FORMAT_VERSION}.sixfold"
-CONTENTS = FOLDER / f"cache-v{FORMAT_VERSION}-contents.safetensors"
 
-BATCH, HEADS, DIM, TOKENS = 2, 1, 8, 75
+BATCH, HEADS, TOKENS = 2, 1, 75
 PADDING = 6  # of the second sequence
-POLICIES = {0: {"key_bits": 3, "value_bits": 4}, 1: {"key_bits": 2, "value_bits": 1}}
 
 
-def model() -> PreTrainedModel:
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """The file of one version: what its layers hold, and how."""
+
+    version: int
+    dim: int
+    policies: dict[int, dict[str, Any]]
+
+    @property
+    def cache(self) -> Path:
+        return FOLDER / f"cache-v{self.version}.sixfold"
+
+    @property
+    def contents(self) -> Path:
+        return FOLDER / f"cache-v{self.version}-contents.safetensors"
+
+
+GOLDEN = (
+    Golden(
+        1,
+        8,
+        {
+            0: {"key_bits": 3, "value_bits": 4, "code": "codebook"},
+            1: {"key_bits": 2, "value_bits": 1, "code": "codebook"},
+        },
+    ),
+    Golden(
+        2,
+        32,
+        {
+            0: {"key_bits": 2.5, "value_bits": 3, "code": "trellis"},
+            1: {"key_bits": 2, "value_bits": 4, "code": "codebook"},
+        },
+    ),
+)
+
+
+def model(golden: Golden) -> PreTrainedModel:
     """A model whose cache the golden file is: full attention, a sliding window, one skipped."""
     config = Qwen2Config(
         vocab_size=8,
-        hidden_size=16,
+        hidden_size=2 * golden.dim,
         intermediate_size=8,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -48,12 +84,12 @@ def numbers(count: int, seed: int) -> Tensor:
     return torch.tensor(found, dtype=torch.float32) / 2**13
 
 
-def tokens(layer: int) -> tuple[Tensor, Tensor, Tensor]:
+def tokens(layer: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; the last key is huge, the last value zero."""
-    count = BATCH * HEADS * TOKENS * DIM
-    query = numbers(2 * count, 7 + layer).view(BATCH, 2 * HEADS, TOKENS, DIM)
-    keys = numbers(count, 17 + layer).view(BATCH, HEADS, TOKENS, DIM)
-    values = numbers(count, 27 + layer).view(BATCH, HEADS, TOKENS, DIM)
+    count = BATCH * HEADS * TOKENS * dim
+    query = numbers(2 * count, 7 + layer).view(BATCH, 2 * HEADS, TOKENS, dim)
+    keys = numbers(count, 17 + layer).view(BATCH, HEADS, TOKENS, dim)
+    values = numbers(count, 27 + layer).view(BATCH, HEADS, TOKENS, dim)
     keys[:, :, 40] *= 1e6
     values[:, :, 41] = 0
     return query.bfloat16(), keys.bfloat16(), values.bfloat16()
@@ -68,19 +104,23 @@ def mask(sliding_window: int | None) -> Tensor:
     return seen & (all_ >= torch.tensor([0, PADDING])[:, None, None, None])
 
 
-def filled() -> TurboQuantCache:
+def filled(golden: Golden) -> TurboQuantCache:
     """The cache that the golden file holds."""
     cache = TurboQuantCache(
-        model().config, recent_window=0, skip_layers=[2], per_layer=POLICIES, seed=11
+        model(golden).config,
+        recent_window=0,
+        skip_layers=[2],
+        per_layer=golden.policies,
+        seed=11,
     )
     for index, layer in enumerate(cache.layers):
-        query, keys, values = tokens(index)
+        query, keys, values = tokens(index, golden.dim)
         if index == 2:
             layer.update(keys, values)
             continue
         layer.lazy_initialization(keys, values)
         layer.store.append(keys, values)
-        layer.store.attend(query, scaling=DIM**-0.5, mask=mask(layer.sliding_window))
+        layer.store.attend(query, scaling=golden.dim**-0.5, mask=mask(layer.sliding_window))
         # Cut a page, so that one is partly valid.
         if index == 0:
             layer.store.crop(20)
@@ -98,5 +138,7 @@ def contents(cache: TurboQuantCache) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    filled().save(CACHE)
-    save_file(contents(filled()), CONTENTS)
+    newest = GOLDEN[-1]
+    assert newest.version == FORMAT_VERSION
+    filled(newest).save(newest.cache)
+    save_file(contents(filled(newest)), newest.contents)

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     (size,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     metadata = header.pop("__metadata__")
-    assert (metadata["format"], metadata["version"]) == ("sixfold", "1")
+    assert metadata["format"] == "sixfold"
+    assert metadata["version"] in ("1", "2")
     digest = hashlib.sha256()
     parts = [metadata["kind"].encode(), metadata["description"].encode()]
     tensors = {}
@@ -63,6 +65,30 @@ def symbols(page: Array, count: int, width: int, side: str) -> Array:
         start += PAGE * size
     assert start == len(page)
     return found
+
+
+def states(page: Array, dim: int, bits: float, side: str) -> Array:
+    """States [64, dim] of the paths of a page (sections 2 and 3)."""
+    total = int(dim * bits)
+    size = 4 * math.ceil(total / 32)
+    rows = symbols(page, size, 8, side)
+    found = np.zeros((PAGE, dim), dtype=int)
+    for t, row in enumerate(rows):
+        number = int.from_bytes(bytes(row.astype("u1").tolist()), "little")
+        number += number << total
+        found[t] = [number >> math.floor(i * bits) & 127 for i in range(dim)]
+    return found
+
+
+# Factor of the states and standard deviation, by bits (section 5).
+TRELLIS = {1: (59, 0.9), 2: (29, 1.05), 2.5: (29, 1.1), 3: (15, 1.15), 4: (9, 1.2)}
+
+
+def codewords(bits: float) -> Array:
+    """What the 128 states of a trellis stand for (section 5)."""
+    factor, deviation = TRELLIS[bits]
+    normal = NormalDist(0, deviation)
+    return np.array([normal.inv_cdf(factor * (2 * s + 1) % 256 / 256) for s in range(128)])
 
 
 def scale(stored: Array) -> Array:
@@ -107,8 +133,10 @@ def rotation(dim: int, seed: int) -> Array:
 
 def decoded(layer: dict[str, Any], tensors: dict[str, Array], side: str) -> Array:
     """Keys or values of the tokens in pages, [batch, kv_heads, tokens, dim] (sections 5 and 6)."""
-    dim, bits = layer[f"{side}_dim"], layer["policy"][f"{side}_bits"]
-    book, inverse = levels(dim, bits), rotation(dim, layer["policy"]["seed"])
+    policy, dim = layer["policy"], layer[f"{side}_dim"]
+    bits, inverse = policy[f"{side}_bits"], rotation(dim, policy["seed"])
+    trellis = policy.get("code") == "trellis" and bits in TRELLIS and dim >= 32
+    book = codewords(bits) if trellis else levels(dim, bits)
     codes, scales = tensors[f"{side}_codes"], scale(tensors[f"{side}_scales"])
     batch, pages, heads = codes.shape[:3]
     rows: list[Array] = []
@@ -116,7 +144,8 @@ def decoded(layer: dict[str, Any], tensors: dict[str, Array], side: str) -> Arra
         for head in range(heads):
             tokens = []
             for page in range(pages):
-                q = symbols(codes[n, page, head], dim, bits, side)
+                data = codes[n, page, head]
+                q = states(data, dim, bits, side) if trellis else symbols(data, dim, bits, side)
                 vectors = (scales[n, page, head][:, None] * book[q]) @ inverse
                 tokens.append(vectors[: layer["page_lengths"][page]])
             rows.append(np.concatenate(tokens))

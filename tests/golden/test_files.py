@@ -13,7 +13,7 @@ from torch import Tensor
 from sixfold import TurboQuantCache
 from sixfold.codebooks import lloyd_max
 from sixfold.integrations.transformers.storage import KIND
-from sixfold.io import open_container
+from sixfold.io import FORMAT_VERSION, open_container
 from sixfold.packing import (
     encode_scale,
     from_pages,
@@ -30,29 +30,39 @@ from tests.golden import make, reader
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 
 
-def stored() -> dict[str, Tensor]:
-    return load_file(make.CONTENTS)
+every_version = pytest.mark.parametrize("golden", make.GOLDEN, ids=lambda x: f"v{x.version}")
 
 
-def test_golden_file_decodes_to_what_it_did() -> None:
+def stored(golden: make.Golden) -> dict[str, Tensor]:
+    return load_file(golden.contents)
+
+
+def test_the_version_that_is_written_has_a_file() -> None:
+    assert make.GOLDEN[-1].version == FORMAT_VERSION
+
+
+@every_version
+def test_golden_file_decodes_to_what_it_did(golden: make.Golden) -> None:
     # In the dtype of the file: to another one tokens are converted.
-    cache = TurboQuantCache.load(make.CACHE, make.model().bfloat16(), check_weights=False)
+    model = make.model(golden).bfloat16()
+    cache = TurboQuantCache.load(golden.cache, model, check_weights=False)
     found = make.contents(cache)
-    assert found.keys() == stored().keys()
-    for name, expected in stored().items():
+    assert found.keys() == stored(golden).keys()
+    for name, expected in stored(golden).items():
         assert found[name].dtype == expected.dtype
         torch.testing.assert_close(found[name], expected, rtol=2**-7, atol=1e-6)
     assert cache.get_seq_length() == make.TOKENS
-    _, keys, values = make.tokens(2)
+    _, keys, values = make.tokens(2, golden.dim)
     assert torch.equal(cache.layers[2].keys, keys)
     assert torch.equal(cache.layers[2].values, values)
 
 
-def test_the_same_inputs_still_give_the_golden_bytes() -> None:
-    with open_container(make.CACHE, KIND) as container:
+@every_version
+def test_the_same_inputs_still_give_the_golden_bytes(golden: make.Golden) -> None:
+    with open_container(golden.cache, KIND) as container:
         expected, description = container.read(), container.description
     layers = description["layers"]
-    for index, layer in enumerate(make.filled().compressed_layers):
+    for index, layer in enumerate(make.filled(golden).compressed_layers):
         store, prefix = layer.store, f"layers.{index}."
         assert store is not None
         assert store.prefix is not None
@@ -66,14 +76,15 @@ def test_the_same_inputs_still_give_the_golden_bytes() -> None:
         assert run.lengths.tolist() == layers[index]["page_lengths"]
 
 
-def test_a_reader_written_from_the_document_agrees() -> None:
-    description, tensors = reader.read_file(make.CACHE)
+@every_version
+def test_a_reader_written_from_the_document_agrees(golden: make.Golden) -> None:
+    description, tensors = reader.read_file(golden.cache)
     for index, layer in enumerate(description["layers"][:2]):
         prefix = f"layers.{index}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for side in ("key", "value"):
             found = reader.history(layer, own, side)
-            expected = stored()[f"{index}.{side}s"].float().numpy()
+            expected = stored(golden)[f"{index}.{side}s"].float().numpy()
             np.testing.assert_allclose(found, expected, rtol=2**-7, atol=1e-3)
 
 

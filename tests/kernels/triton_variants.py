@@ -59,7 +59,7 @@ _PAGE_NUMBERS = {
 
 HEAD_DIMS = (64, 128, 256)
 _EVEN: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
-WIDTHS = (*((bits, bits) for bits in _EVEN), *SPLITS.values())
+WIDTHS = (*((bits, bits) for bits in _EVEN), *SPLITS["codebook"].values())
 
 
 def attention(

@@ -207,7 +207,7 @@ def variants() -> list[Variant]:
         *(encode(dim, 4) for dim in (*HEAD_DIMS, *OTHER_DIMS, 1024)),
         *(encode(128, bits) for bits in BITS if bits != 4),
         *(store_pages(dim, bits, bits) for dim, bits in codes),
-        *(store_pages(128, *bits) for bits in ((4, 2.5), *SPLITS.values())),
+        *(store_pages(128, *bits) for bits in ((4, 2.5), *SPLITS["codebook"].values())),
         *(store_pages(dim, 4, 2) for dim in OTHER_DIMS),
         # Keys and values of different dimensions.
         *(encode_pages(dim, 4, layout) for dim in HEAD_DIMS for layout in layouts),

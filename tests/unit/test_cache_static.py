@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sixfold.cache import CachePolicy, CompressedLayer
-from sixfold.cache.code import CodebookCode
+from sixfold.cache.code import PageCode
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.pages import Slab
 from sixfold.cache.prefix import Prefix
@@ -125,7 +125,7 @@ def faked(x: Any) -> Any:
         return tuple(map(faked, x))
     if isinstance(x, Coding | KeyMap | Pool | Tokens):
         return type(x)(*map(faked, x))
-    if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens | CodebookCode):
+    if isinstance(x, StaticLayer | Slab | Prefix | DenseTokens | PageCode):
         twin = copy.copy(x)
         for name, part in vars(x).items():
             object.__setattr__(twin, name, faked(part))

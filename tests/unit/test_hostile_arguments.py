@@ -108,6 +108,12 @@ def test_fields_take_numbers_alone(make: Callable[[str, Any], Any], name: str) -
             refused(lambda value=value: make(name, value))
 
 
+@pytest.mark.parametrize("code", ["huffman", "", 4, None, ["trellis"], torch.tensor(1.0)])
+def test_a_policy_has_a_code_that_there_is(code: Any) -> None:
+    refused(lambda: CachePolicy(code=code))
+    refused(lambda: CachePolicy.spending(3, code=code))
+
+
 @pytest.mark.parametrize(("make", "name"), NUMBERS, ids=NUMBER_IDS)
 def test_numbers_of_other_libraries_are_numbers(make: Callable[[str, Any], Any], name: str) -> None:
     number = 256 if name == "states" else 8 if name == "dim" else 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sixfold.cache.code import codebook_code
+from sixfold.cache.code import page_code
 from sixfold.cache.engine import page_nbytes
 from sixfold.cache.key_maps import KeyMaps
 from sixfold.integrations.vllm.names import WIDTHS, policy
@@ -55,7 +55,7 @@ def test_capacity_of_every_width(
     name: str, which: str, layers: int, heads: int, dim: int, job: Job, model: Any
 ) -> None:
     found = job(model=model(which), attention_backend=name)
-    code = codebook_code(policy(WIDTHS[name], dim, dim), dim, dim)
+    code = page_code(policy(WIDTHS[name], dim, dim), dim, dim)
     block = found["block_size"]
     size = layers * heads * page_nbytes(code) * (block // 64)
     assert found["capacity"] == 2**30 // size * block

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sixfold.cache.code import codebook_code
+from sixfold.cache.code import page_code
 from sixfold.cache.engine import page_nbytes
 from sixfold.integrations.vllm.names import WIDTHS, policy
 from tests.vllm.conftest import Job, divergence, divergence_of_answers
@@ -52,7 +52,7 @@ def ours(job: Job, prompts: list[list[int]], text: list[int]) -> Any:
 
 def test_capacity_is_the_ratio_of_bytes_to_one_block(base: Any, ours: Any) -> None:
     block = ours["block_size"]
-    layer = page_nbytes(codebook_code(policy(4, DIM, DIM), DIM, DIM)) * KV_HEADS * (block // 64)
+    layer = page_nbytes(page_code(policy(4, DIM, DIM), DIM, DIM)) * KV_HEADS * (block // 64)
     assert ours["capacity"] == 2**30 // (LAYERS * layer) * block
     uncompressed = 2 * 2 * DIM * KV_HEADS * block
     assert base["capacity"] == 2**30 // (LAYERS * uncompressed) * block

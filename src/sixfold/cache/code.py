@@ -70,8 +70,8 @@ MakeCode: TypeAlias = Callable[[CachePolicy, int, int], Code]
 
 
 @dataclasses.dataclass(frozen=True)
-class CodebookCode:
-    """Symbols of a codebook, a coordinate or a pair of them each: the code of the product.
+class PageCode:
+    """One coder for keys, one for values: the code of the product.
 
     Attributes:
         keys: How keys are coded.
@@ -92,7 +92,7 @@ class CodebookCode:
         """See `Code.tables`."""
         return self.keys.tables(device) + self.values.tables(device)
 
-    def on(self, device: torch.device) -> "CodebookCode":
+    def on(self, device: torch.device) -> "PageCode":
         """See `Code.on`."""
         return dataclasses.replace(self, made=self._codings(device))
 
@@ -142,6 +142,6 @@ class CodebookCode:
         return out
 
 
-def codebook_code(policy: CachePolicy, key_dim: int, value_dim: int) -> CodebookCode:
+def page_code(policy: CachePolicy, key_dim: int, value_dim: int) -> PageCode:
     """The code of a policy."""
-    return CodebookCode(*coders(policy, key_dim, value_dim))
+    return PageCode(*coders(policy, key_dim, value_dim))

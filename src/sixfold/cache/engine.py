@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, whole
 from sixfold.arguments import device as checked_device
-from sixfold.cache.code import Code, codebook_code
+from sixfold.cache.code import Code, page_code
 from sixfold.cache.fill import Fill
 from sixfold.cache.key_maps import check_pinned, shared
 from sixfold.cache.learning import ENOUGH, Learning
@@ -164,7 +164,7 @@ class EngineLayer:
         if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
             raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
-        self.code = codebook_code(policy, key_dim, value_dim)
+        self.code = page_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):
             self.copies, self.sinks = (
                 (

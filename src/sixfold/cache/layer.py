@@ -13,7 +13,7 @@ from sixfold.arguments import FLOATS, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
-from sixfold.cache.code import Code, MakeCode, codebook_code
+from sixfold.cache.code import Code, MakeCode, page_code
 from sixfold.cache.dense import DenseTokens, check_same, check_tokens
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.cache.key_maps import check_pinned, shared
@@ -58,7 +58,7 @@ class CompressedLayer:
         policy: CachePolicy,
         sliding_window: int | None = None,
         key_map: KeyMap | None = None,
-        make_code: MakeCode = codebook_code,
+        make_code: MakeCode = page_code,
         fit: KeyMapFit = DEFAULT_FIT,
     ) -> None:
         """An empty history for vectors shaped like `keys` and `values`, which are not stored.

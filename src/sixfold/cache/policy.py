@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from sixfold.arguments import MOST_COORDINATES, flag, sequence, settle, shown, whole
+from sixfold.arguments import MOST_COORDINATES, choice, flag, sequence, settle, shown, whole
 from sixfold.errors import SixfoldError
-from sixfold.packing import Bits, check_bits, n_symbols, row_bytes, symbol_bits
+from sixfold.kernels.types import CodeName, row_symbols
+from sixfold.packing import Bits, check_bits, row_bytes
+from sixfold.trellis import pages_hold
 
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
-SPLITS: dict[Bits, tuple[Bits, Bits]] = {3.5: (4, 3), 3: (3.5, 2.5), 2.5: (3, 2)}
+SPLITS: dict[CodeName, dict[Bits, tuple[Bits, Bits]]] = {
+    "codebook": {3.5: (4, 3), 3: (3.5, 2.5), 2.5: (3, 2)},
+    "trellis": {3.5: (4, 3)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +30,10 @@ class CachePolicy:
         center_keys: Subtract the mean key of every head; exact (docs/key_map.md).
         equalize_keys: Scale key channels to the spread of the queries they meet; exact likewise.
         seed: Seed of the rotation.
+        code: `"trellis"` chooses the codes of all coordinates of a vector together, which loses
+            about half as much in the same bits and takes longer to encode. It has 1, 2, 2.5, 3 and
+            4 bits; other widths, and vectors of fewer than 32 coordinates or of bits that fill no
+            whole bytes, have a codebook in either case. `"codebook"`: so has everything.
     """
 
     key_bits: Bits = 4
@@ -34,8 +43,10 @@ class CachePolicy:
     center_keys: bool = True
     equalize_keys: bool = True
     seed: int = 0
+    code: CodeName = "codebook"
 
     def __post_init__(self) -> None:
+        choice("code", self.code, get_args(CodeName))
         numbers = ("sink_tokens", "recent_window", "seed")
         settle(
             self,
@@ -61,9 +72,12 @@ class CachePolicy:
         bits = check_bits(bits)
         given = {name: fields.pop(name, None) for name in ("key_bits", "value_bits")}
         chosen = {name: width for name, width in given.items() if width is not None}
-        even, split = (bits, bits), SPLITS.get(bits, (bits, bits))
+        code = choice("code", fields.get("code", cls.code), get_args(CodeName))
+        even, split = (bits, bits), SPLITS[code].get(bits, (bits, bits))
         pairs = [_dims(pair) for pair in sequence("dims", dims)]
-        larger = any(_pair_bytes(split, pair) > _pair_bytes(even, pair) for pair in pairs)
+        larger = any(
+            _pair_bytes(split, pair, code) > _pair_bytes(even, pair, code) for pair in pairs
+        )
         key_bits, value_bits = even if chosen or larger else split
         return cls(**{"key_bits": key_bits, "value_bits": value_bits, **chosen, **fields})
 
@@ -80,9 +94,14 @@ def _dims(pair: Any) -> tuple[int, int]:
     return key_dim, value_dim
 
 
-def _pair_bytes(widths: tuple[Bits, Bits], dims: tuple[int, int]) -> int:
+def _pair_bytes(widths: tuple[Bits, Bits], dims: tuple[int, int], code: CodeName) -> int:
     """Bytes of the codes of a key and a value."""
     return sum(
-        row_bytes(n_symbols(dim, bits), symbol_bits(bits))
+        row_bytes(*row_symbols(dim, bits, code_of(code, dim, bits)))
         for dim, bits in zip(dims, widths, strict=True)
     )
+
+
+def code_of(code: CodeName, dim: int, bits: Bits) -> CodeName:
+    """How vectors of `dim` coordinates are coded where a policy says `code`."""
+    return "trellis" if code == "trellis" and pages_hold(dim, bits) else "codebook"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sixfold.cache.affine import QueryEnergy
-from sixfold.cache.code import CodebookCode
+from sixfold.cache.code import PageCode
 from sixfold.cache.coder import coders
 from sixfold.cache.dense import DenseTokens
 from sixfold.cache.key_maps import shared
@@ -36,9 +36,9 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     """
     window, code = layer.window, layer.code
     own = coders(layer.policy, window.keys.shape[3], window.values.shape[3])
-    if not isinstance(code, CodebookCode) or (code.keys, code.values) != own:
+    if not isinstance(code, PageCode) or (code.keys, code.values) != own:
         raise FormatError(
-            f"a file holds the codebook symbols of {layer.policy}, and this layer codes by {code}."
+            f"a file holds the codes of {layer.policy}, and this layer codes by {code}."
         )
     tensors = {"window.keys": window.keys, "window.values": window.values, "padding": layer.padding}
     if window.attended is not None:

@@ -18,6 +18,13 @@ Scale: TypeAlias = Literal["norm", "optimal", "unbiased"]
 CodeName: TypeAlias = Literal["codebook", "trellis"]
 
 
+def row_symbols(dim: int, bits: Bits, code: CodeName) -> tuple[int, int]:
+    """Symbols of a row and their bits, as `packing.to_pages` takes them: a path is bytes."""
+    if code == "trellis":
+        return path_bytes(dim, bits), 8
+    return n_symbols(dim, bits), symbol_bits(bits)
+
+
 class Coding(NamedTuple):
     """How keys, or values, are turned into codes.
 
@@ -41,10 +48,8 @@ class Coding(NamedTuple):
 
     @property
     def row(self) -> tuple[int, int]:
-        """Symbols of a row and their bits, as `packing.to_pages` takes them: a path is bytes."""
-        if self.code == "trellis":
-            return path_bytes(self.dim, self.bits), 8
-        return n_symbols(self.dim, self.bits), symbol_bits(self.bits)
+        """See `row_symbols`."""
+        return row_symbols(self.dim, self.bits, self.code)
 
 
 class KeyMap(NamedTuple):

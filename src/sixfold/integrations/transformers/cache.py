@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold.arguments import FLOATS, dense, flag, shown, whole
+from sixfold.arguments import FLOATS, choice, dense, flag, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
@@ -56,6 +56,7 @@ from sixfold.integrations.transformers.storage import (
 from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
 from sixfold.kernels._dispatch import slow_kernels
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits, check_bits
 
 
@@ -81,6 +82,8 @@ class TurboQuantCache(Cache):
         per_layer: `CachePolicy` fields that differ for some layers, such as
             ``{0: {"key_bits": 8}}``.
         seed: Seed of the rotation.
+        code: `"trellis"` loses about half as much in the same bits and takes longer to encode; see
+            `CachePolicy`.
         key_map: Maps of every compressed layer for all sequences (docs/key_map.md): nothing is
             estimated then, and `center_keys` and `equalize_keys` mean nothing.
 
@@ -106,12 +109,13 @@ class TurboQuantCache(Cache):
         skip_layers: Sequence[int] = (),
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
+        code: CodeName = "codebook",
         key_map: KeyMaps | None = None,
     ) -> None:
-        bits = check_bits(bits)
+        bits, code = check_bits(bits), choice("code", code, get_args(CodeName))
         policy = CachePolicy.spending(
             bits,
-            coded_dims(config) if bits in SPLITS else (),
+            coded_dims(config) if bits in SPLITS[code] else (),
             key_bits=key_bits,
             value_bits=value_bits,
             sink_tokens=sink_tokens,
@@ -119,6 +123,7 @@ class TurboQuantCache(Cache):
             center_keys=center_keys,
             equalize_keys=equalize_keys,
             seed=seed,
+            code=code,
         )
         self.config = config
         self._model: weakref.ref[PreTrainedModel] | None = None

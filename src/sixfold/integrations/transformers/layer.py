@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sixfold.arguments import whole
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.affine import DEFAULT_FIT, KeyMapFit
-from sixfold.cache.code import MakeCode, codebook_code
+from sixfold.cache.code import MakeCode, page_code
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
@@ -33,7 +33,7 @@ class TurboQuantLayer(CacheLayerMixin):
         policy: CachePolicy,
         sliding_window: int | None,
         fused: bool,
-        make_code: MakeCode = codebook_code,
+        make_code: MakeCode = page_code,
         fit: KeyMapFit = DEFAULT_FIT,
     ) -> None:
         # Not the parent's: it would set `keys` and `values`, which are read from the codes.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from sixfold.cache import KeyMaps
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 
 
@@ -19,4 +20,5 @@ class CacheOptions(TypedDict, total=False):
     skip_layers: Sequence[int]
     per_layer: Mapping[int, Mapping[str, Any]] | None
     seed: int
+    code: CodeName
     key_map: KeyMaps | None

@@ -206,7 +206,8 @@ def _state(layer: LinearAttentionLayer, kind: str, index: int, state: Tensor) ->
 
 def _policy(description: dict[str, Any]) -> CachePolicy | None:
     fields = description["policy"]
-    return None if fields is None else CachePolicy(**fields)
+    # Files of version 1 know no other code.
+    return None if fields is None else CachePolicy(**{"code": "codebook", **fields})
 
 
 def _fill_states(layer: Any, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sixfold.arguments import shown, whole
-from sixfold.cache.code import codebook_code
+from sixfold.cache.code import page_code
 from sixfold.cache.engine import page_nbytes
 from sixfold.cache.policy import CachePolicy
 from sixfold.errors import SixfoldError
@@ -40,7 +40,7 @@ def policy(bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0) -> Ca
 
 def token_nbytes(bits: Bits, key_dim: int, value_dim: int) -> int:
     """Bytes of a key and a value of one head in a block, scales included."""
-    code = codebook_code(policy(bits, key_dim, value_dim), key_dim, value_dim)
+    code = page_code(policy(bits, key_dim, value_dim), key_dim, value_dim)
     content, rest = divmod(page_nbytes(code), PAGE_TOKENS)
     assert not rest, (bits, key_dim, value_dim)
     return content
