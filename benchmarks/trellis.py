@@ -13,25 +13,26 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.utils import logging
 
 from benchmarks.evaluate import CHUNK, MODELS, NO_WINDOWS
-from benchmarks.trellis_cache import decoded_cache
 from sixfold import TrellisQuantizer, TurboQuantMSE
 from sixfold.eval import machine
+from sixfold.eval.caches import compressed
 from sixfold.eval.embedded import haystack
 from sixfold.eval.perplexity import compare_caches, windows_of
 from sixfold.eval.timing import Case, Contender, measure
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
-from sixfold.trellis import STATES, TRELLIS_BITS
+from sixfold.trellis import PAGE_BITS, STATES, TRELLIS_BITS
 
-SCALAR, TRELLIS = "TurboQuantMSE", "trellis"
+SCALAR = "TurboQuantMSE"
+CODES = get_args(CodeName)
 # Calls of milliseconds: where cores are shared, most end before another program gets this one.
 SPEED_DIM, SPEED_VECTORS, SPEED_QUERIES = 128, 2048, 8
-CACHE_BITS: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4)
 
 
 def distortion(dim: int, bits: Bits, vectors: int, rotations: int) -> dict[str, Any]:
@@ -57,14 +58,15 @@ def divergence(
     model, tokenizer = subject.load()
     ids = windows_of(tokenizer, haystack(), tokens, windows)
     caches = {
-        f"{bits} {name}": decoded_cache(bits, trellis=name == TRELLIS, **NO_WINDOWS)
-        for bits, name in itertools.product(widths, (SCALAR, TRELLIS))
+        # Of the same bits for both: codes are compared, not ways to spend them.
+        f"{bits} {name}": compressed(bits, key_bits=bits, value_bits=bits, code=name, **NO_WINDOWS)
+        for bits, name in itertools.product(widths, CODES)
     }
     compared = compare_caches(model, ids, caches, prefill=tokens // 2, chunk=CHUNK)
     rows = []
     for bits in widths:
-        found = {name: compared[f"{bits} {name}"] for name in (SCALAR, TRELLIS)}
-        difference = found[TRELLIS].kl_difference(found[SCALAR])
+        found = {name: compared[f"{bits} {name}"] for name in CODES}
+        difference = found["trellis"].kl_difference(found["codebook"])
         row = {"model": subject.title, "bits": bits, "difference": asdict(difference)}
         rows.append(row | {name: result.to_dict() for name, result in found.items()})
         print(subject.title, bits, *(f"{one.kl.mean:.5f}" for one in found.values()), flush=True)
@@ -120,7 +122,7 @@ def main() -> None:
     """Measure; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--bits", type=float, nargs="+", default=CACHE_BITS, help="of caches")
+    parser.add_argument("--bits", type=float, nargs="+", default=PAGE_BITS, help="of caches")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--vectors", type=int, default=2048)
     parser.add_argument("--rotations", type=int, default=4)
@@ -146,7 +148,7 @@ def main() -> None:
     write(arguments.out, "trellis_distortion", **sizes, rows=rows)
     size = arguments.bits, arguments.windows, arguments.tokens
     rows = [row for name in arguments.models for row in divergence(name, *size)]
-    windows = [rows[0][SCALAR]["windows"], arguments.tokens]
+    windows = [rows[0][CODES[0]]["windows"], arguments.tokens]
     write(arguments.out, "trellis_kl", windows=windows, chunk=CHUNK, rows=rows)
 
 

@@ -5,18 +5,21 @@ bytes that a cache counts, which are those of the product's code at the same wid
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from benchmarks.trellis_cache import attend_decoded
 from sixfold.cache.affine import KeyMapFit, QueryEnergy, estimate_key_map
-from sixfold.cache.code import PageCode, page_code
+from sixfold.cache.code import Code, PageCode, page_code
 from sixfold.cache.policy import CachePolicy
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.kernels._narrow import narrow
+from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
+from sixfold.kernels.attention.reference import page_positions
+from sixfold.kernels.cached_attention.reference import visible_tokens
+from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 Coded: TypeAlias = Callable[[Float[Tensor, "kv_heads tokens dim"]], Float32[Tensor, "..."]]
@@ -132,7 +135,39 @@ class Imitated:
 
     def attend(self, *arguments: Any) -> Tensor:
         """See `Code.attend`."""
-        return attend_decoded(self, *arguments)
+        return _attend_decoded(self, *arguments)
+
+
+def _attend_decoded(
+    code: Code,
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    pages: Sequence[Pages],
+    key_map: KeyMap,
+    position: Int64[Tensor, " batch"],
+    start: Int64[Tensor, " batch"],
+    softmax: Softmax,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
+    own = position[:, None] + torch.arange(query.shape[2], device=query.device)
+    held = [visible_tokens(part) for part in tokens]
+    for part in pages:
+        found = page_positions(part)
+        found = found.masked_fill(found < start[:, None], -1)
+        held.append((*code.read(part, torch.float32, key_map), found))
+    parts = [
+        dense_attention(
+            query,
+            *vectors,
+            own,
+            scaling=softmax.scaling,
+            mask=softmax.mask,
+            sliding_window=softmax.sliding_window,
+            softcap=softmax.softcap,
+        )
+        for vectors in held
+    ]
+    return narrow(with_sinks(merge_partials(parts), softmax.sink_logits).out, query.dtype)
 
 
 def _places(pool: Pool, slots: Tensor) -> list[tuple[int, int]]:
