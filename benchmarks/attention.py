@@ -16,7 +16,9 @@ TOKENS = (1024, 4096, 32768, 131072)
 def case(tokens: int, options: Options) -> Case:
     """Ours against attention of PyTorch, and of vLLM where there is one, on the same bfloat16."""
     layers = speed.layers(speed.AttentionShape(tokens), torch.device("cpu"), seed=tokens)
-    made = speed.attention_case(layers, options.bits, dtypes=tuple(speed.DTYPES))
+    made = speed.attention_case(
+        layers, options.bits, dtypes=tuple(speed.DTYPES), codes=options.codes
+    )
     found = variants("attention", made, options)
     contenders = list(found.contenders)
     if options.bits:

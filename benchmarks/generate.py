@@ -6,6 +6,7 @@ take minutes, so random keys and values are put into the caches instead (`filled
 says which).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from benchmarks.peers import cache_bytes, installed_peers
 from sixfold.cache.accounting import uncompressed_nbytes
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.eval.speed import contender_name
 from sixfold.eval.timing import Case, Contender
 from sixfold.integrations.transformers.config import uncompressed_shapes
 from sixfold.integrations.transformers.keyword import cache_argument
@@ -103,9 +105,10 @@ def _case(model: PreTrainedModel, ids: Tensor, options: Options, contender: Cont
     if _uncompressed(model, ids.shape[1]) <= LARGEST_PEER:
         caches |= installed_peers()
     contenders = [contender(model, name, make, ids, options) for name, make in caches.items()]
-    for bits in options.bits:
-        one = contender(model, f"sixfold {bits:g} bits", compressed(bits), ids, options)
-        contenders.append(replace(one, notes={**one.notes, "bits": bits}))
+    for bits, code in itertools.product(options.bits, options.codes):
+        make = compressed(bits, code=code)
+        one = contender(model, contender_name(bits, code), make, ids, options)
+        contenders.append(replace(one, notes={**one.notes, "bits": bits, "code": code}))
     return variants("attention", Case(contenders), options)
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sixfold.cache import CachePolicy
 from sixfold.eval.timing import Case, Contender
 from sixfold.kernels._dispatch import available_backends, implementation
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 
 
@@ -16,6 +18,7 @@ class Options:
 
     Attributes:
         bits: Widths of our contenders.
+        codes: Codes of the pages of caches.
         isas: Values of SIXFOLD_ISA to compare; empty for the default alone.
         vllm_python: An interpreter that has vllm, or None.
         model: For `generate`: embedded, random or both.
@@ -23,6 +26,7 @@ class Options:
     """
 
     bits: Sequence[Bits] = (4, 3, 2, 3.5, 2.5)
+    codes: Sequence[CodeName] = (CachePolicy.code,)
     isas: Sequence[str] = ()
     vllm_python: str | None = None
     model: str = "both"

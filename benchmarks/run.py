@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks import attention, generate, machine, step, vectors
 from benchmarks.machine import torch_threads
 from benchmarks.ours import Options
+from sixfold.cache import CachePolicy
 from sixfold.eval.machine import one_line
 from sixfold.eval.speed import SETTLE
 from sixfold.eval.timing import Case, Row, measure
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits, check_bits
 
 
@@ -82,6 +84,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
     parser.add_argument("--op", choices=OPERATIONS, required=True)
     parser.add_argument("--bits", type=widths, metavar="4,3.5", help="default: 4,3,2,3.5,2.5 or 4")
+    parser.add_argument(
+        "--codes",
+        nargs="+",
+        choices=get_args(CodeName),
+        default=[CachePolicy.code],
+        help="of the pages of caches",
+    )
     parser.add_argument("--tokens", type=numbers, metavar="1024,32768")
     parser.add_argument("--threads", type=numbers, metavar="1,2", help="default: torch's number")
     parser.add_argument("--isa", type=names, default=[], metavar="avx512,avx2")
@@ -105,6 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
     settle = operation.settle if arguments.settle is None else arguments.settle
     options = Options(
         bits=arguments.bits or operation.bits,
+        codes=arguments.codes,
         isas=arguments.isa,
         vllm_python=arguments.vllm_python,
         model=arguments.model,

@@ -17,6 +17,7 @@ from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import SixfoldError
 from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.eval.timing import Case, Contender, Row, measure
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 from sixfold.quantizers import TurboQuantMSE
 
@@ -75,7 +76,10 @@ def layers(shape: AttentionShape, device: torch.device, seed: int = 0) -> Layers
 
 
 def attention_case(
-    layers: Layers, widths: Sequence[Bits], dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
+    layers: Layers,
+    widths: Sequence[Bits],
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    codes: Sequence[CodeName] = (CachePolicy.code,),
 ) -> Case:
     """One query a head over the whole context."""
     contenders = []
@@ -86,18 +90,29 @@ def attention_case(
             call, lead = (partial(attend, *each) for each in tensors)
             name = f"torch {kind} {DTYPES[dtype]}"
             contenders.append(Contender(name, call, nbytes, lead=lead))
-    contenders += [attention_on_codes(layers, bits, layers[0].keys.shape[2]) for bits in widths]
     first = layers[0]
+    contenders += [
+        attention_on_codes(layers, bits, first.keys.shape[2], code)
+        for bits in widths
+        for code in codes
+    ]
     exact = _grouped_attention(first.query.double(), first.keys.double(), first.values.double())
     return Case(contenders, exact)
 
 
-def attention_on_codes(layers: Layers, bits: Bits, step: int) -> Contender:
+def contender_name(bits: Bits, code: CodeName) -> str:
+    """What one of ours is called; its code is named where it is not the default."""
+    return f"sixfold {bits:g} bits" + ("" if code == CachePolicy.code else f", {code}")
+
+
+def attention_on_codes(
+    layers: Layers, bits: Bits, step: int, code: CodeName = CachePolicy.code
+) -> Contender:
     """Real cache layers, filled `step` tokens at a time.
 
     Sinks, window, mapping and rotation of the query are included.
     """
-    policy, calls = CachePolicy.spending(bits), []
+    policy, calls = CachePolicy.spending(bits, code=code), []
     for one in layers:
         layer = CompressedLayer(one.keys, one.values, policy)
         for chunk in zip(one.keys.split(step, 2), one.values.split(step, 2), strict=True):
@@ -106,7 +121,8 @@ def attention_on_codes(layers: Layers, bits: Bits, step: int) -> Contender:
         calls.append(partial(layer.attend, one.query, scaling=one.keys.shape[3] ** -0.5))
         held = sum(tensor.nbytes for tensor in layer.tensors())
     call, lead = calls
-    return Contender(f"sixfold {bits:g} bits", call, held, lead=lead, notes={"bits": bits})
+    name, notes = contender_name(bits, code), {"bits": bits, "code": code}
+    return Contender(name, call, held, lead=lead, notes=notes)
 
 
 def encode_case(layers: Layers, widths: Sequence[Bits]) -> Case:
