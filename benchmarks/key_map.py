@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,9 @@ def main() -> None:
     plain, tokenizer = load_embedded()
     text = arguments.file.read_text(encoding="utf-8") if arguments.file else haystack()
     windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
-    caches = {f"{bits}": compressed(bits, sink_tokens=0, recent_window=0) for bits in BITS}
-    caches |= {
-        f"{bits} uncentred": compressed(bits, sink_tokens=0, recent_window=0, center_keys=False)
-        for bits in BITS
-    }
+    options: dict[str, Any] = {"sink_tokens": 0, "recent_window": 0, "code": "codebook"}
+    caches = {f"{bits}": compressed(bits, **options) for bits in BITS}
+    caches |= {f"{bits} uncentred": compressed(bits, center_keys=False, **options) for bits in BITS}
     rows = []
     for label, model in (("plain", plain), ("outliers", with_outlier_channels(plain))):
         for name in VARIANTS:

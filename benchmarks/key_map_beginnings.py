@@ -29,7 +29,7 @@ def study(model: PreTrainedModel, windows: Tensor) -> list[dict[str, Any]]:
     found = compare_caches(
         model,
         scored,
-        {name: compressed(BITS, key_map=given) for name, given in maps.items()},
+        {name: compressed(BITS, code="codebook", key_map=given) for name, given in maps.items()},
         prefill=windows.shape[1] // 2,
     )
     return [

@@ -44,7 +44,9 @@ def differing(model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps
     """Share of the bytes of those codes, at 4 bits, that are not what one piece gives."""
     shares = []
     for window in windows:
-        caches = [TurboQuantCache.for_model(model, 4, key_map=maps) for _ in range(2)]
+        caches = [
+            TurboQuantCache.for_model(model, 4, code="codebook", key_map=maps) for _ in range(2)
+        ]
         fill(model, window, caches[0])
         fill(model, window, caches[1], chunk)
         one, other = map(codes, caches)
@@ -58,7 +60,11 @@ def study(
     """One way for prompts to come in; the last window is what pinned maps are made of."""
     scored = windows[:-1]
     maps = {"fitted": None, "pinned": maps_of(model, windows[-1])}
-    caches = {(name, bits): compressed(bits, key_map=maps[name]) for name in maps for bits in BITS}
+    caches = {
+        (name, bits): compressed(bits, code="codebook", key_map=maps[name])
+        for name in maps
+        for bits in BITS
+    }
     found = compare_caches(
         model,
         scored,

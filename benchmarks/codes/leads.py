@@ -37,7 +37,7 @@ class Lead:
 
     def cache(self, bits: Bits) -> MakeCache:
         """Make caches that hold this."""
-        make_product = compressed(bits, **self.options)
+        make_product = compressed(bits, code="codebook", **self.options)
         if self.keys is None or self.values is None:
             return make_product
         fits = self.keys, self.values

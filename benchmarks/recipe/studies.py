@@ -40,8 +40,9 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every option: keys and values alike where the case does not say."""
-        return {"key_bits": self.bits, "value_bits": self.bits, **self.options}
+        """Every option: a codebook, keys and values alike, where the case does not say."""
+        alike = {"key_bits": self.bits, "value_bits": self.bits}
+        return {"code": "codebook", **alike, **self.options}
 
 
 @dataclass(frozen=True)
