@@ -10,16 +10,22 @@ from torch import Tensor
 from sixfold.cache import CachePolicy
 from sixfold.cache.engine import EngineLayer
 from sixfold.cache.step import Step
-from sixfold.kernels.types import KeyMap, Pages, Pool
+from sixfold.kernels.types import CodeName, KeyMap, Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 32, 48
 SCALING = DIM**-0.5
 
 
-def engine_layer(rows: int = 16, bits: float = 8, sinks: int = 0, **options: Any) -> EngineLayer:
+def engine_layer(
+    rows: int = 16,
+    bits: float = 8,
+    sinks: int = 0,
+    code: CodeName = "codebook",
+    **options: Any,
+) -> EngineLayer:
     layer = EngineLayer(
-        CachePolicy(bits, bits, sink_tokens=sinks, recent_window=0),
+        CachePolicy(bits, bits, sink_tokens=sinks, recent_window=0, code=code),
         KV_HEADS,
         DIM,
         VALUE_DIM,

@@ -103,6 +103,8 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], Any]] = {
     "convolutions": ("lfm2", (248, 248), {}, nothing),
     "linear attention": ("qwen3-next", (248, 248), {}, nothing),
     "dims differ": ("mimo-v2", PROMPTS, {}, nothing),
+    "trellis": ("llama-80", PROMPTS, {"bits": 2.5, "code": "trellis"}, nothing),
+    "trellis for one side": ("mimo-v2", PROMPTS, {"value_bits": 8, "code": "trellis"}, nothing),
 }
 
 

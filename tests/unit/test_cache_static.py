@@ -16,7 +16,7 @@ from sixfold.cache.pages import Slab
 from sixfold.cache.prefix import Prefix
 from sixfold.cache.static import StaticLayer
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.types import Coding, KeyMap, Pool, Tokens
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pool, Tokens
 
 # Integer arithmetic rounds by the pages a thread gets, which differ.
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
@@ -36,9 +36,10 @@ def prefilled(
     padding: int = 0,
     device: str = "cpu",
     key_map: KeyMap | None = None,
+    code: CodeName = "codebook",
 ) -> CompressedLayer:
     query, keys, values = (x.to(device) for x in tokens(count, seed=0))
-    policy = CachePolicy(key_bits=4, value_bits=3, recent_window=16)
+    policy = CachePolicy(key_bits=4, value_bits=3, recent_window=16, code=code)
     layer = CompressedLayer(keys, values, policy, sliding_window, key_map)
     layer.append(keys, values)
     mask = None
@@ -51,8 +52,11 @@ def prefilled(
 
 @pytest.mark.parametrize("sliding_window", [None, 100, 150])
 @pytest.mark.parametrize("padding", [0, 70])
-def test_every_step_is_that_of_the_growing_layer(sliding_window: int | None, padding: int) -> None:
-    growing = prefilled(sliding_window=sliding_window, padding=padding)
+@pytest.mark.parametrize("code", ["codebook", "trellis"])
+def test_every_step_is_that_of_the_growing_layer(
+    sliding_window: int | None, padding: int, code: CodeName
+) -> None:
+    growing = prefilled(sliding_window=sliding_window, padding=padding, code=code)
     static = StaticLayer(growing, max_tokens=growing.held + 80)
     places = [x.data_ptr() for x in static.tensors()]
     sinks = torch.tensor([0.5, -1.0, 0.0, 2.0])
