@@ -31,6 +31,12 @@ using RotationGroup = std::tuple<int, int, int, Address, Address>;
 using CodeGroup = std::tuple<int, int, bool, int, Address>;
 // (address, strides of slots and heads in elements)
 using PoolGroup = std::tuple<Address, Count, Count>;
+// (address, dtype, strides of batch, heads and tokens)
+using PagedGroup = std::tuple<Address, int, Count, Count, Count>;
+// (codes, scales, how many slots, slots, batch, pages, heads)
+using PageGroup = std::tuple<PoolGroup, PoolGroup, Count, Address, Count, Count, Count>;
+// (mean, channel scale)
+using AffineGroup = std::tuple<Address, Address>;
 
 inline vectors::Rotation rotation_of(const RotationGroup& group) {
     const auto [dim, order, rounds, turns, factor] = group;
@@ -41,6 +47,23 @@ template <class T>
 PoolTensor<T> tensor_of(const PoolGroup& group) {
     const auto [address, slot_stride, head_stride] = group;
     return {at<T>(address), slot_stride, head_stride};
+}
+
+inline vectors::PagedVectors paged_of(const PagedGroup& group) {
+    const auto [address, dtype, batch, head, token] = group;
+    return {at<char>(address), batch, head, token, static_cast<vectors::Dtype>(dtype)};
+}
+
+inline vectors::Pages pages_of(const PageGroup& group) {
+    const auto [codes, scales, count, slots, batch, pages, heads] = group;
+    const vectors::Pages found{tensor_of<std::uint8_t>(codes), tensor_of<std::uint16_t>(scales),
+                               at<const Count>(slots), batch, pages, heads};
+    vectors::check_slots(found, count);
+    return found;
+}
+
+inline vectors::Affine affine_of(const AffineGroup& group) {
+    return {at<const float>(std::get<0>(group)), at<const float>(std::get<1>(group))};
 }
 
 inline float shrink_of(const vectors::Rotation& r) {

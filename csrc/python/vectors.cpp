@@ -16,13 +16,6 @@ namespace sixfold {
 namespace vectors {
 namespace {
 
-// (address, dtype, strides of batch, heads and tokens)
-using PagedGroup = std::tuple<Address, int, Count, Count, Count>;
-// (codes, scales, how many slots, slots, batch, pages, heads)
-using PageGroup = std::tuple<PoolGroup, PoolGroup, Count, Address, Count, Count, Count>;
-// (mean, channel scale)
-using AffineGroup = std::tuple<Address, Address>;
-
 CodeShape shape_of(const CodeGroup& group) {
     const auto [dim, symbol_bits, paired, layout, codebook] = group;
     return {dim, symbol_bits, paired, static_cast<Layout>(layout)};
@@ -45,23 +38,6 @@ EncodeTask encode_task(const RotationGroup& rotation, const CodeGroup& code, int
 DecodeTask decode_task(const RotationGroup& rotation, const CodeGroup& code) {
     const Rotation r = rotation_of(rotation);
     return {r, shape_of(code), book_of(code), shrink_of(r)};
-}
-
-PagedVectors paged_of(const PagedGroup& group) {
-    const auto [address, dtype, batch, head, token] = group;
-    return {at<char>(address), batch, head, token, static_cast<Dtype>(dtype)};
-}
-
-Pages pages_of(const PageGroup& group) {
-    const auto [codes, scales, count, slots, batch, pages, heads] = group;
-    const Pages found{tensor_of<std::uint8_t>(codes), tensor_of<std::uint16_t>(scales),
-                      at<const Count>(slots), batch, pages, heads};
-    check_slots(found, count);
-    return found;
-}
-
-Affine affine_of(const AffineGroup& group) {
-    return {at<const float>(std::get<0>(group)), at<const float>(std::get<1>(group))};
 }
 
 void rotate_rows(const RotationGroup& rotation, bool inverse, Address x, int dtype, Address out,

@@ -29,10 +29,16 @@ Floats normals(std::int64_t n) {
     return x;
 }
 
+constexpr int kHeads = 2, kSlots = 3;
+const std::int64_t kSlotOfPage[] = {2, 0};
+
 struct Found {
     std::vector<std::uint32_t> rows;
     std::vector<std::uint16_t> scales;
     Floats decoded, products;
+    std::vector<std::uint8_t> pages;
+    std::vector<std::uint16_t> page_scales;
+    Floats decoded_pages;
 };
 
 // Random arguments, and what one table of kernels makes of them.
@@ -41,10 +47,16 @@ struct Case {
     int n = 1 + below(140), queries = below(6), threads = 1 + below(3);
     ScaleKind scale = static_cast<ScaleKind>(below(3));
     int half, intervals;
-    Floats turns, factor{1}, codewords, vectors, asked;
+    Layout layout = below(2) ? Layout::key : Layout::value;
+    bool mapped = below(2);
+    Floats turns, factor{1}, codewords, vectors, asked, paged, mean, channel_scale;
     std::vector<std::int16_t> words;
 
     Case();
+    Rotation rotation() const { return {shape.dim, 1, 3, turns.data(), factor.data()}; }
+    PathEncodeTask encode_task(const PathShape& of) const;
+    PathDecodeTask decode_task(const PathShape& of) const;
+    void run_pages(const TrellisKernels& kernels, Found& found) const;
     Found run(const TrellisKernels& kernels) const;
 };
 
@@ -58,6 +70,9 @@ Case::Case() {
     vectors = normals(static_cast<std::int64_t>(n) * dim);
     for (int i = 0; i < dim; ++i) vectors[i] *= n % 3 == 0 ? INFINITY : 0;
     asked = normals(static_cast<std::int64_t>(queries) * dim);
+    paged = normals(static_cast<std::int64_t>(2) * kHeads * kPageTokens * dim);
+    mean = normals(kHeads * dim);
+    channel_scale = normals(kHeads * dim);
     half = 1 + below(is_narrow(shape) ? 127 : 31);
     intervals = is_narrow(shape) ? kIntervals : 1024;
     const int largest = is_narrow(shape) ? 0x3fff : 0x7fff;
@@ -65,25 +80,53 @@ Case::Case() {
         words.insert(words.end(), 2, static_cast<std::int16_t>(below(2 * largest + 1) - largest));
 }
 
+PathEncodeTask Case::encode_task(const PathShape& of) const {
+    const int dim = of.dim, margin = (16 * of.window + of.half_bits - 1) / of.half_bits;
+    const SearchGrid grid{words.data(), half, static_cast<float>(intervals) / 7, intervals, margin};
+    return {rotation(), of, Codewords(codewords.data(), of), grid, scale, 1.0 / dim,
+            std::pow(dim, -0.5)};
+}
+
+PathDecodeTask Case::decode_task(const PathShape& of) const {
+    return {rotation(), of, Codewords(codewords.data(), of),
+            static_cast<float>(std::pow(of.dim, -1.5))};
+}
+
+// [1, tokens, heads, dim] in memory, as models have them.
+void Case::run_pages(const TrellisKernels& kernels, Found& found) const {
+    PathShape of = shape;
+    of.layout = layout;
+    const std::int64_t page = kPageTokens * 4 * path_words(of), vector = of.dim * 4;
+    Floats x = paged;
+    found.pages.resize(kSlots * kHeads * page);
+    found.page_scales.resize(kSlots * kHeads * kPageTokens);
+    found.decoded_pages.resize(x.size());
+    const auto view = [&](Floats& floats) {
+        return PagedVectors{reinterpret_cast<char*>(floats.data()), 0, vector, kHeads * vector,
+                            Dtype::f32};
+    };
+    const Affine maps{mapped ? mean.data() : nullptr, mapped ? channel_scale.data() : nullptr};
+    const Pages table{{found.pages.data(), kHeads * page, page},
+                      {found.page_scales.data(), kHeads * kPageTokens, kPageTokens},
+                      kSlotOfPage, 1, 2, kHeads};
+    encode_path_pages(kernels, encode_task(of), maps, view(x), table, threads);
+    decode_path_pages(kernels, decode_task(of), maps, table, view(found.decoded_pages), threads);
+}
+
 Found Case::run(const TrellisKernels& kernels) const {
     const int dim = shape.dim;
     Floats x = vectors;
     Found found{std::vector<std::uint32_t>(static_cast<std::size_t>(n) * path_words(shape)),
                 std::vector<std::uint16_t>(n), Floats(x.size()),
-                Floats(static_cast<std::size_t>(n) * queries)};
-    const Rotation rotation{dim, 1, 3, turns.data(), factor.data()};
-    const Codewords book(codewords.data(), shape);
-    const int margin = (16 * shape.window + shape.half_bits - 1) / shape.half_bits;
-    const SearchGrid grid{words.data(), half, static_cast<float>(intervals) / 7, intervals, margin};
+                Floats(static_cast<std::size_t>(n) * queries), {}, {}, {}};
     const Rows rows{reinterpret_cast<std::uint8_t*>(found.rows.data()), found.scales.data()};
     const VectorArray in{reinterpret_cast<char*>(x.data()), n, dim * 4, Dtype::f32};
     const VectorArray out{reinterpret_cast<char*>(found.decoded.data()), n, dim * 4, Dtype::f32};
-    encode_paths(kernels, {rotation, shape, book, grid, scale, 1.0 / dim, std::pow(dim, -0.5)}, in,
-                 rows, threads);
-    decode_paths(kernels, {rotation, shape, book, static_cast<float>(std::pow(dim, -1.5))}, rows,
-                 out, threads);
-    score_paths(kernels, {shape, book}, rows, 1, n, asked.data(), queries, found.products.data(),
-                threads);
+    encode_paths(kernels, encode_task(shape), in, rows, threads);
+    decode_paths(kernels, decode_task(shape), rows, out, threads);
+    score_paths(kernels, {shape, Codewords(codewords.data(), shape)}, rows, 1, n, asked.data(),
+                queries, found.products.data(), threads);
+    run_pages(kernels, found);
     return found;
 }
 
@@ -101,11 +144,13 @@ bool agrees(const Case& of, const Kernels& table) {
     const bool rows = got.rows == expected.rows, scales = got.scales == expected.scales;
     const bool decoded = same(got.decoded, expected.decoded, 0);
     const bool products = same(got.products, expected.products, 1e-3f);
-    if (rows && scales && decoded && products) return true;
+    const bool pages = got.pages == expected.pages && got.page_scales == expected.page_scales &&
+                       same(got.decoded_pages, expected.decoded_pages, 0);
+    if (rows && scales && decoded && products && pages) return true;
     std::printf("%s: dim %d, window %d, half bits %d, n %d: rows %d, scales %d, decoded %d, "
-                "scores %d\n",
+                "scores %d, pages %d\n",
                 table.isa, of.shape.dim, of.shape.window, of.shape.half_bits, of.n, rows, scales,
-                decoded, products);
+                decoded, products, pages);
     return false;
 }
 

@@ -104,39 +104,39 @@ SIXFOLD_INLINE u8x16 swap_tokens_and_bytes(u8x16 x) {
 }
 
 template <class V>
-void store_codes(const CodeShape& shape, const CodeTile& out, const float* words) {
-    if (shape.layout == Layout::rows)
-        return Tiles<V>::template store<false>(as_vectors(out), words, shape.planes.row_bytes / 4, 1);
+void store_codes(Layout layout, const Planes& planes, const CodeTile& out, const float* words) {
+    if (layout == Layout::rows)
+        return Tiles<V>::template store<false>(as_vectors(out), words, planes.row_bytes / 4, 1);
     std::uint8_t* plane = out.base;
-    for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
-        std::uint8_t* group = plane + out.group * kLanes * shape.planes.bytes[p];
-        for (int byte = 0; byte < shape.planes.bytes[p]; byte += 4, words += kLanes) {
-            if (shape.layout == Layout::key) {
+    for (int p = 0; p < planes.count; plane += kPageTokens * planes.bytes[p++]) {
+        std::uint8_t* group = plane + out.group * kLanes * planes.bytes[p];
+        for (int byte = 0; byte < planes.bytes[p]; byte += 4, words += kLanes) {
+            if (layout == Layout::key) {
                 __builtin_memcpy(group + byte * kLanes, words, kLanes * 4);
                 continue;
             }
             for (int i = 0; i < kLanes; i += 4)
-                store_unaligned(group + i * shape.planes.bytes[p] + byte * 4,
+                store_unaligned(group + i * planes.bytes[p] + byte * 4,
                                 swap_tokens_and_bytes(load_unaligned<u8x16>(words + i)));
         }
     }
 }
 
 template <class V>
-void load_codes(const CodeShape& shape, const CodeTile& in, float* words) {
-    if (shape.layout == Layout::rows)
-        return Tiles<V>::load(as_vectors(in), words, shape.planes.row_bytes / 4);
+void load_codes(Layout layout, const Planes& planes, const CodeTile& in, float* words) {
+    if (layout == Layout::rows)
+        return Tiles<V>::load(as_vectors(in), words, planes.row_bytes / 4);
     const std::uint8_t* plane = in.base;
-    for (int p = 0; p < shape.planes.count; plane += kPageTokens * shape.planes.bytes[p++]) {
-        const std::uint8_t* group = plane + in.group * kLanes * shape.planes.bytes[p];
-        for (int byte = 0; byte < shape.planes.bytes[p]; byte += 4, words += kLanes) {
-            if (shape.layout == Layout::key) {
+    for (int p = 0; p < planes.count; plane += kPageTokens * planes.bytes[p++]) {
+        const std::uint8_t* group = plane + in.group * kLanes * planes.bytes[p];
+        for (int byte = 0; byte < planes.bytes[p]; byte += 4, words += kLanes) {
+            if (layout == Layout::key) {
                 __builtin_memcpy(words, group + byte * kLanes, kLanes * 4);
                 continue;
             }
             for (int i = 0; i < kLanes; i += 4)
                 store_unaligned(words + i, swap_tokens_and_bytes(load_unaligned<u8x16>(
-                                               group + i * shape.planes.bytes[p] + byte * 4)));
+                                               group + i * planes.bytes[p] + byte * 4)));
         }
     }
 }

@@ -59,20 +59,27 @@ void unmap_channels(const Affine& affine, float shrink, float* tile, int dim) {
         }
 }
 
+// `tile` is overwritten.
+template <class V>
+void store_unmapped(const Affine& affine, float shrink, float* tile, int dim,
+                    const VectorTile& out) {
+    if (!affine.mean && !affine.scale)
+        return Tiles<V>::template store<true>(out, tile, dim, shrink);
+    unmap_channels<V>(affine, shrink, tile, dim);
+    Tiles<V>::template store<false>(out, tile, dim, 1);
+}
+
 template <class V>
 void decode_tile(const DecodeTask& task, const Affine& affine, const CodeTile& in,
                  const VectorTile& out, float* scratch) {
     const int dim = task.shape.dim;
     float *tile = scratch, *words = tile + tile_floats(dim);
     alignas(64) float scales[kLanes];
-    load_codes<V>(task.shape, in, words);
+    load_codes<V>(task.shape.layout, task.shape.planes, in, words);
     load_scales(in, scales);
     expand<V>(task.shape, task.book, words, scales, tile);
     rotate_in_place<V>(task.rotation, true, tile, words);
-    if (!affine.mean && !affine.scale)
-        return Tiles<V>::template store<true>(out, tile, dim, task.shrink);
-    unmap_channels<V>(affine, task.shrink, tile, dim);
-    Tiles<V>::template store<false>(out, tile, dim, 1);
+    store_unmapped<V>(affine, task.shrink, tile, dim, out);
 }
 
 }  // namespace

@@ -84,6 +84,40 @@ void run_scores(std::int64_t batch, std::int64_t n, std::int64_t n_queries, int 
         });
 }
 
+// body(map, codes, vectors, scratch) for all pages; `coordinates` as for `run`.
+template <class Body>
+void run_pages(int dim, const Affine& maps, const Pages& pages, const PagedVectors& vectors,
+               std::int64_t coordinates, std::int64_t scratch_floats, int threads,
+               const Body& body) {
+    run(pages.batch * pages.pages * pages.heads, coordinates, scratch_floats, threads,
+        [&](std::int64_t item, float* scratch) {
+            const std::int64_t head = item % pages.heads, position = item / pages.heads;
+            const std::int64_t row = position / pages.pages, page = position % pages.pages;
+            const std::int64_t slot = pages.slots[position];
+            const std::int64_t channel = (row * pages.heads + head) * dim;
+            const Affine map{maps.mean ? maps.mean + channel : nullptr,
+                             maps.scale ? maps.scale + channel : nullptr};
+            char* first = vectors.base + row * vectors.batch_stride + head * vectors.head_stride +
+                          page * kPageTokens * vectors.token_stride;
+            body(map,
+                 CodeTile{page_of(pages.codes, slot, head), 0, kPageTokens, 0,
+                          page_of(pages.scales, slot, head)},
+                 VectorTile{first, vectors.token_stride, kPageTokens, vectors.dtype}, scratch);
+        });
+}
+
+// The same for all quarters of pages.
+template <class Body>
+void run_page_tiles(int dim, const Affine& maps, const Pages& pages, const PagedVectors& vectors,
+                    std::int64_t scratch_floats, int threads, const Body& body) {
+    run_pages(dim, maps, pages, vectors, std::int64_t{kPageTokens} * dim, scratch_floats, threads,
+              [&](const Affine& map, const CodeTile& codes, const VectorTile& tiles,
+                  float* scratch) {
+                  for (int group = 0; group < kGroupTiles; ++group)
+                      body(map, slice_of(codes, group), slice_of(tiles, group), scratch);
+              });
+}
+
 inline VectorTile tile_of(const VectorArray& x, std::int64_t first, int count) {
     return {x.base + first * x.stride, x.stride, count, x.dtype};
 }

@@ -326,7 +326,7 @@ void encode_tile(const EncodeTask& task, const Affine& affine, const VectorTile&
     for (int i = task.shape.symbols * kLanes; i < task.shape.symbol_rows * kLanes; ++i)
         symbols[i] = 0;
     pack_symbols<V>(task.shape, symbols, words);
-    store_codes<V>(task.shape, out, words);
+    store_codes<V>(task.shape.layout, task.shape.planes, out, words);
 }
 
 }  // namespace

@@ -6,14 +6,6 @@
 namespace sixfold::vectors {
 namespace {
 
-// Tile i of more than one.
-template <class Tile>
-SIXFOLD_INLINE Tile slice_of(Tile tiles, int i) {
-    tiles.base += i * kLanes * tiles.stride;
-    tiles.count = tiles.count - i * kLanes < kLanes ? tiles.count - i * kLanes : kLanes;
-    return tiles;
-}
-
 // Windows that reach the end go on with the first bits.
 template <class V>
 void close_rows(const PathShape& shape, float* rows) {
@@ -65,7 +57,7 @@ void expand_paths(const PathShape& shape, const float* codewords, const float* r
 
 template <class V>
 void load_paths(const PathShape& shape, const CodeTile& in, float* rows) {
-    Tiles<V>::load(as_vectors(in), rows, path_words(shape));
+    load_codes<V>(shape.layout, path_planes(shape), in, rows);
     close_rows<V>(shape, rows);
 }
 
@@ -132,8 +124,8 @@ inline void correct_forward(ScaleKind kind, int dim, const float* sums, double* 
 }
 
 template <class V>
-void encode_paths_tile(const PathEncodeTask& task, const VectorTile& in, const CodeTile& out,
-                       float* scratch) {
+void encode_paths_tile(const PathEncodeTask& task, const Affine& affine, const VectorTile& in,
+                       const CodeTile& out, float* scratch) {
     constexpr int kTiles = kSearched / kLanes;
     const int dim = task.shape.dim, tiles = (in.count + kLanes - 1) / kLanes;
     Norms norms[kTiles];
@@ -148,6 +140,7 @@ void encode_paths_tile(const PathEncodeTask& task, const VectorTile& in, const C
     for (int i = 0; i < tiles; ++i) {
         float* x = tile + i * tile_floats(dim);
         Tiles<V>::load(slice_of(in, i), x, dim);
+        if (affine.mean || affine.scale) map_channels<V>(affine, x, dim);
         moderate<V>(r.rounds ? turn_of(r, 0) : Turn{}, x, dim, sums, norms[i]);
         find_norms<V>(x, dim, sums, static_cast<float>(task.stretch), norms[i]);
         if (r.rounds == 0) dense_pass<V>(r, false, x, work);
@@ -156,10 +149,9 @@ void encode_paths_tile(const PathEncodeTask& task, const VectorTile& in, const C
     }
     search<V>(task, numbers, chosen, work);
     for (int i = 0; i < tiles; ++i) {
-        CodeTile part = slice_of(out, i);
-        part.scales += i * kLanes;
+        const CodeTile part = slice_of(out, i);
         pack_paths<V>(task.shape, chosen + i * kLanes, rows);
-        Tiles<V>::template store<false>(as_vectors(part), rows, path_words(task.shape), 1);
+        store_codes<V>(task.shape.layout, path_planes(task.shape), part, rows);
         close_rows<V>(task.shape, rows);
         sum_products<V>(task.shape, task.codewords.of, rows, tile + i * tile_floats(dim), sums);
         double correction[kLanes];
@@ -169,8 +161,8 @@ void encode_paths_tile(const PathEncodeTask& task, const VectorTile& in, const C
 }
 
 template <class V>
-void decode_paths_tile(const PathDecodeTask& task, const CodeTile& in, const VectorTile& out,
-                       float* scratch) {
+void decode_paths_tile(const PathDecodeTask& task, const Affine& affine, const CodeTile& in,
+                       const VectorTile& out, float* scratch) {
     const int dim = task.shape.dim;
     float *tile = scratch, *rows = tile + tile_floats(dim);
     alignas(64) float scales[kLanes];
@@ -178,7 +170,7 @@ void decode_paths_tile(const PathDecodeTask& task, const CodeTile& in, const Vec
     load_scales(in, scales);
     expand_paths<V>(task.shape, task.codewords.of, rows, scales, tile);
     rotate_in_place<V>(task.rotation, true, tile, rows);
-    Tiles<V>::template store<true>(out, tile, dim, task.shrink);
+    store_unmapped<V>(affine, task.shrink, tile, dim, out);
 }
 
 template <class V>

@@ -50,7 +50,7 @@ void score_tile(const ScoresTask& task, const CodeTile& in, const float* queries
     float *tile = scratch, *words = tile + tile_floats(dim);
     alignas(64) float scales[kLanes], ones[kLanes];
     for (float& one : ones) one = 1;
-    load_codes<V>(task.shape, in, words);
+    load_codes<V>(task.shape.layout, task.shape.planes, in, words);
     load_scales(in, scales);
     expand<V>(task.shape, task.book, words, ones, tile);
     score_all<V>(tile, dim, queries, n_queries, scales, in.count, out, stride);

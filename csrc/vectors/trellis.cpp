@@ -25,6 +25,11 @@ std::int64_t encode_scratch(const PathEncodeTask& task) {
            std::max({searching, rotation_scratch(task.rotation), 2 * tile_floats(dim)});
 }
 
+std::int64_t decode_scratch(const PathDecodeTask& task) {
+    return tile_floats(task.shape.dim) +
+           std::max(row_floats(task.shape), rotation_scratch(task.rotation));
+}
+
 }  // namespace
 
 Codewords::Codewords(const float* table, const PathShape& shape) {
@@ -37,20 +42,33 @@ void encode_paths(const TrellisKernels& kernels, const PathEncodeTask& task, con
         encode_scratch(task), threads, [&](std::int64_t item, float* scratch) {
             const std::int64_t first = item * kSearched;
             const int count = static_cast<int>(std::min<std::int64_t>(kSearched, in.count - first));
-            kernels.encode(task, tile_of(in, first, count), tile_of(out, task.shape, first, count),
-                           scratch);
+            kernels.encode(task, {}, tile_of(in, first, count),
+                           tile_of(out, task.shape, first, count), scratch);
         });
 }
 
 void decode_paths(const TrellisKernels& kernels, const PathDecodeTask& task, const Rows& in,
                   const VectorArray& out, int threads) {
-    const int dim = task.shape.dim;
-    run_tiles(out.count, dim,
-              tile_floats(dim) + std::max(row_floats(task.shape), rotation_scratch(task.rotation)),
-              threads, [&](std::int64_t first, int count, float* scratch) {
-                  kernels.decode(task, tile_of(in, task.shape, first, count),
+    run_tiles(out.count, task.shape.dim, decode_scratch(task), threads,
+              [&](std::int64_t first, int count, float* scratch) {
+                  kernels.decode(task, {}, tile_of(in, task.shape, first, count),
                                  tile_of(out, first, count), scratch);
               });
+}
+
+void encode_path_pages(const TrellisKernels& kernels, const PathEncodeTask& task,
+                       const Affine& maps, const PagedVectors& in, const Pages& out, int threads) {
+    const int dim = task.shape.dim;
+    run_pages(dim, maps, out, in, kSearchCost * kSearched * dim, encode_scratch(task), threads,
+              [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                  float* scratch) { kernels.encode(task, map, vectors, codes, scratch); });
+}
+
+void decode_path_pages(const TrellisKernels& kernels, const PathDecodeTask& task,
+                       const Affine& maps, const Pages& in, const PagedVectors& out, int threads) {
+    run_page_tiles(task.shape.dim, maps, in, out, decode_scratch(task), threads,
+                   [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                       float* scratch) { kernels.decode(task, map, codes, vectors, scratch); });
 }
 
 void score_paths(const TrellisKernels& kernels, const PathScoresTask& task, const Rows& in,

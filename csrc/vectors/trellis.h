@@ -23,6 +23,7 @@ constexpr int kMaxStates = 1024;
 // Bits that make a state, and twice the bits of a coordinate.
 struct PathShape {
     int dim, window, half_bits;
+    Layout layout = Layout::rows;
 };
 
 static constexpr int states_of(const PathShape& s) { return 1 << s.window; }
@@ -33,6 +34,7 @@ static constexpr int advance_of(const PathShape& s, int t) {
     return start_of(s, t + 1) - start_of(s, t);
 }
 static constexpr int path_words(const PathShape& s) { return (start_of(s, s.dim) + 31) / 32; }
+static constexpr Planes path_planes(const PathShape& s) { return planes_of(4 * path_words(s), 8); }
 
 // Codewords of states, where registers can load them from.
 struct Codewords {
@@ -76,9 +78,9 @@ struct PathScoresTask {
 
 struct TrellisKernels {
     // Up to kSearched vectors; the others on tiles of 16.
-    void (*encode)(const PathEncodeTask&, const VectorTile& in, const CodeTile& out,
+    void (*encode)(const PathEncodeTask&, const Affine&, const VectorTile& in, const CodeTile& out,
                    float* scratch);
-    void (*decode)(const PathDecodeTask&, const CodeTile& in, const VectorTile& out,
+    void (*decode)(const PathDecodeTask&, const Affine&, const CodeTile& in, const VectorTile& out,
                    float* scratch);
     void (*scores)(const PathScoresTask&, const CodeTile& in, const float* queries,
                    std::int64_t n_queries, float* out, std::int64_t stride, float* scratch);
@@ -110,6 +112,11 @@ void encode_paths(const TrellisKernels& kernels, const PathEncodeTask& task, con
                   const Rows& out, int threads);
 void decode_paths(const TrellisKernels& kernels, const PathDecodeTask& task, const Rows& in,
                   const VectorArray& out, int threads);
+// See `encode_pages`.
+void encode_path_pages(const TrellisKernels& kernels, const PathEncodeTask& task,
+                       const Affine& maps, const PagedVectors& in, const Pages& out, int threads);
+void decode_path_pages(const TrellisKernels& kernels, const PathDecodeTask& task,
+                       const Affine& maps, const Pages& in, const PagedVectors& out, int threads);
 // See `scores`.
 void score_paths(const TrellisKernels& kernels, const PathScoresTask& task, const Rows& in,
                  std::int64_t batch, std::int64_t n, const float* queries, std::int64_t n_queries,

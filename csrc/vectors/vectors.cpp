@@ -14,33 +14,6 @@ namespace {
 
 std::int64_t words_scratch(int dim) { return tile_floats(dim / 4 + 3); }
 
-// body(map, code tile, vector tile, scratch) for all quarters of pages.
-template <class Body>
-void run_pages(const CodeShape& shape, const Affine& maps, const Pages& pages,
-               const PagedVectors& vectors, std::int64_t scratch_floats, int threads,
-               const Body& body) {
-    run(pages.batch * pages.pages * pages.heads, std::int64_t{kPageTokens} * shape.dim,
-        scratch_floats, threads, [&](std::int64_t item, float* scratch) {
-            const std::int64_t head = item % pages.heads, position = item / pages.heads;
-            const std::int64_t row = position / pages.pages, page = position % pages.pages;
-            const std::int64_t slot = pages.slots[position];
-            const std::int64_t channel = (row * pages.heads + head) * shape.dim;
-            const Affine map{maps.mean ? maps.mean + channel : nullptr,
-                             maps.scale ? maps.scale + channel : nullptr};
-            char* first = vectors.base + row * vectors.batch_stride + head * vectors.head_stride +
-                          page * kPageTokens * vectors.token_stride;
-            for (int group = 0; group < kGroupTiles; ++group) {
-                const int token = group * kLanes;
-                body(map,
-                     CodeTile{page_of(pages.codes, slot, head), 0, kLanes, group,
-                              page_of(pages.scales, slot, head) + token},
-                     VectorTile{first + token * vectors.token_stride, vectors.token_stride, kLanes,
-                                vectors.dtype},
-                     scratch);
-            }
-        });
-}
-
 CodeTile tile_of(const Rows& rows, int row_bytes, std::int64_t first, int count) {
     return {rows.codes + first * row_bytes, row_bytes, count, 0, rows.scales + first};
 }
@@ -145,16 +118,16 @@ void decode(const VectorKernels& kernels, const DecodeTask& task, const Rows& in
 
 void encode_pages(const VectorKernels& kernels, const EncodeTask& task, const Affine& maps,
                   const PagedVectors& in, const Pages& out, int threads) {
-    run_pages(task.shape, maps, out, in, encode_scratch(task), threads,
-              [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
-                  float* scratch) { kernels.encode(task, map, vectors, codes, scratch); });
+    run_page_tiles(task.shape.dim, maps, out, in, encode_scratch(task), threads,
+                   [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                       float* scratch) { kernels.encode(task, map, vectors, codes, scratch); });
 }
 
 void decode_pages(const VectorKernels& kernels, const DecodeTask& task, const Affine& maps,
                   const Pages& in, const PagedVectors& out, int threads) {
-    run_pages(task.shape, maps, in, out, decode_scratch(task), threads,
-              [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
-                  float* scratch) { kernels.decode(task, map, codes, vectors, scratch); });
+    run_page_tiles(task.shape.dim, maps, in, out, decode_scratch(task), threads,
+                   [&](const Affine& map, const CodeTile& codes, const VectorTile& vectors,
+                       float* scratch) { kernels.decode(task, map, codes, vectors, scratch); });
 }
 
 void scores(const VectorKernels& kernels, const ScoresTask& task, const Rows& in,

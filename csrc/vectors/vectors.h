@@ -66,6 +66,18 @@ struct CodeTile {
     std::uint16_t* scales;  // of the first lane; contiguous
 };
 
+// Tile i of more than one; pages go on by groups.
+static constexpr VectorTile slice_of(const VectorTile& tiles, int i) {
+    const int count = tiles.count - i * kLanes;
+    return {tiles.base + i * kLanes * tiles.stride, tiles.stride, count < kLanes ? count : kLanes,
+            tiles.dtype};
+}
+static constexpr CodeTile slice_of(const CodeTile& tiles, int i) {
+    const int count = tiles.count - i * kLanes;
+    return {tiles.base + i * kLanes * tiles.stride, tiles.stride, count < kLanes ? count : kLanes,
+            tiles.group + i, tiles.scales + i * kLanes};
+}
+
 struct CodeShape {
     CodeShape(int dim, int symbol_bits, bool paired, Layout layout);
 

@@ -25,7 +25,7 @@ from sixfold.packing import (
 # As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {"norm": 0, "optimal": 1, "unbiased": 2}
-_LAYOUTS = {"rows": 0, "key": 1, "value": 2}
+LAYOUTS = {"rows": 0, "key": 1, "value": 2}
 
 RotationGroup: TypeAlias = tuple[int, int, int, int, int]
 CodeGroup: TypeAlias = tuple[int, int, bool, int, int]
@@ -132,7 +132,7 @@ def code_group(dim: int, bits: Bits, centroids: Tensor, layout: str = "rows") ->
     """
     symbol, paired, _, shape = page_sizes(dim, bits)
     book = address("centroids", centroids, torch.float32, shape)
-    return dim, symbol, paired, _LAYOUTS[layout], book
+    return dim, symbol, paired, LAYOUTS[layout], book
 
 
 # Typed, as everywhere below operations: what a refused number of NumPy leaves, 4 must not find.

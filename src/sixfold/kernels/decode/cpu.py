@@ -9,6 +9,7 @@ from sixfold.kernels._native import compiled
 from sixfold.kernels._tables import sequence_maps
 from sixfold.kernels.decode.reference import expand_pages
 from sixfold.kernels.encode.cpu import affine_group, page_group
+from sixfold.kernels.trellis.cpu import path_group
 from sixfold.kernels.types import Coding, KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 
@@ -56,9 +57,10 @@ def decode_pages(
     written = dtype if dtype in DTYPES else torch.float32
     out = torch.empty(batch, heads, n_pages * PAGE_TOKENS, dim, dtype=written)
     strides = [stride * out.element_size() for stride in out.stride()[:3]]
-    _cpu.decode_pages(
+    paths = coding.code == "trellis"
+    (_cpu.decode_path_pages if paths else _cpu.decode_pages)(
         rotation_group(dim, coding.turns, coding.factor),
-        code_group(dim, coding.bits, coding.centroids, layout),
+        (path_group if paths else code_group)(dim, coding.bits, coding.centroids, layout),
         affine_group(maps),
         page_group(codes, scales, slots, coding),
         (out.data_ptr(), DTYPES[written], *strides),

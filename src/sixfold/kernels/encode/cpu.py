@@ -14,13 +14,13 @@ from sixfold.kernels._groups import (
     address,
     code_group,
     memory,
-    page_sizes,
     pool_group,
     rotation_group,
 )
 from sixfold.kernels._native import compiled
 from sixfold.kernels._tables import sequence_maps
 from sixfold.kernels.encode import reference
+from sixfold.kernels.trellis.cpu import path_group, search_of
 from sixfold.kernels.types import Coding, KeyMap, Scale
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -43,7 +43,7 @@ def page_group(
         ShapeError: The tensors do not fit each other or the coding.
     """
     n_slots, heads = scales.shape[0], scales.shape[1]
-    size = page_sizes(coding.dim, coding.bits)[2]
+    size = PAGE_TOKENS * row_bytes(*coding.row)
     return (
         pool_group("codes", codes, torch.uint8, (n_slots, heads, size)),
         pool_group("scales", scales, torch.float16, (n_slots, heads, PAGE_TOKENS)),
@@ -127,15 +127,20 @@ def encode_pages(
         x = x.contiguous()
     size = x.element_size()
     strides = [stride * size for stride in x.stride()[:3]]
-    _cpu.encode_pages(
-        rotation_group(coding.dim, coding.turns, coding.factor),
-        code_group(coding.dim, coding.bits, coding.centroids, layout),
+    rotation = rotation_group(coding.dim, coding.turns, coding.factor)
+    rest = (
         SCALES[coding.scale],
         affine_group(maps),
         (memory("x", x), DTYPES[x.dtype], *strides),
         page_group(codes, scales, slots, coding),
         torch.get_num_threads(),
     )
+    described = coding.dim, coding.bits, coding.centroids, layout
+    if coding.code == "trellis":
+        path, search = path_group(*described), search_of(coding.centroids, coding.bits)
+        _cpu.encode_path_pages(rotation, (path, search.grid), *rest)
+    else:
+        _cpu.encode_pages(rotation, code_group(*described), *rest)
 
 
 store_pages = partial(reference.store_sides, encode_pages)

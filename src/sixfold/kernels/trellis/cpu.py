@@ -1,26 +1,30 @@
 """The trellis by the compiled extension."""
 
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Float16, Float32, UInt8
+from jaxtyping import Float, Float16, Float32, Int16, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._groups import DTYPES, SCALES, address, memory, rotation_group
+from sixfold.kernels._groups import DTYPES, LAYOUTS, SCALES, address, memory, rotation_group
 from sixfold.kernels._native import compiled
 from sixfold.kernels.trellis import reference
 from sixfold.kernels.trellis.grid import search_grid
 from sixfold.kernels.types import Scale
-from sixfold.packing import Bits
+from sixfold.packing import Bits, Layout
 from sixfold.trellis import STATES, path_bytes, window_bits
 
 _cpu = compiled()
 
-PathGroup: TypeAlias = tuple[int, int, int, int]
+PathGroup: TypeAlias = tuple[int, int, int, int, int]
+GridGroup: TypeAlias = tuple[int, int, float, int, int]
 
 
-def path_group(dim: int, bits: Bits, codewords: Tensor) -> PathGroup:
+def path_group(
+    dim: int, bits: Bits, codewords: Tensor, layout: Layout | Literal["rows"] = "rows"
+) -> PathGroup:
     """Paths as csrc/python/trellis.cpp takes them.
 
     Raises:
@@ -30,7 +34,32 @@ def path_group(dim: int, bits: Bits, codewords: Tensor) -> PathGroup:
     if states not in STATES:
         raise ShapeError(f"codewords: expected one of {STATES}, got {states} of them.")
     book = address("codewords", codewords, torch.float32, (states,))
-    return dim, window_bits(states), int(2 * bits), book
+    return dim, window_bits(states), int(2 * bits), LAYOUTS[layout], book
+
+
+class Search(NamedTuple):
+    """What the search of a codebook takes."""
+
+    grid: GridGroup
+    words: Int16[Tensor, "states 2"]
+    """What `grid` has the address of: to be kept while the extension reads it."""
+
+
+def search_of(codewords: Tensor, bits: Bits) -> Search:
+    """The search of these codewords, from memory where it was made before."""
+    # By their numbers, since others may have come to lie at the same address.
+    return _made_search(codewords.detach().numpy().tobytes(), bits)
+
+
+@lru_cache(typed=True)
+def _made_search(numbers: bytes, bits: Bits) -> Search:
+    codewords = torch.frombuffer(bytearray(numbers), dtype=torch.float32)
+    grid = search_grid(codewords, bits)
+    # Each twice: the search reads pairs.
+    words = grid.words.to(torch.int16)[:, None].expand(-1, 2).contiguous()
+    margin = reference.seam_margin(len(codewords), bits)
+    group = words.data_ptr(), int(grid.half), float(grid.rate), grid.intervals, margin
+    return Search(group, words)
 
 
 def encode(
@@ -48,22 +77,13 @@ def encode(
         return reference.encode(x, turns, factor, codewords, bits=bits, scale=scale)
     batch, dim = x.shape[:-1], x.shape[-1]
     rotation, path = rotation_group(dim, turns, factor), path_group(dim, bits, codewords)
-    grid = search_grid(codewords, bits)
-    # Each twice: the search reads pairs. Named, because an address does not keep it.
-    words = grid.words.to(torch.int16)[:, None].expand(-1, 2).contiguous()
+    found = search_of(codewords, bits)
     x, n = x.detach().contiguous(), batch.numel()
     rows = torch.empty(*batch, path_bytes(dim, bits), dtype=torch.uint8)
     scales = torch.empty(batch, dtype=torch.float16)
     _cpu.encode_paths(
         rotation,
-        path,
-        (
-            words.data_ptr(),
-            int(grid.half),
-            float(grid.rate),
-            grid.intervals,
-            reference.seam_margin(len(codewords), bits),
-        ),
+        (path, found.grid),
         SCALES[scale],
         memory("x", x),
         DTYPES[x.dtype],
