@@ -50,8 +50,12 @@ struct Unit {
 // | values | 16 groups, `units` a group     | [steps][strips][64 bytes]       | 16 symbols       |
 //
 // `axes` is 2 where a symbol stands for a pair: the second coordinates are further units.
+//
+// A trellis code (docs/format.md, 2b) has a state of 7 bits a coordinate in place of a symbol: windows
+// of a row's one plane of bytes, which windows-inl.h reads. Tiles are the same.
 struct Codec {
     int dim, symbol_bits, axes;
+    int half_bits;  // of a trellis: twice the bits a coordinate; 0: a codebook
     bool values;
     Arithmetic arithmetic;
     int parts;  // 64-byte pieces of the tile a unit gives: 1 (bytes), 2 (words) or 4 (floats)
@@ -63,7 +67,7 @@ struct Codec {
     std::int64_t plane_offset[3], plane_stride[3];         // bytes of the page: start, a block
     std::int64_t page_bytes, tile_bytes;
     float scale;        // centroid ~ scale * level
-    const Unit* table;  // [units, planes.count]
+    const Unit* table;  // [units, planes.count], of a codebook
     // By index (a symbol's planes, the first in the lowest bits), over and over.
     alignas(64) std::uint8_t low[2][256];   // levels: all of 8 bits, or the low byte
     alignas(64) std::uint8_t high[2][256];  // high byte of 16-bit levels
@@ -72,7 +76,7 @@ struct Codec {
 
 // What a codec follows from.
 struct CodecKey {
-    int dim, symbol_bits, axes;
+    int dim, symbol_bits, axes, half_bits;
     bool values, exact;
     const float* centroids;  // [1 << symbol_bits, axes]
 };

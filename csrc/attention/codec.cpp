@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 namespace sixfold {
@@ -36,12 +37,17 @@ Unit make_unit(const Codec& codec, int unit, int words, int plane) {
     return made;
 }
 
+// A path is one plane of bytes.
+Planes planes_of_path(int dim, int half_bits) { return planes_of(dim * half_bits / 16, 8); }
+
 void lay_out_page(OwnedCodec& codec) {
     const int symbols = symbols_of(codec.dim, codec.axes), words = (symbols + 3) / 4;
-    const Planes& planes = codec.planes = planes_of(symbols, codec.symbol_bits);
+    const Planes& planes = codec.planes = codec.half_bits
+                                              ? planes_of_path(codec.dim, codec.half_bits)
+                                              : planes_of(symbols, codec.symbol_bits);
     codec.blocks = codec.values ? 16 : 4;
     codec.units = codec.values ? (words + 3) / 4 : words;
-    for (int unit = 0; unit < codec.units; ++unit)
+    for (int unit = 0; unit < codec.units && !codec.half_bits; ++unit)
         for (int p = 0; p < planes.count; ++p)
             codec.units_storage.push_back(make_unit(codec, unit, words, p));
     codec.page_bytes = 0;
@@ -67,9 +73,14 @@ void lay_out_tile(Codec& codec) {
 }
 
 // Where the kernels look a symbol up: its planes, which hold its upper bits first, in rising order. So
-// the first, widest plane is shifted to the right only, which costs less than a rotation.
-std::vector<int> lookup_order(int symbol_bits) {
+// the first, widest plane is shifted to the right only, which costs less than a rotation. States are
+// their own index.
+std::vector<int> lookup_order(int symbol_bits, bool trellis) {
     std::vector<int> index(std::size_t{1} << symbol_bits);
+    if (trellis) {
+        std::iota(index.begin(), index.end(), 0);
+        return index;
+    }
     const Planes planes = planes_of(1, symbol_bits);
     for (int p = 0; p < planes.count; ++p) {
         const int width = planes.width[p], before = planes.before[p];
@@ -87,9 +98,11 @@ void repeat_table(T (&table)[256], int bits) {
 }
 
 // How often a centroid occurs, up to a factor: cells of the optimal quantizer of a Gaussian have
-// density^(2/3) (pairs: density^(1/2)) of the mass.
+// density^(2/3) (pairs: density^(1/2)) of the mass. Codewords of a trellis are quantiles, all as
+// likely.
 std::vector<double> centroid_mass(const OwnedCodec& codec) {
-    std::vector<double> mass(codec.centroids.size());
+    std::vector<double> mass(codec.centroids.size(), 1);
+    if (codec.half_bits) return mass;
     for (std::size_t i = 0; i < mass.size(); i += codec.axes) {
         double square = 0;
         for (int axis = 0; axis < codec.axes; ++axis)
@@ -143,7 +156,7 @@ void quantize_codebook(OwnedCodec& codec) {
         if (other.error < fit.error) best = step, fit = other;
     }
     codec.scale = static_cast<float>(fit.scale);
-    const std::vector<int> order = lookup_order(codec.symbol_bits);
+    const std::vector<int> order = lookup_order(codec.symbol_bits, codec.half_bits);
     for (std::size_t i = 0; i < codec.centroids.size(); ++i) {
         const int level = static_cast<int>(std::nearbyint(codec.centroids[i] / best));
         const int index = order[i / codec.axes];
@@ -161,16 +174,17 @@ std::shared_ptr<const OwnedCodec> make_codec(const CodecKey& key) {
     codec->dim = key.dim;
     codec->symbol_bits = key.symbol_bits;
     codec->axes = key.axes;
+    codec->half_bits = key.half_bits;
     codec->values = key.values;
     // Up to 4 bits a coordinate rounding to 8 bits is small beside what the codes have lost.
-    const bool narrow = key.axes == 2 || key.symbol_bits <= 4;
+    const bool narrow = key.axes == 2 || key.symbol_bits <= 4 || key.half_bits;
     codec->arithmetic = key.exact ? Arithmetic::floats
                         : narrow  ? Arithmetic::bytes
                                   : Arithmetic::words;
     codec->parts = key.exact ? 4 : narrow ? 1 : 2;
     codec->centroids.assign(key.centroids,
                             key.centroids + (std::size_t{1} << key.symbol_bits) * key.axes);
-    const std::vector<int> order = lookup_order(key.symbol_bits);
+    const std::vector<int> order = lookup_order(key.symbol_bits, key.half_bits);
     for (std::size_t i = 0; i < codec->centroids.size(); ++i)
         codec->exact[i % key.axes][order[i / key.axes]] = codec->centroids[i];
     for (int axis = 0; axis < key.axes; ++axis) repeat_table(codec->exact[axis], key.symbol_bits);
@@ -182,7 +196,8 @@ std::shared_ptr<const OwnedCodec> make_codec(const CodecKey& key) {
 
 bool matches(const OwnedCodec& codec, const CodecKey& key) {
     return codec.dim == key.dim && codec.symbol_bits == key.symbol_bits &&
-           codec.axes == key.axes && codec.values == key.values &&
+           codec.axes == key.axes && codec.half_bits == key.half_bits &&
+           codec.values == key.values &&
            (codec.arithmetic == Arithmetic::floats) == key.exact &&
            std::memcmp(codec.centroids.data(), key.centroids,
                        codec.centroids.size() * sizeof(float)) == 0;

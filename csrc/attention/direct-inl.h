@@ -24,12 +24,11 @@ inline void multiply_unit(const Levels& table, U8x64 indices, const std::int32_t
                 sums[r][column], levels[part], operands + r * operand_stride + part);
 }
 
-template <class Levels, int kBits, int kAxes, int kRows>
+template <class Levels, class Page, int kAxes, int kRows>
 void multiply_key_codes(const Codec& codec, const Products& p) {
     constexpr int kStrips = strips_at_once(kRows), kParts = Levels::kParts;
-    using Planes = UnitPlanes<kBits, Words::together>;
     const Levels axes[2] = {{codec, 0}, {codec, kAxes - 1}};
-    const PageStrides strides(codec);
+    const Page source(codec, p.tile);
     const int units = codec.units;
     for (int strip = 0; strip < 4; strip += kStrips) {
         I32x16 sums[kRows][kStrips];
@@ -38,10 +37,10 @@ void multiply_key_codes(const Codec& codec, const Products& p) {
         Fetch fetch(p, strip, kStrips, 4, units);
         for (int u = 0; u < units; ++u) {
             fetch.next();
-            const Planes planes(codec, p.tile, codec.table + u * Planes::kPlanes);
+            const typename Page::Unit unit = source.unit(u);
             SIXFOLD_UNROLL
             for (int s = 0; s < kStrips; ++s) {
-                const U8x64 indices = planes.indices(strides.plane, strip + s);
+                const U8x64 indices = source.indices(unit, strip + s);
                 SIXFOLD_UNROLL
                 for (int axis = 0; axis < kAxes; ++axis)
                     multiply_unit<Levels, false>(
@@ -55,11 +54,10 @@ void multiply_key_codes(const Codec& codec, const Products& p) {
     }
 }
 
-template <class Levels, int kBits, int kAxes, Words kWords, int kRows, int kUnits>
-inline void multiply_value_units(const Codec& codec, const Products& p, int unit) {
-    using Planes = UnitPlanes<kBits, kWords>;
+template <class Levels, class Page, int kAxes, int kRows, int kUnits>
+inline void multiply_value_units(const Codec& codec, const Page& source, const Products& p,
+                                 int unit) {
     const Levels axes[2] = {{codec, 0}, {codec, kAxes - 1}};
-    const PageStrides strides(codec);
     I32x16 sums[kRows][kUnits * kAxes];
     for (int r = 0; r < kRows; ++r)
         for (int i = 0; i < kUnits * kAxes; ++i) sums[r][i] = set1(0);
@@ -68,8 +66,7 @@ inline void multiply_value_units(const Codec& codec, const Products& p, int unit
         fetch.next();
         SIXFOLD_UNROLL
         for (int i = 0; i < kUnits; ++i) {
-            const Planes planes(codec, p.tile, codec.table + (unit + i) * Planes::kPlanes);
-            const U8x64 indices = planes.indices(strides.plane, group);
+            const U8x64 indices = source.indices(source.unit(unit + i), group);
             SIXFOLD_UNROLL
             for (int axis = 0; axis < kAxes; ++axis)
                 multiply_unit<Levels, true>(
@@ -84,38 +81,48 @@ inline void multiply_value_units(const Codec& codec, const Products& p, int unit
                                                       sums[r][i * kAxes + axis]);
 }
 
-template <class Levels, int kBits, int kAxes, Words kWords, int kRows>
+template <class Levels, class Page, int kAxes, int kRows>
 void multiply_value_codes(const Codec& codec, const Products& p) {
     constexpr int kStrips = strips_at_once(kRows);
     // Two tables of 128 entries leave registers for half as many sums.
-    constexpr int kUnits = kBits < 7 && kStrips > kAxes ? kStrips / kAxes : 1;
+    constexpr bool kRoom = Levels::kBits < 7 || Levels::kTables * kAxes == 1;
+    constexpr int kUnits = kRoom && kStrips > kAxes ? kStrips / kAxes : 1;
+    const Page source(codec, p.tile);
     int unit = 0;
     for (; unit + kUnits <= codec.units; unit += kUnits)
-        multiply_value_units<Levels, kBits, kAxes, kWords, kRows, kUnits>(codec, p, unit);
+        multiply_value_units<Levels, Page, kAxes, kRows, kUnits>(codec, source, p, unit);
     for (; unit < codec.units; ++unit)
-        multiply_value_units<Levels, kBits, kAxes, kWords, kRows, 1>(codec, p, unit);
+        multiply_value_units<Levels, Page, kAxes, kRows, 1>(codec, source, p, unit);
 }
 
 template <template <int> class Levels, int kBits, int kAxes, int kRows>
 Multiply direct_of_rows(const Codec& codec, Words words) {
-    if (!codec.values) return multiply_key_codes<Levels<kBits>, kBits, kAxes, kRows>;
+    using Together = PlanesPage<kBits, Words::together>;
+    if (!codec.values) return multiply_key_codes<Levels<kBits>, Together, kAxes, kRows>;
     if (words == Words::together)
-        return multiply_value_codes<Levels<kBits>, kBits, kAxes, Words::together, kRows>;
+        return multiply_value_codes<Levels<kBits>, Together, kAxes, kRows>;
     if constexpr (planes_of(1, kBits).count > 1)
         if (words == Words::repeated)
-            return multiply_value_codes<Levels<kBits>, kBits, kAxes, Words::repeated, kRows>;
+            return multiply_value_codes<Levels<kBits>, PlanesPage<kBits, Words::repeated>, kAxes,
+                                        kRows>;
     return nullptr;
 }
 
 template <template <int> class Levels, int kBits, int kAxes>
 Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
-    switch (rows) {
-        case 1: return direct_of_rows<Levels, kBits, kAxes, 1>(codec, words);
-        case 2: return direct_of_rows<Levels, kBits, kAxes, 2>(codec, words);
-        case 3: return direct_of_rows<Levels, kBits, kAxes, 3>(codec, words);
-        case 4: return direct_of_rows<Levels, kBits, kAxes, 4>(codec, words);
-        default: return direct_of_rows<Levels, kBits, kAxes, kRowBlock>(codec, words);
-    }
+    return of_rows(rows, [&]<int kRows>() {
+        return direct_of_rows<Levels, kBits, kAxes, kRows>(codec, words);
+    });
+}
+
+template <class Levels>
+Multiply direct_of_paths(const Codec& codec, int rows) {
+    return of_rows(rows, [&]<int kRows>() {
+        return of_width(codec.half_bits, [&]<int kHalfBits>() -> Multiply {
+            if (codec.values) return multiply_value_codes<Levels, ValuePaths<kHalfBits>, 1, kRows>;
+            return multiply_key_codes<Levels, KeyPaths<kHalfBits>, 1, kRows>;
+        });
+    });
 }
 
 // How to multiply `rows` with the codes of a page, or null if it takes a tile. Where kDirect is not
@@ -124,6 +131,7 @@ template <bool kDirect>
 Multiply direct_multiplier(const Codec& codec, int rows) {
     if constexpr (kDirect) {
         if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
+        if (codec.half_bits) return direct_of_paths<ByteLevels<7>>(codec, rows);
         const Words words = words_of(codec);
         switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
             case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);

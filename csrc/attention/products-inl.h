@@ -115,15 +115,21 @@ inline int rows_at_once(int left) {
     return left >= kRowBlock ? kRowBlock : left < 4 ? left : 4;
 }
 
+// `then`, for such a number.
+template <class Then>
+Multiply of_rows(int rows, Then then) {
+    switch (rows) {
+        case 1: return then.template operator()<1>();
+        case 2: return then.template operator()<2>();
+        case 3: return then.template operator()<3>();
+        case 4: return then.template operator()<4>();
+        default: return then.template operator()<kRowBlock>();
+    }
+}
+
 template <Arithmetic kArithmetic, bool kValues>
 Multiply multiplier(int rows) {
-    switch (rows) {
-        case 1: return multiply<kArithmetic, kValues, 1>;
-        case 2: return multiply<kArithmetic, kValues, 2>;
-        case 3: return multiply<kArithmetic, kValues, 3>;
-        case 4: return multiply<kArithmetic, kValues, 4>;
-        default: return multiply<kArithmetic, kValues, kRowBlock>;
-    }
+    return of_rows(rows, []<int kRows>() -> Multiply { return multiply<kArithmetic, kValues, kRows>; });
 }
 
 template <bool kValues>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/windows-inl.h"
 #include "isa/wide.h"
 
 namespace sixfold {
@@ -62,18 +63,29 @@ private:
     }
 };
 
-struct PageStrides {
-    std::int64_t plane[3];
+// Where a page's indices come from; windows-inl.h has those of a trellis.
+template <int kBits, Words kWords>
+class PlanesPage {
+public:
+    using Unit = UnitPlanes<kBits, kWords>;
 
-    PageStrides(const Codec& codec)
-        : plane{codec.plane_stride[0], codec.plane_stride[1], codec.plane_stride[2]} {}
+    PlanesPage(const Codec& codec, const std::uint8_t* page)
+        : codec_(codec), page_(page),
+          stride_{codec.plane_stride[0], codec.plane_stride[1], codec.plane_stride[2]} {}
+    Unit unit(int u) const { return Unit(codec_, page_, codec_.table + u * Unit::kPlanes); }
+    U8x64 indices(const Unit& unit, int block) const { return unit.indices(stride_, block); }
+
+private:
+    const Codec& codec_;
+    const std::uint8_t* page_;
+    std::int64_t stride_[3];
 };
 
 // Levels of 64 indices, in kParts pieces of 64 bytes.
-template <int kBits>
+template <int kIndexBits>
 struct ByteLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::bytes;
-    static constexpr int kParts = 1;
+    static constexpr int kBits = kIndexBits, kTables = 1, kParts = 1;
     ByteTable<kBits> table;
 
     ByteLevels(const Codec& codec, int axis)
@@ -81,10 +93,10 @@ struct ByteLevels {
     void look_up(U8x64 indices, U8x64* levels) const { levels[0] = look_up_bytes(table, indices); }
 };
 
-template <int kBits>
+template <int kIndexBits>
 struct WordLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::words;
-    static constexpr int kParts = 2;
+    static constexpr int kBits = kIndexBits, kTables = 2, kParts = 2;
     ByteTable<kBits> low, high;
 
     WordLevels(const Codec& codec, int axis) : low(codec.low[axis], 0), high(codec.high[axis], 0) {}
@@ -113,20 +125,19 @@ struct FloatLevels {
     }
 };
 
-template <template <int> class Levels, int kBits, int kAxes, Words kWords>
-void unpack_as(const Codec& codec, const std::uint8_t* page, std::uint8_t* tile) {
-    using Planes = UnitPlanes<kBits, kWords>;
-    constexpr int kParts = Levels<kBits>::kParts;
-    const Levels<kBits> axes[2] = {{codec, 0}, {codec, kAxes - 1}};
+template <class Levels, class Page, int kAxes>
+void unpack_page(const Codec& codec, const std::uint8_t* page, std::uint8_t* tile) {
+    constexpr int kParts = Levels::kParts;
+    const Levels axes[2] = {{codec, 0}, {codec, kAxes - 1}};
     // Copies: the compiler must assume that stores to the tile change the codec.
     const int units = codec.units, blocks = codec.blocks;
     const std::int64_t unit_stride = codec.unit_stride, part_stride = codec.part_stride;
     const std::int64_t block_stride = codec.block_stride;
-    const PageStrides strides(codec);
+    const Page source(codec, page);
     for (int u = 0; u < units; ++u) {
-        const Planes planes(codec, page, codec.table + u * Planes::kPlanes);
+        const typename Page::Unit unit = source.unit(u);
         for (int block = 0; block < blocks; ++block) {
-            const U8x64 indices = planes.indices(strides.plane, block);
+            const U8x64 indices = source.indices(unit, block);
             for (int axis = 0; axis < kAxes; ++axis) {
                 U8x64 levels[kParts];
                 axes[axis].look_up(indices, levels);
@@ -139,6 +150,9 @@ void unpack_as(const Codec& codec, const std::uint8_t* page, std::uint8_t* tile)
 }
 
 using Unpack = void (*)(const Codec&, const std::uint8_t*, std::uint8_t*);
+
+template <template <int> class Levels, int kBits, int kAxes, Words kWords>
+constexpr Unpack unpack_as = unpack_page<Levels<kBits>, PlanesPage<kBits, kWords>, kAxes>;
 
 template <Words kWords>
 Unpack unpacker_of(const Codec& codec) {
@@ -159,6 +173,17 @@ Unpack unpacker_of(const Codec& codec) {
          unpack_as<ByteLevels, 7, 2, w>, nullptr}};
     const auto& table = codec.arithmetic == Arithmetic::floats ? floats : integers;
     return table[codec.axes - 1][codec.symbol_bits];
+}
+
+Unpack path_unpacker(const Codec& codec) {
+    const bool floats = codec.arithmetic == Arithmetic::floats;
+    return of_width(codec.half_bits, [&]<int kHalfBits>() -> Unpack {
+        if (codec.values)
+            return floats ? unpack_page<FloatLevels<7>, ValuePaths<kHalfBits>, 1>
+                          : unpack_page<ByteLevels<7>, ValuePaths<kHalfBits>, 1>;
+        return floats ? unpack_page<FloatLevels<7>, KeyPaths<kHalfBits>, 1>
+                      : unpack_page<ByteLevels<7>, KeyPaths<kHalfBits>, 1>;
+    });
 }
 
 // How the words of the last plane lie, or of all planes if another's are not together.
@@ -182,6 +207,7 @@ Words words_of(const Codec& codec) {
 }
 
 Unpack unpacker(const Codec& codec) {
+    if (codec.half_bits) return path_unpacker(codec);
     switch (words_of(codec)) {
         case Words::together: return unpacker_of<Words::together>(codec);
         case Words::repeated: return unpacker_of<Words::repeated>(codec);

@@ -40,6 +40,7 @@ Names missing_for_avx512() {
     SIXFOLD_NEEDS("avx512dq");
     SIXFOLD_NEEDS("avx512vnni");
     SIXFOLD_NEEDS("avx512vbmi");
+    SIXFOLD_NEEDS("avx512vbmi2");
     SIXFOLD_NEEDS("avx2");
     SIXFOLD_NEEDS("fma");
     SIXFOLD_NEEDS("f16c");

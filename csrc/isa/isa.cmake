@@ -6,6 +6,7 @@ set(SIXFOLD_FLAGS_portable "")
 set(SIXFOLD_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
 set(SIXFOLD_FLAGS_avx512
     -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi
+    -mavx512vbmi2
     -mavx2 -mfma -mf16c -mbmi2 -mprefer-vector-width=512)
 set(SIXFOLD_FLAGS_neon -march=armv8.2-a+dotprod+fp16)
 

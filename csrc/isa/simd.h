@@ -109,6 +109,53 @@ struct SimdBase : Registers<kBytes> {
     static SIXFOLD_INLINE u8 keep(u8 x, int byte) { return x & static_cast<std::uint8_t>(byte); }
     // Bits of b where `byte` has ones, else of a, which has zeros there unless kIgnoresUpperBits.
     static SIXFOLD_INLINE u8 merge(u8 a, u8 b, int byte) { return a | keep(b, byte); }
+    // Every 32-bit lane of `low` with that of `high` above it, shifted by 0 to 31.
+    static SIXFOLD_INLINE u8 funnel(u8 low, u8 high, int count) {
+        return bits<u8>((bits<u32>(low) >> count) | ((bits<u32>(high) << 1) << (31 - count)));
+    }
+    // Byte j of a lane becomes its seven bits from j·kHalfBits / 2 on, below whatever a ByteTable
+    // ignores: two windows a half, then one a byte.
+    template <int kHalfBits>
+    static SIXFOLD_INLINE u8 key_windows(u8 x) {
+        constexpr int kSecond = kHalfBits / 2;
+        static_assert(3 * kHalfBits / 2 - kHalfBits == kSecond);
+        const u32 lanes = bits<u32>(x);
+        const u32 halves = (lanes & 0xffff) | ((lanes << (16 - kHalfBits)) & 0xffff0000);
+        return bits<u8>((halves & 0x007f007f) | ((halves << (8 - kSecond)) & 0x7f007f00));
+    }
+    // Of values, lane k at `p` is byte k of four tokens. Lane i of register `kNumber` becomes their
+    // windows from bit c·kHalfBits / 2 on, with c = kNumber·kWidth + i: all lie within two bytes.
+    static constexpr int window_byte(int half_bits, int c) { return c * half_bits / 2 / 8; }
+    // Bytes that this loads from `p` on.
+    static constexpr int value_reach(int half_bits) {
+        return 4 * window_byte(half_bits, 16 - kWidth) + kBytes;
+    }
+    template <int kHalfBits, int kNumber>
+    static SIXFOLD_INLINE u8 value_windows(const std::uint8_t* p) {
+        constexpr int kFirst = window_byte(kHalfBits, kNumber * kWidth);
+        const u32 bytes = load_unaligned<u32>(p + 4 * kFirst);
+        u32 shift, from_low, from_high;
+        for (int i = 0; i < kWidth; ++i) {
+            shift[i] = (kNumber * kWidth + i) * kHalfBits / 2 % 8;
+            from_low[i] = (0xff >> shift[i] & 0x7f) * 0x01010101u;
+            from_high[i] = 0x7f7f7f7f ^ from_low[i];
+        }
+        const u32 low = select_windows<kHalfBits, kNumber, 0>(bytes) >> shift;
+        const u32 high = select_windows<kHalfBits, kNumber, 1>(bytes) << (8 - shift);
+        return bits<u8>((low & from_low) | (high & from_high));
+    }
+    template <int kHalfBits, int kNumber, int kNext>
+    static SIXFOLD_INLINE u32 select_windows(u32 x) {
+        constexpr auto lane = [](int i) {
+            const int first = kNumber * kWidth;
+            return window_byte(kHalfBits, first + i) - window_byte(kHalfBits, first) + kNext;
+        };
+        if constexpr (kWidth == 4)
+            return __builtin_shufflevector(x, x, lane(0), lane(1), lane(2), lane(3));
+        else
+            return __builtin_shufflevector(x, x, lane(0), lane(1), lane(2), lane(3), lane(4),
+                                           lane(5), lane(6), lane(7));
+    }
     // 16-bit levels of bytes 0 and 2 (even), or 1 and 3 (odd), of every lane. Little-endian, like
     // the storage format.
     static SIXFOLD_INLINE u8 even_words(u8 low, u8 high) {

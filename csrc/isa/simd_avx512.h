@@ -1,4 +1,4 @@
-// Sixteen lanes with AVX-512 (F, BW, VL, DQ, VNNI, VBMI): a row of a tile is a register, and a
+// Sixteen lanes with AVX-512 (F, BW, VL, DQ, VNNI, VBMI, VBMI2): a row of a tile is a register, and a
 // table of 32 numbers is two.
 #pragma once
 
@@ -101,6 +101,36 @@ struct Simd : SimdBase<64> {
         const __m512i mask = _mm512_set1_epi8(static_cast<char>(byte));
         return (u8)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, mask, 0xD8);
     }
+    static SIXFOLD_INLINE u8 funnel(u8 low, u8 high, int count) {
+        return (u8)_mm512_shrdv_epi32((__m512i)low, (__m512i)high, _mm512_set1_epi32(count));
+    }
+    template <int kHalfBits>
+    static SIXFOLD_INLINE u8 key_windows(u8 lanes) {
+        static constexpr Control from([](int i) { return i % 8 / 4 * 32 + i % 4 * kHalfBits / 2; });
+        return (u8)_mm512_multishift_epi64_epi8(from.bytes(), (__m512i)lanes);
+    }
+    // Sixteen coordinates begin within 2·kHalfBits bytes and end within one more.
+    static constexpr int value_reach(int half_bits) {
+        return half_bits == 2 ? 16 : half_bits < 8 ? 32 : 64;
+    }
+    // Two coordinates lie within two bytes: a qword gathers these of four tokens.
+    template <int kHalfBits, int kNumber>
+    static SIXFOLD_INLINE u8 value_windows(const std::uint8_t* p) {
+        static constexpr Control where(
+            [](int i) { return (i / 8 * kHalfBits / 8 + i % 2) * 4 + i % 8 / 2; });
+        static constexpr Control from([](int i) {
+            return i % 4 * 16 + i / 8 * kHalfBits % 8 + i % 8 / 4 * (kHalfBits / 2);
+        });
+        const __m512i pairs = _mm512_permutexvar_epi8(where.bytes(), load_reach<kHalfBits>(p));
+        return (u8)_mm512_multishift_epi64_epi8(from.bytes(), pairs);
+    }
+    template <int kHalfBits>
+    static SIXFOLD_INLINE __m512i load_reach(const std::uint8_t* p) {
+        constexpr int kReach = value_reach(kHalfBits);
+        if constexpr (kReach == 16) return _mm512_castsi128_si512(load_unaligned<__m128i>(p));
+        else if constexpr (kReach == 32) return _mm512_castsi256_si512(load_unaligned<__m256i>(p));
+        else return load_unaligned<__m512i>(p);
+    }
     static SIXFOLD_INLINE u8 even_words(u8 low, u8 high) {
         return (u8)_mm512_mask_blend_epi8(kOddBytes, (__m512i)low,
                                           _mm512_slli_epi16((__m512i)high, 8));
@@ -184,6 +214,16 @@ struct Simd : SimdBase<64> {
     }
 
   private:
+    // What a permutation does with each of 64 bytes.
+    struct Control {
+        alignas(64) std::uint8_t of[64] = {};
+
+        template <class Of>
+        constexpr Control(Of of_byte) {
+            for (int i = 0; i < 64; ++i) of[i] = static_cast<std::uint8_t>(of_byte(i));
+        }
+        __m512i bytes() const { return _mm512_load_si512(of); }
+    };
     static constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAA;
 };
 

@@ -68,6 +68,27 @@ inline U8x64 keep(U8x64 a, int byte) {
 inline U8x64 merge(U8x64 a, U8x64 b, int byte) {
     return each<U8x64>([&](int i) { return Simd::merge(a.v[i], b.v[i], byte); });
 }
+inline U8x64 unite(U8x64 a, U8x64 b) {
+    return each<U8x64>([&](int i) { return a.v[i] | b.v[i]; });
+}
+// 32-bit lanes of `low` with those of `high` above them, shifted by 0 to 31.
+inline U8x64 funnel(U8x64 low, U8x64 high, int count) {
+    return each<U8x64>([&](int i) { return Simd::funnel(low.v[i], high.v[i], count); });
+}
+// States of 4 coordinates of 16 tokens, and of 16 coordinates of 4 tokens: see simd.h.
+template <int kHalfBits>
+inline U8x64 key_windows(U8x64 lanes) {
+    return each<U8x64>([&](int i) { return Simd::key_windows<kHalfBits>(lanes.v[i]); });
+}
+template <int kHalfBits>
+inline U8x64 value_windows(const std::uint8_t* p) {
+    if constexpr (kRegisters == 1) return {{Simd::value_windows<kHalfBits, 0>(p)}};
+    else if constexpr (kRegisters == 2)
+        return {{Simd::value_windows<kHalfBits, 0>(p), Simd::value_windows<kHalfBits, 1>(p)}};
+    else
+        return {{Simd::value_windows<kHalfBits, 0>(p), Simd::value_windows<kHalfBits, 1>(p),
+                 Simd::value_windows<kHalfBits, 2>(p), Simd::value_windows<kHalfBits, 3>(p)}};
+}
 inline U8x64 even_words(U8x64 low, U8x64 high) {
     return each<U8x64>([&](int i) { return Simd::even_words(low.v[i], high.v[i]); });
 }

@@ -28,16 +28,19 @@ using Pages = std::tuple<Pool, Address, Address, Address, Count, Count, Count>;
 using Vectors = std::tuple<Address, Count, Count, Count>;
 // keys, values, rows, tokens, first, start, stop, slots.
 using Tokens = std::tuple<Vectors, Vectors, Count, Count, Address, Address, Address, Address>;
-using Side = std::tuple<RotationGroup, CodeGroup>;
+// Twice the bits a coordinate of a trellis, 0 of a codebook.
+using PageCode = std::tuple<CodeGroup, int>;
+using Side = std::tuple<RotationGroup, PageCode>;
 // mean, channel scale, maps, map index.
 using KeyMap = std::tuple<Address, Address, Count, Address>;
 // kind, address, strides of batch, head and query, columns, never.
 using MaskGroup = std::tuple<int, Address, Count, Count, Count, Count, float>;
 
-CodecKey codec_of(const CodeGroup& group) {
+CodecKey codec_of(const PageCode& code) {
+    const auto& [group, half_bits] = code;
     const auto [dim, bits, paired, layout, centroids] = group;
     const bool values = static_cast<vectors::Layout>(layout) == vectors::Layout::value;
-    return {dim, bits, 1 + paired, values, exact_wanted(), at<const float>(centroids)};
+    return {dim, bits, 1 + paired, half_bits, values, exact_wanted(), at<const float>(centroids)};
 }
 
 PagePool pool_of(const Pool& pool) {
@@ -79,7 +82,7 @@ void set_mask(Task& task, const MaskGroup& mask) {
 using PageShape = std::tuple<Count, Count, Count, Count>;
 
 void page_attention(const PageShape& shape, Address query, const Pages& pages,
-                    const CodeGroup& keys, const CodeGroup& values, Address first_token,
+                    const PageCode& keys, const PageCode& values, Address first_token,
                     Address offset, const MaskGroup& mask, float softcap, Address out, Address lse,
                     int threads) {
     const PageSegment segment = segment_of(pages);

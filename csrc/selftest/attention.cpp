@@ -57,7 +57,7 @@ struct Side {
                std::ldexp(1024 + (scale & 0x3FF), (scale >> 10) - 25);
     }
     sixfold::PageSide view(bool exact) const {
-        return {{dim, symbol_bits, axes, values, exact, centroids.data()}, nullptr};
+        return {{dim, symbol_bits, axes, 0, values, exact, centroids.data()}, nullptr};
     }
 };
 

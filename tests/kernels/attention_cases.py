@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels.attention import Partial, page_attention
-from sixfold.kernels.types import Coding, Pages, Pool
+from sixfold.kernels.types import CodeName, Coding, Pages, Pool
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -20,6 +20,7 @@ from sixfold.packing import (
     symbol_bits,
     to_pages,
 )
+from sixfold.trellis import codewords, path_bytes, starts
 
 
 @dataclasses.dataclass
@@ -31,19 +32,28 @@ class Side:
     centroids: Tensor
     dense: Tensor  # float64 [slots, kv_heads, 64, dim], or [tokens, dim]
     bits: Bits
+    code: CodeName = "codebook"
 
     @property
     def coding(self) -> Coding:
         """What attention in the rotated domain knows of it: no rotation."""
         dim = self.dense.shape[-1]
         none = torch.empty(0, 2, dim // 2), torch.empty(dim, dim)
-        return Coding(*none, self.centroids, self.bits, dim, "norm")
+        return Coding(*none, self.centroids, self.bits, dim, "norm", self.code)
 
 
 def random_pages(
-    slots: int, kv_heads: int, dim: int, bits: Bits, layout: Layout, generator: torch.Generator
+    slots: int,
+    kv_heads: int,
+    dim: int,
+    bits: Bits,
+    layout: Layout,
+    generator: torch.Generator,
+    code: CodeName = "codebook",
 ) -> Side:
     """Uniformly random symbols under random scales; decoded from the symbols, not the bytes."""
+    if code == "trellis":
+        return random_paths(slots, kv_heads, dim, bits, layout, generator)
     book = centroids(dim, bits)
     shape = slots, kv_heads, PAGE_TOKENS
     count, width = n_symbols(dim, bits), symbol_bits(bits)
@@ -55,6 +65,23 @@ def random_pages(
         words = torch.cat([words[..., 0], words[..., 1]], -1)[..., :dim]
     codes = to_pages(pack(symbols, width), count, width, layout)
     return Side(codes, scales, book, words * scales.double()[..., None], bits)
+
+
+def random_paths(
+    slots: int, kv_heads: int, dim: int, bits: Bits, layout: Layout, generator: torch.Generator
+) -> Side:
+    """Uniformly random paths of a trellis, decoded bit by bit as docs/format.md has it."""
+    book, shape = codewords(128, bits), (slots, kv_heads, PAGE_TOKENS)
+    *start, count = starts(dim, bits)
+    path = torch.randint(2, (*shape, count), dtype=torch.uint8, generator=generator)
+    scales = encode_scale(torch.rand(shape, generator=generator) + 0.5)
+    places = (torch.tensor(start)[:, None] + torch.arange(7)) % count
+    states = (path[..., places].long() << torch.arange(7)).sum(-1)
+    size = path_bytes(dim, bits)
+    padded = torch.nn.functional.pad(path, (0, 8 * size - count)).unflatten(-1, (size, 8))
+    rows = (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    dense = book.double()[states] * scales.double()[..., None]
+    return Side(to_pages(rows, size, 8, layout), scales, book, dense, bits, "trellis")
 
 
 @dataclasses.dataclass
@@ -147,8 +174,11 @@ def make_case(
     lengths: tuple[int, ...] = (64, 64),
     sharpness: float = 1.0,
     seed: int = 0,
+    key_code: CodeName = "codebook",
+    value_code: CodeName | None = None,
 ) -> Case:
     """A case without masks; `sharpness` is the standard deviation of the logits."""
+    value_code = key_code if value_code is None else value_code
     generator = torch.Generator().manual_seed(seed)
     value_bits = key_bits if value_bits is None else value_bits
     value_dim = key_dim if value_dim is None else value_dim
@@ -158,8 +188,8 @@ def make_case(
     order = torch.randperm(slots, generator=generator)[: batch * pages]
     return Case(
         query * (sharpness * key_dim**-0.5),
-        random_pages(slots, kv_heads, key_dim, key_bits, "key", generator),
-        random_pages(slots, kv_heads, value_dim, value_bits, "value", generator),
+        random_pages(slots, kv_heads, key_dim, key_bits, "key", generator, key_code),
+        random_pages(slots, kv_heads, value_dim, value_bits, "value", generator, value_code),
         order.view(batch, pages),
         torch.tensor(lengths),
         torch.zeros(batch, queries, dtype=torch.int64),

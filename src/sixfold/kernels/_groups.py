@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels.types import Coding, KeyMap, Pages, Tokens
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Tokens
 from sixfold.packing import (
     PAGE_TOKENS,
     Bits,
@@ -21,6 +21,7 @@ from sixfold.packing import (
     row_bytes,
     symbol_bits,
 )
+from sixfold.trellis import path_bytes, starts
 
 # As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,12 +30,15 @@ LAYOUTS = {"rows": 0, "key": 1, "value": 2}
 
 RotationGroup: TypeAlias = tuple[int, int, int, int, int]
 CodeGroup: TypeAlias = tuple[int, int, bool, int, int]
-SideGroup: TypeAlias = tuple[RotationGroup, CodeGroup]
+PageCode: TypeAlias = tuple[CodeGroup, int]
+SideGroup: TypeAlias = tuple[RotationGroup, PageCode]
 PoolGroup: TypeAlias = tuple[int, int, int]
 PagesGroup: TypeAlias = tuple[
     tuple[PoolGroup, PoolGroup, PoolGroup, PoolGroup, int], int, int, int, int, int, int
 ]
 MaskGroup: TypeAlias = tuple[int, int, int, int, int, int, float]
+# Of trellis codes that pages hold: bits of a state, and bits a coordinate.
+PATH_WINDOW, PATH_BITS = 7, (1, 2, 2.5, 3, 4)
 NO_MASK: MaskGroup = (0, 0, 0, 0, 0, 0, 0.0)
 
 
@@ -111,34 +115,60 @@ def side_group(coding: Coding, layout: Layout) -> SideGroup:
     Raises:
         ShapeError: The tensors do not fit each other.
     """
-    turns, factor, centroids, bits, dim = coding[:5]
+    turns, factor, centroids, _, dim = coding[:5]
     pointers = turns.data_ptr(), factor.data_ptr(), centroids.data_ptr()
     held, moved, group = _codings.get((id(coding), layout), (None, None, None))
     # What is remembered is that shapes fit. The memory of a tensor may move (`share_memory_`).
     if group is not None and held is coding and moved == pointers:
         return group
-    made = rotation_group(dim, turns, factor), code_group(dim, bits, centroids, layout)
+    made = rotation_group(dim, turns, factor), page_code(coding, layout)
     if len(_codings) >= _MOST_CODINGS:
         _codings.clear()
     _codings[id(coding), layout] = coding, pointers, made
     return made
 
 
-def code_group(dim: int, bits: Bits, centroids: Tensor, layout: str = "rows") -> CodeGroup:
-    """Codes: dim, symbol bits, paired, layout and the codebook.
+def page_code(coding: Coding, layout: Layout) -> PageCode:
+    """Codes in pages, and twice the bits a coordinate of a trellis, 0 of a codebook.
 
     Raises:
-        ShapeError: `centroids` is no codebook of `bits`.
+        ShapeError: The centroids do not fit, or pages hold no such trellis.
     """
-    symbol, paired, _, shape = page_sizes(dim, bits)
+    _, _, centroids, bits, dim, _, code = coding
+    half_bits = int(2 * bits) if code == "trellis" else 0
+    return code_group(dim, bits, centroids, layout, code), half_bits
+
+
+def code_group(
+    dim: int, bits: Bits, centroids: Tensor, layout: str = "rows", code: CodeName = "codebook"
+) -> CodeGroup:
+    """Codes: dim, bits of a symbol or state, paired, layout and the codebook.
+
+    Raises:
+        ShapeError: `centroids` is no codebook of `bits`, or pages hold no such trellis.
+    """
+    symbol, paired, _, shape = page_sizes(dim, bits, code)
     book = address("centroids", centroids, torch.float32, shape)
     return dim, symbol, paired, LAYOUTS[layout], book
 
 
 # Typed, as everywhere below operations: what a refused number of NumPy leaves, 4 must not find.
 @lru_cache(typed=True)
-def page_sizes(dim: int, bits: Bits) -> tuple[int, bool, int, tuple[int, ...]]:
-    """Bits a symbol, whether one is a pair, bytes a page and shape of the codebook."""
+def page_sizes(
+    dim: int, bits: Bits, code: CodeName = "codebook"
+) -> tuple[int, bool, int, tuple[int, ...]]:
+    """Bits a symbol, whether one is a pair, bytes a page and shape of the codebook.
+
+    Raises:
+        ShapeError: Pages hold no such trellis.
+    """
+    if code == "trellis":
+        if bits not in PATH_BITS or starts(dim, bits)[-1] % 8 or dim * bits < PATH_WINDOW:
+            raise ShapeError(
+                f"trellis pages: expected {', '.join(map(str, PATH_BITS))} bits a coordinate, and "
+                f"dim·bits a multiple of 8, got bits={bits} and dim={dim}; use a codebook."
+            )
+        return PATH_WINDOW, False, PAGE_TOKENS * path_bytes(dim, bits), (1 << PATH_WINDOW,)
     width, paired = symbol_bits(bits), is_paired(bits)
     size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), width)
     return width, paired, size, (1 << width, 2) if paired else (1 << width,)
@@ -166,8 +196,8 @@ def pages_group(part: Pages, batch: int, heads: int, keys: Coding, values: Codin
     """
     key_codes, key_scales, value_codes, value_scales = part.pool
     slots, count = len(key_codes), part.slots.shape[1]
-    key_shape = slots, heads, page_sizes(keys.dim, keys.bits)[2]
-    value_shape = slots, heads, page_sizes(values.dim, values.bits)[2]
+    key_shape = slots, heads, page_sizes(keys.dim, keys.bits, keys.code)[2]
+    value_shape = slots, heads, page_sizes(values.dim, values.bits, values.code)[2]
     scale_shape = slots, heads, PAGE_TOKENS
     shared = len(part.starts) == 1 and len(part.lengths) == 1
     spread = (1 if shared else batch, count)

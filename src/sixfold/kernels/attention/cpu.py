@@ -8,9 +8,9 @@ from sixfold.kernels._groups import (
     NO_MASK,
     address,
     check_heads,
-    code_group,
     contiguous_pages,
     mask_group,
+    page_code,
     pages_group,
 )
 from sixfold.kernels._native import compiled
@@ -50,8 +50,8 @@ def page_attention(
         (batch, kv_heads, heads // kv_heads * queries, queries),
         address("query", query, torch.float32, (batch, heads, queries, keys.dim)),
         pages_group(pages, batch, kv_heads, keys, values),
-        code_group(keys.dim, keys.bits, keys.centroids, "key"),
-        code_group(values.dim, values.bits, values.centroids, "value"),
+        page_code(keys, "key"),
+        page_code(values, "value"),
         address("first_token", first, torch.int64, (batch, queries)),
         0
         if offset is None

@@ -95,7 +95,7 @@ def _native(query: Tensor, tokens: Sequence[Tokens], *others: Tensor | None) -> 
 def _pages(
     part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding, copies: list[Tensor]
 ) -> PagesGroup:
-    key = (batch, kv_heads, *keys[3:5], *values[3:5], part.first)
+    key = (batch, kv_heads, *keys[3:5], keys[6], *values[3:5], values[6], part.first)
     tensors = (*part.pool, *part[1:4])
     # As in `side_group`.
     pointers = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
