@@ -21,7 +21,7 @@ from sixfold.packing import (
     row_bytes,
     symbol_bits,
 )
-from sixfold.trellis import path_bytes, starts
+from sixfold.trellis import PAGE_BITS, PAGE_STATES, path_bytes, window_bits
 
 # As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,8 +37,6 @@ PagesGroup: TypeAlias = tuple[
     tuple[PoolGroup, PoolGroup, PoolGroup, PoolGroup, int], int, int, int, int, int, int
 ]
 MaskGroup: TypeAlias = tuple[int, int, int, int, int, int, float]
-# Of trellis codes that pages hold: bits of a state, and bits a coordinate.
-PATH_WINDOW, PATH_BITS = 7, (1, 2, 2.5, 3, 4)
 NO_MASK: MaskGroup = (0, 0, 0, 0, 0, 0, 0.0)
 
 
@@ -163,12 +161,13 @@ def page_sizes(
         ShapeError: Pages hold no such trellis.
     """
     if code == "trellis":
-        if bits not in PATH_BITS or starts(dim, bits)[-1] % 8 or dim * bits < PATH_WINDOW:
+        window = window_bits(PAGE_STATES)
+        if bits not in PAGE_BITS or dim * bits % 8 or dim * bits < window:
             raise ShapeError(
-                f"trellis pages: expected {', '.join(map(str, PATH_BITS))} bits a coordinate, and "
+                f"trellis pages: expected {', '.join(map(str, PAGE_BITS))} bits a coordinate, and "
                 f"dim·bits a multiple of 8, got bits={bits} and dim={dim}; use a codebook."
             )
-        return PATH_WINDOW, False, PAGE_TOKENS * path_bytes(dim, bits), (1 << PATH_WINDOW,)
+        return window, False, PAGE_TOKENS * path_bytes(dim, bits), (PAGE_STATES,)
     width, paired = symbol_bits(bits), is_paired(bits)
     size = PAGE_TOKENS * row_bytes(n_symbols(dim, bits), width)
     return width, paired, size, (1 << width, 2) if paired else (1 << width,)
