@@ -8,7 +8,7 @@ from sixfold.packing import Bits
 from tests.e2e.decoding import Batch, batch, continue_decoding, forward, relative_error
 from tests.e2e.models import tiny_model
 
-# Levels and products are whole numbers of 8 bits.
+# Rounding alone; but a path may change as a whole by the last bit of a vector.
 TOLERANCE = 0.01
 
 
@@ -18,6 +18,7 @@ def prefilled(model: PreTrainedModel, bits: Bits, data: Batch) -> TurboQuantCach
     return cache
 
 
+@pytest.mark.usefixtures("exact_arithmetic")
 @pytest.mark.parametrize("bits", [1, 2, 2.5, 3, 3.5, 4])
 @pytest.mark.parametrize("name", ["llama-64", "llama-80", "llama-96", "mistral", "gemma2"])
 def test_codes_are_attended_as_what_they_decode_to(name: str, bits: Bits) -> None:
@@ -29,7 +30,7 @@ def test_codes_are_attended_as_what_they_decode_to(name: str, bits: Bits) -> Non
     for layer in decoded.compressed_layers:
         layer.fused = False
     logits = [continue_decoding(model, cache, data) for cache in (fused, decoded)]
-    assert 0 < relative_error(*logits) < TOLERANCE
+    assert relative_error(*logits) < TOLERANCE
 
 
 def test_fewer_bits_say_less_and_a_trellis_more_than_a_codebook() -> None:
