@@ -164,9 +164,10 @@ def run_alone(
     sinks: int = 0,
     recent: bool = False,
     bits: float = 8,
+    code: CodeName = "codebook",
     **options: Any,
 ) -> Tensor:
-    layer = engine_layer(4, bits, sinks, key_map=key_map, sliding_window=sliding_window)
+    layer = engine_layer(4, bits, sinks, code, key_map=key_map, sliding_window=sliding_window)
     engine, found = Engine(layer, seed=5, recent=recent), []
     engine.start(one)
     for new in chunks:

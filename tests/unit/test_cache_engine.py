@@ -3,7 +3,7 @@
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from sixfold.cache.engine import EngineLayer
 from sixfold.cache.step import Step
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels.types import KeyMap, Pool
+from sixfold.kernels.types import CodeName, KeyMap, Pool
 from sixfold.packing import PAGE_TOKENS
 from tests.engine import (
     DIM,
@@ -45,9 +45,12 @@ def test_chunks_of_any_size_give_attention(chunk: int, options: dict[str, Any]) 
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("recent", [False, True])
 @pytest.mark.parametrize("chunks", [[140, *[1] * 60], [40, 7, 100, 1, 52], [64, 64, 64, 8], [200]])
-def test_raw_copies_are_read_in_place_of_codes(sinks: int, recent: bool, chunks: list[int]) -> None:
+@pytest.mark.parametrize("code", get_args(CodeName))
+def test_raw_copies_are_read_in_place_of_codes(
+    sinks: int, recent: bool, chunks: list[int], code: CodeName
+) -> None:
     """At 1 bit a copy and its codes are far from each other."""
-    layer = engine_layer(bits=1, sinks=sinks)
+    layer = engine_layer(bits=1, sinks=sinks, code=code)
     engine, one = Engine(layer, recent=recent), request(201, 1)
     engine.start(one)
     for new in chunks:
@@ -61,7 +64,7 @@ def test_raw_copies_are_read_in_place_of_codes(sinks: int, recent: bool, chunks:
         x[raw] = getattr(one, name)[raw]
         setattr(mixed, name, x)
     (out,) = engine.step([(one, 1)])
-    assert relative(out, exact(mixed)[200:]) < 1e-2
+    assert relative(out, exact(mixed)[200:]) < 2e-2
 
 
 def test_what_is_not_coded_is_exact() -> None:
@@ -75,14 +78,23 @@ schedules = st.lists(
 
 
 @settings(max_examples=8, deadline=None)
-@given(schedules=schedules, seed=st.integers(0, 100), sinks=st.integers(0, 4), recent=st.booleans())
+@given(
+    schedules=schedules,
+    seed=st.integers(0, 100),
+    sinks=st.integers(0, 4),
+    recent=st.booleans(),
+    code=st.sampled_from(get_args(CodeName)),
+)
 def test_any_schedule_is_each_sequence_alone(
-    schedules: list[tuple[int, int, int]], seed: int, sinks: int, recent: bool
+    schedules: list[tuple[int, int, int]], seed: int, sinks: int, recent: bool, code: CodeName
 ) -> None:
     """Prefills in chunks beside decodes, late arrivals, preemption; one key map for all."""
+    # A trellis has 4 bits at most: what it loses says little, but more than a wrong page would.
+    bits, error = (8, 0.03) if code == "codebook" else (4, 0.4)
     order = random.Random(seed)
     maps = KeyMap(torch.randn(1, KV_HEADS, DIM), torch.rand(1, KV_HEADS, DIM) + 0.5)
-    engine = Engine(engine_layer(key_map=maps, sinks=sinks), seed=seed, recent=recent)
+    layer = engine_layer(bits=bits, key_map=maps, sinks=sinks, code=code)
+    engine = Engine(layer, seed=seed, recent=recent)
     requests = [request(tokens, seed + i) for i, (tokens, _, _) in enumerate(schedules)]
     waiting = {i: late for i, (_, _, late) in enumerate(schedules)}
     running: list[int] = []
@@ -121,16 +133,17 @@ def test_any_schedule_is_each_sequence_alone(
     assert not running
     for i, one in enumerate(requests):
         together = torch.cat(outputs[i])
-        alone = run_alone(one, chunks[i], maps, sinks=sinks, recent=recent)
+        alone = run_alone(one, chunks[i], maps, sinks=sinks, recent=recent, bits=bits, code=code)
         torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
-        assert relative(together, exact(one)) < 0.03
+        assert relative(together, exact(one)) < error
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_codes_are_those_of_each_page_alone(pinned: bool) -> None:
+@pytest.mark.parametrize("code", get_args(CodeName))
+def test_codes_are_those_of_each_page_alone(pinned: bool, code: CodeName) -> None:
     """Prompts of any length, at any place of a page, together."""
     maps = KeyMap(torch.randn(1, KV_HEADS, DIM), torch.rand(1, KV_HEADS, DIM) + 0.5)
-    layer = engine_layer(bits=4, key_map=maps if pinned else None)
+    layer = engine_layer(bits=4, key_map=maps if pinned else None, code=code)
     engine = Engine(layer, blocks=60)
     lengths = [(20, 300), (0, 70), (0, 128), (64, 64), (0, 600), (63, 1), (64, 256), (5, 190)]
     requests = [request(sum(parts), i) for i, parts in enumerate(lengths)]
@@ -190,9 +203,10 @@ def test_blocks_are_shared_in_the_step_that_fills_them(order: list[int], recent:
     assert relative(found[order.index(0)], exact(first)[:150]) < 0.02
 
 
-def test_blocks_lie_where_they_may() -> None:
+@pytest.mark.parametrize("code", get_args(CodeName))
+def test_blocks_lie_where_they_may(code: CodeName) -> None:
     """Codes in an engine's blocks are those in memory of our own."""
-    layer = engine_layer(bits=3)
+    layer = engine_layer(bits=3, code=code)
     memory = torch.zeros(6, 3, KV_HEADS, layer.block_bytes, dtype=torch.uint8)
     ours = layer.pool(torch.zeros(6, KV_HEADS, layer.block_bytes, dtype=torch.uint8))
     theirs = layer.pool(memory[:, 2])
