@@ -281,8 +281,7 @@ def level_tiles(
     and beyond are padding. Of a trellis, of HALF_BITS half bits a coordinate, see `path_levels`.
     """
     if HALF_BITS:
-        layout: tl.constexpr = "key" if KEYS else "value"
-        found = path_levels(page, book, tokens, columns, HALF_BITS, DIM, layout)
+        found = path_levels(page, book, tokens, columns, HALF_BITS, DIM, KEYS)
     else:
         found = _symbol_levels(
             page, book, tables, tokens, columns, SYMBOL_BITS, DIM, PAIRED, KEYS, PERMUTE

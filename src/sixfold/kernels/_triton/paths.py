@@ -32,18 +32,17 @@ def bytes_of(windows, half_bits):
 
 @triton.jit
 def window_words(
-    codes,
+    page,
     tokens,
     columns,
     WINDOWS: tl.constexpr,
     HALF_BITS: tl.constexpr,
     DIM: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """int32 tile of the bits from coordinate WINDOWS·column on, of `WINDOWS` windows at least.
+    """int32 tile of a page's bits from coordinate WINDOWS·column on, all of `WINDOWS` windows.
 
-    `codes` are rows ("rows") or a page ("key", "value"). Columns of padding need no mask: their
-    bytes are found by a remainder and lie in the row.
+    Columns of padding need no mask: their bytes are found by a remainder and lie in the page.
     """
     USED: tl.constexpr = DIM * HALF_BITS // 16
     BYTES: tl.constexpr = (USED + 3) // 4 * 4
@@ -51,11 +50,8 @@ def window_words(
     words = 0
     for number in tl.static_range(bytes_of(WINDOWS, HALF_BITS)):
         byte = (place // 8 + number) % USED
-        if LAYOUT == "rows":
-            offset = tokens * BYTES + byte
-        else:
-            offset = byte_offset(tokens, byte, BYTES, LAYOUT == "key")
-        words |= tl.load(codes + offset).to(tl.int32) << (8 * number)
+        offset = byte_offset(tokens, byte, BYTES, KEYS)
+        words |= tl.load(page + offset).to(tl.int32) << (8 * number)
     return words >> (place & 7)
 
 
@@ -73,10 +69,10 @@ def path_levels(
     columns,
     HALF_BITS: tl.constexpr,
     DIM: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """Float16 levels of coordinates WINDOWS·column + h, a tuple of a tile for every h."""
-    words = window_words(page, tokens, columns, WINDOWS, HALF_BITS, DIM, LAYOUT)
+    words = window_words(page, tokens, columns, WINDOWS, HALF_BITS, DIM, KEYS)
     found = ()
     for number in tl.static_range(WINDOWS):
         found = found + (tl.load(book + state_of(words, number, HALF_BITS)).to(tl.float16),)

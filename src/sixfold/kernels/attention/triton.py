@@ -13,6 +13,7 @@ from sixfold.errors import ShapeError
 from sixfold.kernels._groups import check_heads, mask_strides, page_sizes
 from sixfold.kernels._tables import check_pages
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels._triton.launch import half_bits
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels._triton.paths import WINDOWS
 from sixfold.kernels.attention.merge import Partial
@@ -21,6 +22,8 @@ from sixfold.packing import Bits, n_symbols, plane_bytes, planes
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
+# Of paths, whose columns are more coordinates.
+MAX_PATH_BLOCK = 64
 MIN_ROWS = 8
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -184,18 +187,18 @@ def page_constants(
     for name, (dim, bits, code) in (("KEY", keys), ("VALUE", values)):
         symbol, paired, _, _ = page_sizes(dim, bits, code)
         if code == "trellis":
-            half_bits, parts = int(2 * bits), WINDOWS.value
+            parts, most = WINDOWS.value, MAX_PATH_BLOCK
             size = triton.cdiv(dim, parts)
         else:
             width = planes(symbol)[0]
-            half_bits, parts = 0, 8 // width * (1 + paired)
+            parts, most = 8 // width * (1 + paired), MAX_BLOCK
             size = plane_bytes(n_symbols(dim, bits), width)
-        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
+        block = min(most, max(16, triton.next_power_of_2(size)))
         constants |= {
             f"{name}_DIM": dim,
             f"{name}_SYMBOL_BITS": symbol,
             f"{name}_PAIRED": paired,
-            f"{name}_HALF_BITS": half_bits,
+            f"{name}_HALF_BITS": half_bits(bits, code),
             f"BLOCK_{name}": block,
             f"{name}_BLOCKS": triton.cdiv(size, block),
             f"{name}_PARTS": parts,
@@ -213,13 +216,12 @@ def max_rows(constants: dict[str, Any]) -> int:
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    looked_up = _looked_up(constants)
-    # A decode step's few rows fit, unless pairs or states are looked up.
-    wide = widest * block_rows >= 128 * 16 and (block_rows > MIN_ROWS or looked_up)
+    # A decode step's few rows fit, unless pairs are looked up.
+    few = block_rows <= MIN_ROWS and not (constants["KEY_PAIRED"] or constants["VALUE_PAIRED"])
     return {
-        "num_warps": 8 if wide else 4,
-        # They are looked up in the cache that a pipeline's buffers would take from.
-        "num_stages": 1 if looked_up else 2,
+        "num_warps": 8 if widest * block_rows >= 128 * 16 and not few else 4,
+        # What is looked up lies in the cache that a pipeline's buffers would take from.
+        "num_stages": 1 if _looked_up(constants) else 2,
     }
 
 
