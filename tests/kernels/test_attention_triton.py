@@ -9,7 +9,9 @@ from sixfold.errors import BackendError, ShapeError
 from sixfold.kernels import attention
 from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.attention import triton as backend
-from sixfold.packing import BITS
+from sixfold.kernels.types import CodeName
+from sixfold.packing import BITS, Bits
+from sixfold.trellis import PAGE_BITS, pages_hold
 from tests.kernels.attention_cases import assert_accurate, make_case
 from tests.kernels.attention_errors import error_beside_quantization
 
@@ -29,9 +31,62 @@ def test_every_width_and_dim(bits: float, key_dim: int) -> None:
     assert_accurate(case.run(), case, half=True)
 
 
-@pytest.mark.parametrize("bits", [2.5, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_dims_of_several_tiles(bits: float) -> None:
-    case = make_case(key_bits=bits, key_dim=576, value_dim=512, batch=1, kv_heads=1, groups=3)
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [32, 34, 40, 48, 64, 72, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("bits", PAGE_BITS)
+def test_every_trellis_and_dim(bits: Bits, dim: int) -> None:
+    if not pages_hold(dim, bits):
+        pytest.skip("pages hold no such trellis")
+    case = make_case(key_bits=bits, key_dim=dim, lengths=(64, 64, 64), key_code="trellis")
+    assert_accurate(case.run(), case, half=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        ((1, 40), (2.5, 32)),
+        ((2, 36), (1, 64)),
+        ((2.5, 48), (3, 72)),
+        ((3, 80), (4, 34)),
+        ((4, 128), (3, 128)),
+    ],
+)
+def test_trellises_of_mixed_widths(keys: tuple[Bits, int], values: tuple[Bits, int]) -> None:
+    (key_bits, key_dim), (value_bits, value_dim) = keys, values
+    case = make_case(
+        key_bits=key_bits,
+        key_dim=key_dim,
+        value_bits=value_bits,
+        value_dim=value_dim,
+        key_code="trellis",
+        queries=3,
+        groups=4,
+        lengths=(64, 20),
+    )
+    assert_accurate(case.run(), case, half=True)
+
+
+@pytest.mark.parametrize("trellis", ["keys", "values"])
+def test_a_trellis_beside_a_codebook(trellis: str) -> None:
+    codes: list[CodeName] = ["trellis", "codebook"]
+    key_code, value_code = codes if trellis == "keys" else codes[::-1]
+    case = make_case(key_bits=2, value_bits=3, key_code=key_code, value_code=value_code)
+    assert_accurate(case.run(), case, half=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "code"),
+    [
+        (2.5, "codebook"),
+        (4, "codebook"),
+        (2.5, "trellis"),
+        pytest.param(8, "codebook", marks=pytest.mark.slow),
+    ],
+)
+def test_dims_of_several_tiles(bits: Bits, code: CodeName) -> None:
+    case = make_case(
+        key_bits=bits, key_dim=576, value_dim=512, batch=1, kv_heads=1, groups=3, key_code=code
+    )
     got = case.run()
     assert got.out.shape == (1, 3, 1, 512)
     assert_accurate(got, case, half=True)
@@ -102,6 +157,10 @@ def test_wrong_pages_are_refused() -> None:
     case.values.bits = 3
     with pytest.raises(ShapeError, match="value_codes: expected pages of"):
         case.run()
+    case = make_case(key_bits=2, key_code="trellis")
+    case.values.bits = 3.5
+    with pytest.raises(ShapeError, match=r"trellis pages: expected 1, 2, 2\.5, 3, 4 bits"):
+        case.run()
     case = make_case()
     case.query = case.query[:, :3]
     with pytest.raises(ShapeError, match="expected a multiple of the 2 KV heads"):
@@ -127,6 +186,8 @@ def test_the_operator_is_well_formed() -> None:
         0,
         float(case.keys.bits),
         float(case.values.bits),
+        case.keys.code,
+        case.values.code,
         case.values.dense.shape[-1],
         None,
         None,

@@ -12,7 +12,8 @@ from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.types import Tokens
+from sixfold.kernels.types import CodeName, Tokens
+from sixfold.packing import Bits
 from tests.layers import pages as layer_pages
 from tests.threads import on_threads
 
@@ -41,7 +42,8 @@ class Held:
         sinks: int = 4,
         window: int = 40,
         batch: int = 2,
-        bits: float = 4,
+        bits: Bits = 4,
+        code: CodeName = "codebook",
     ) -> "Held":
         """Two growths, so that pages lie in two slabs; the second sequence is padded."""
         random = torch.Generator().manual_seed(tokens)
@@ -50,7 +52,7 @@ class Held:
             x = torch.randn(batch, heads, count, dim, generator=random)
             return (x + torch.linspace(-2, 2, dim)).to(dtype)
 
-        policy = CachePolicy(bits, bits, sink_tokens=sinks, recent_window=window)
+        policy = CachePolicy(bits, bits, sink_tokens=sinks, recent_window=window, code=code)
         keys, values = numbers(KV_HEADS, tokens, dims[0]), numbers(KV_HEADS, tokens, dims[1])
         layer = CompressedLayer(keys, values, policy)
         mask = torch.ones(batch, 1, tokens // 2, tokens // 2, dtype=torch.bool).tril()

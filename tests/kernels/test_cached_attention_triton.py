@@ -13,6 +13,7 @@ from sixfold.kernels import _tables, attention, cached_attention
 from sixfold.kernels.attention import triton as pages
 from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.cached_attention import triton as backend
+from sixfold.packing import Bits
 from tests.kernels.attention_cases import make_case
 from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
 from tests.kernels.test_ragged import check_each, sequence
@@ -43,6 +44,17 @@ def test_kernel_is_the_reference(
     found = held.attend(query, **options)
     # Operands of 11 bits: 2^-11 of a logit, and as much of a value.
     assert (found - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [2.5, 4])
+def test_layers_of_trellis_codes(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    held = Held.of(200, bits=bits, code="trellis")
+    query = held.queries(2)
+    expected = held.attend(query)
+    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
+    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    assert (held.attend(query) - expected).norm() < 3e-3 * expected.norm()
 
 
 @pytest.fixture

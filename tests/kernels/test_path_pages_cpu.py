@@ -1,7 +1,6 @@
 """The compiled encoding and decoding of pages of paths against the reference, bit for bit."""
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from sixfold.errors import ShapeError
 from sixfold.kernels.decode import reference as decode_reference
 from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
-from sixfold.packing import PAGE_TOKENS, Bits, Layout, row_bytes
-from sixfold.rotation import Rotation, RotationKind
+from sixfold.packing import Bits, Layout
 from sixfold.trellis import codewords
+from tests.kernels.path_cases import SHAPES, case_of, coding_of, expected_pages, pages_of
 from tests.kernels.vector_cases import (
-    CPU,
     DTYPES,
     SCALES,
     SLOTS,
@@ -31,15 +29,6 @@ _cpu = pytest.importorskip("sixfold._cpu")
 encode_cpu = pytest.importorskip("sixfold.kernels.encode.cpu")
 decode_cpu = pytest.importorskip("sixfold.kernels.decode.cpu")
 
-WIDTHS: list[Bits] = [1, 2, 2.5, 3, 4]
-SHAPES = [
-    (dim, bits)
-    for dim in (8, 20, 24, 32, 40, 64, 72, 80, 96, 112, 128, 192, 256, 576)
-    for bits in WIDTHS
-    if dim * bits % 8 == 0
-]
-Case = tuple[Tensor, Coding, KeyMap | None]
-
 
 @pytest.fixture(autouse=True, params=_cpu.available_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -48,37 +37,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     # What the references call must not be what they are compared with.
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
     return str(request.param)
-
-
-def coding_of(
-    dim: int, bits: Bits, scale: Scale = "optimal", kind: RotationKind = "hadamard"
-) -> Coding:
-    rotation = Rotation(dim, kind, seed=1)
-    tables = rotation.turns(CPU), rotation.factor(CPU), codewords(128, bits)
-    return Coding(*tables, bits, dim, scale, "trellis")
-
-
-def pages_of(coding: Coding, fill: int = 7) -> tuple[Tensor, Tensor]:
-    size = PAGE_TOKENS * row_bytes(*coding.row)
-    return (
-        torch.full((5, 2, size), fill, dtype=torch.uint8),
-        torch.full((5, 2, PAGE_TOKENS), fill, dtype=torch.float16),
-    )
-
-
-def case_of(dim: int, bits: Bits, layout: Layout) -> Case:
-    """Keys have a map, values none; dtypes take turns."""
-    x = paged_vectors(dim, DTYPES[dim // 4 % 3])
-    return x, coding_of(dim, bits), KeyMap(*maps_of(dim)) if layout == "key" else None
-
-
-@lru_cache
-def expected_pages(dim: int, bits: Bits, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Once for all instruction sets: the reference takes longer than all of them."""
-    x, coding, key_map = case_of(dim, bits, layout)
-    pages = pages_of(coding)
-    encode_reference.encode_pages(x, SLOTS, coding, layout, *pages, key_map)
-    return pages
 
 
 def check_encode(

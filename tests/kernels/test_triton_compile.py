@@ -44,6 +44,7 @@ def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None
         "store_pages 4 and 2.5 bits, dim 128",
         "decode 4 bits, dim 128",
         "attend_pages 4 bits, dim 128, 8 rows",
+        "attend_pages trellis 4 and 3 bits, dim 128, 8 rows",
     }
     assert expected <= {row["kernel"] for row in rows}
 

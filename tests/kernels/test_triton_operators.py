@@ -84,7 +84,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "decode": (rows, stored, *arrays, DIM, 3.0),
         "decode_pages": (
             *(pages, scales, SLOTS, *maps_of(DIM), *arrays),
-            *(DIM, 3.0, "key", torch.bfloat16, False),
+            *(DIM, 3.0, "codebook", "key", torch.bfloat16, False),
         ),
         "scores": (x, rows, stored, arrays[2], 3.0),
     }

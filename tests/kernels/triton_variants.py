@@ -4,6 +4,7 @@ Import it where TRITON_INTERPRET is not set: interpreted functions cannot be com
 """
 
 import itertools
+from typing import Any
 
 from sixfold.cache.policy import SPLITS
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
@@ -13,7 +14,9 @@ from sixfold.kernels.attention.triton import (
     max_rows,
     page_constants,
 )
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
+from sixfold.trellis import PAGE_BITS
 from tests.kernels.triton_variants_vectors import Variant
 
 _PAGE_POINTERS = {
@@ -60,6 +63,7 @@ _PAGE_NUMBERS = {
 HEAD_DIMS = (64, 128, 256)
 _EVEN: tuple[Bits, ...] = (2, 2.5, 3, 3.5, 4, 8)
 WIDTHS = (*((bits, bits) for bits in _EVEN), *SPLITS["codebook"].values())
+PATH_WIDTHS = (*((bits, bits) for bits in PAGE_BITS), *SPLITS["trellis"].values())
 
 
 def attention(
@@ -69,9 +73,10 @@ def attention(
     rows: int = MIN_ROWS,
     mask: str | None = None,
     softcap: bool = False,
+    code: CodeName = "codebook",
 ) -> Variant:
-    """`attend_pages` as it is launched for `rows` query rows a KV head."""
-    constants = page_constants(dim, dim, *bits)
+    """`attend_pages` as it is launched for `rows` query rows a KV head; both sides of one code."""
+    constants = _constants(bits, dim, code)
     options = launch_options(rows, constants)
     types = {**_PAGE_POINTERS, **_PAGE_NUMBERS}
     constants |= {
@@ -89,8 +94,17 @@ def attention(
         types["mask"] = mask
     extra = f", mask {mask[1:]}" if mask else ""
     widths = " and ".join(f"{width:g}" for width in dict.fromkeys(bits))
-    name = f"attend_pages {widths} bits, dim {dim}, {rows} rows{extra}{', softcap' * softcap}"
+    kind = "trellis " * (code == "trellis")
+    name = f"attend_pages {kind}{widths} bits, dim {dim}, {rows} rows{extra}{', softcap' * softcap}"
     return Variant(name, attend_pages, types, constants, **options, tensor_cores=True, exact=False)
+
+
+def _constants(bits: tuple[Bits, Bits], dim: int, code: CodeName) -> dict[str, Any]:
+    return page_constants((dim, bits[0], code), (dim, bits[1], code))
+
+
+def _most_rows(bits: tuple[Bits, Bits], dim: int) -> int:
+    return max_rows(_constants(bits, dim, "codebook"))
 
 
 def merge(dim: int) -> Variant:
@@ -109,7 +123,12 @@ def merge(dim: int) -> Variant:
 
 def representative() -> list[Variant]:
     """One variant a way of working: what every change compiles."""
-    return [attention((4, 4), 128), attention((3, 3), 64, mask="*i1"), merge(128)]
+    return [
+        attention((4, 4), 128),
+        attention((3, 3), 64, mask="*i1"),
+        attention((4, 3), 128, code="trellis"),
+        merge(128),
+    ]
 
 
 def variants() -> list[Variant]:
@@ -117,13 +136,16 @@ def variants() -> list[Variant]:
     sizes = list(itertools.product(HEAD_DIMS, WIDTHS))
     decoding = [attention(bits, dim) for dim, bits in sizes]
     chunks = [
-        attention(bits, dim, rows=max_rows(*bits))
+        attention(bits, dim, rows=_most_rows(bits, dim))
         for dim, bits in sizes
-        if max_rows(*bits) > MIN_ROWS
+        if _most_rows(bits, dim) > MIN_ROWS
+    ]
+    paths = [
+        attention(bits, dim, code="trellis") for dim in (32, *HEAD_DIMS) for bits in PATH_WIDTHS
     ]
     masked = [
         attention((4, 4), 128, mask="*i1"),
         attention((4, 4), 128, mask="*bf16", softcap=True),
-        attention((4, 4), 128, rows=max_rows(4, 4), mask="*i1"),
+        attention((4, 4), 128, rows=_most_rows((4, 4), 128), mask="*i1"),
     ]
-    return [*decoding, *chunks, *masked, *map(merge, HEAD_DIMS)]
+    return [*decoding, *chunks, *paths, *masked, *map(merge, HEAD_DIMS)]

@@ -18,8 +18,10 @@ from sixfold.kernels.rotate.triton import rotate_kernel
 from sixfold.kernels.scores.triton import constants as scores_constants
 from sixfold.kernels.scores.triton import scores_kernel
 from sixfold.kernels.scores.triton import warps as scores_warps
+from sixfold.kernels.types import CodeName
 from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
+from sixfold.trellis import PAGE_BITS, PAGE_STATES, codewords
 
 _CPU = torch.device("cpu")
 # Head dimensions in use, every class of rotation, and large vectors of a search index: those that
@@ -54,8 +56,10 @@ def _rotation(dim: int, kind: RotationKind) -> dict[str, Any]:
     return launch.rotation(dim, rotation.turns(_CPU), rotation.factor(_CPU))
 
 
-def _code(dim: int, bits: Bits, kind: RotationKind) -> dict[str, Any]:
-    return _rotation(dim, kind) | launch.codebook(dim, bits, centroids(dim, bits))
+def _code(dim: int, bits: Bits, kind: RotationKind, code: CodeName = "codebook") -> dict[str, Any]:
+    paths = code == "trellis"
+    book = codewords(PAGE_STATES, bits) if paths else centroids(dim, bits)
+    return _rotation(dim, kind) | launch.codebook(dim, bits, book, code)
 
 
 def _variant(
@@ -143,7 +147,13 @@ def decode(dim: int, bits: Bits) -> Variant:
     return _variant(f"decode {bits:g} bits, dim {dim}", decode_kernel, types, constants)
 
 
-def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) -> Variant:
+def decode_pages(
+    dim: int,
+    bits: Bits,
+    layout: Layout,
+    rotated: bool = False,
+    code: CodeName = "codebook",
+) -> Variant:
     """`decode_pages_kernel` to bfloat16."""
     keys = layout == "key" and not rotated
     types = {
@@ -157,16 +167,18 @@ def decode_pages(dim: int, bits: Bits, layout: Layout, rotated: bool = False) ->
         "heads": "i32",
         **_PAGE_STRIDES,
     }
-    constants = _code(dim, bits, "hadamard")
+    constants = _code(dim, bits, "hadamard", code)
     constants |= {
         "SHRINK": launch.shrink(constants),
+        "HALF_BITS": launch.half_bits(bits, code),
         "LAYOUT": layout,
         "ROTATED": rotated,
         "HAS_MEAN": keys,
         "HAS_SCALE": keys,
         **({} if keys else {"mean": None, "channel_scale": None}),
     }
-    name = f"decode_pages {bits:g} bits, dim {dim}, {layout}{', rotated' * rotated}"
+    kind = "trellis " * (code == "trellis")
+    name = f"decode_pages {kind}{bits:g} bits, dim {dim}, {layout}{', rotated' * rotated}"
     return _variant(name, decode_pages_kernel, types, constants)
 
 
@@ -216,6 +228,9 @@ def variants() -> list[Variant]:
         *(decode_pages(128, bits, "value") for bits in BITS),
         *(decode_pages(dim, 4, "key") for dim in (*HEAD_DIMS, *OTHER_DIMS)),
         decode_pages(128, 4, "key", rotated=True),
+        *(decode_pages(128, bits, "value", code="trellis") for bits in PAGE_BITS),
+        *(decode_pages(dim, 4, "key", code="trellis") for dim in (*HEAD_DIMS, 80, 96)),
+        decode_pages(128, 2.5, "key", rotated=True, code="trellis"),
         *(scores(128, bits) for bits in BITS),
         *(scores(dim, 4, queries=64) for dim in dims),
     ]

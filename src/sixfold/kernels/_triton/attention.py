@@ -25,12 +25,13 @@ def query_tiles(
     SYMBOL_BITS: tl.constexpr,
     DIM: tl.constexpr,
     PAIRED: tl.constexpr,
+    HALF_BITS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """The coordinates of rows that meet each of `level_tiles`, over `unit`; 0 in padding."""
     found = ()
     for part in tl.static_range(PARTS):
-        place = tile_coordinates(columns, part, SYMBOL_BITS, DIM, PAIRED)[:, None]
+        place = tile_coordinates(columns, part, SYMBOL_BITS, DIM, PAIRED, HALF_BITS)[:, None]
         x = tl.load(query + place, mask=place < DIM, other=0.0)
         found = found + ((x / unit[None, :]).to(tl.float16),)
     return found
@@ -114,6 +115,8 @@ def attend_pages(
     VALUE_SYMBOL_BITS: tl.constexpr,
     KEY_PAIRED: tl.constexpr,
     VALUE_PAIRED: tl.constexpr,
+    KEY_HALF_BITS: tl.constexpr,
+    VALUE_HALF_BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     KEY_BLOCKS: tl.constexpr,
@@ -153,7 +156,14 @@ def attend_pages(
         unit = tl.maximum(unit, tl.max(tl.abs(x), 0))
     if KEY_BLOCKS == 1:
         queries = query_tiles(
-            query, unit, key_column, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
+            query,
+            unit,
+            key_column,
+            KEY_SYMBOL_BITS,
+            KEY_DIM,
+            KEY_PAIRED,
+            KEY_HALF_BITS,
+            KEY_PARTS,
         )
 
     added = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -214,12 +224,20 @@ def attend_pages(
                 KEY_SYMBOL_BITS,
                 KEY_DIM,
                 KEY_PAIRED,
+                KEY_HALF_BITS,
                 True,
                 PERMUTE,
             )
             if KEY_BLOCKS > 1:
                 queries = query_tiles(
-                    query, unit, columns, KEY_SYMBOL_BITS, KEY_DIM, KEY_PAIRED, KEY_PARTS
+                    query,
+                    unit,
+                    columns,
+                    KEY_SYMBOL_BITS,
+                    KEY_DIM,
+                    KEY_PAIRED,
+                    KEY_HALF_BITS,
+                    KEY_PARTS,
                 )
             for part in tl.static_range(KEY_PARTS):
                 logits = tl.dot(keys[part], queries[part], logits)
@@ -263,6 +281,7 @@ def attend_pages(
             VALUE_SYMBOL_BITS,
             VALUE_DIM,
             VALUE_PAIRED,
+            VALUE_HALF_BITS,
             False,
             PERMUTE,
         )
@@ -276,7 +295,9 @@ def attend_pages(
     stretch = weight_unit / total
     target = (split * tl.num_programs(2) + head) * n_rows + row
     for part in tl.static_range(VALUE_PARTS):
-        place = tile_coordinates(value_column, part, VALUE_SYMBOL_BITS, VALUE_DIM, VALUE_PAIRED)
+        place = tile_coordinates(
+            value_column, part, VALUE_SYMBOL_BITS, VALUE_DIM, VALUE_PAIRED, VALUE_HALF_BITS
+        )
         inside = valid_row[None, :] & (place < VALUE_DIM)[:, None]
         pointers = out + (target[None, :] * VALUE_DIM + place[:, None])
         tl.store(pointers, sums[part] * stretch[None, :], mask=inside)

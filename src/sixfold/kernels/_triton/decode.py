@@ -33,7 +33,7 @@ def decode_kernel(
     mask = vector < count
     scale = tl.load(scales + vector, mask=mask, other=0.0)
     tile = codewords(
-        rows, vector, mask, scale, centroids, SYMBOL, PAIRED, "rows", DIM, SIZE, INNER, WIDTH
+        rows, vector, mask, scale, centroids, SYMBOL, PAIRED, 0, "rows", DIM, SIZE, INNER, WIDTH
     )
     tile = unnormalized(tile, turns, factor, DIM, ROUNDS, ORDER, SIZE, INNER, WIDTH, BLOCK, True)
     offset = vector[:, None] * DIM + coordinates(SIZE, INNER, WIDTH)[None, :]
@@ -65,6 +65,7 @@ def decode_pages_kernel(
     SHRINK: tl.constexpr,
     SYMBOL: tl.constexpr,
     PAIRED: tl.constexpr,
+    HALF_BITS: tl.constexpr,
     N: tl.constexpr,
     DIM: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -89,6 +90,7 @@ def decode_pages_kernel(
         centroids,
         SYMBOL,
         PAIRED,
+        HALF_BITS,
         LAYOUT,
         DIM,
         SIZE,

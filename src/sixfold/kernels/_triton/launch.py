@@ -8,8 +8,9 @@ import triton
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._groups import rotation_blocks
-from sixfold.packing import PAGE_TOKENS, Bits, is_paired, row_bytes, symbol_bits
+from sixfold.kernels._groups import page_sizes, rotation_blocks
+from sixfold.kernels.types import CodeName
+from sixfold.packing import PAGE_TOKENS, Bits
 
 # Codes have the same bits everywhere: no product is fused into a sum.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
@@ -50,17 +51,23 @@ def rotation(dim: int, turns: Tensor, factor: Tensor) -> dict[str, int]:
     }
 
 
-def codebook(dim: int, bits: Bits, centroids: Tensor) -> dict[str, int]:
+def codebook(
+    dim: int, bits: Bits, centroids: Tensor, code: CodeName = "codebook"
+) -> dict[str, int]:
     """The constants of `quantize`, `pack` and `unpack`.
 
     Raises:
-        ShapeError: `centroids` is no codebook of `bits`.
+        ShapeError: `centroids` is no codebook of `bits`, or pages hold no such trellis.
     """
-    symbol, paired = symbol_bits(bits), is_paired(bits)
-    shape = (1 << symbol, 2) if paired else (1 << symbol,)
+    symbol, paired, _, shape = page_sizes(dim, bits, code)
     if centroids.shape != shape:
         raise ShapeError(f"centroids: expected {list(shape)}, got {list(centroids.shape)}")
     return {"SYMBOL": symbol, "PAIRED": paired}
+
+
+def half_bits(bits: Bits, code: CodeName) -> int:
+    """Twice the bits a coordinate of a trellis, 0 of a codebook."""
+    return int(2 * bits) if code == "trellis" else 0
 
 
 def encodes(x: Tensor, rotation: dict[str, int]) -> bool:
@@ -97,15 +104,13 @@ def check_vectors(x: Tensor, scales: Tensor, slots: Tensor) -> None:
         )
 
 
-def check_pages(pages: Tensor, scales: Tensor, constants: dict[str, Any]) -> None:
+def check_pages(pages: Tensor, scales: Tensor, dim: int, bits: Bits, code: CodeName) -> None:
     """Refuse pages of other bits or dimensions.
 
     Raises:
-        ShapeError: The tensors do not fit each other or the constants.
+        ShapeError: The tensors do not fit each other or the code.
     """
-    dim, symbol = constants["DIM"], constants["SYMBOL"]
-    count = (dim + 1) // 2 if constants["PAIRED"] else dim
-    shape = (*scales.shape[:2], PAGE_TOKENS * row_bytes(count, symbol))
+    shape = (*scales.shape[:2], page_sizes(dim, bits, code)[2])
     strides = (*pages.stride()[:2], pages.storage_offset())
     aligned = not any(bytes_apart % 4 for bytes_apart in strides)
     if pages.shape != shape or pages.stride(-1) != 1 or scales.stride(-1) != 1 or not aligned:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sixfold.kernels._triton.pages import byte_offset, first_plane
+from sixfold.kernels._triton.paths import WINDOWS, path_levels
 
 # lop3 tables, of the inputs' own.
 _A, _B, _C = 0xF0, 0xCC, 0xAA
@@ -174,7 +175,7 @@ def _later_plane(
 
 
 @triton.jit
-def level_tiles(
+def _symbol_levels(
     page,
     book,
     tables,
@@ -186,12 +187,7 @@ def level_tiles(
     KEYS: tl.constexpr,
     PERMUTE: tl.constexpr,
 ):
-    """Float16 levels of every slice of a page's bytes `columns`, a tuple of tiles.
-
-    Slice h of column k is symbol h·B + k, B being the bytes of a row's first plane; where symbols
-    stand for pairs each slice is two tiles, of the first and of the second coordinate. Columns at B
-    and beyond are padding.
-    """
+    """`level_tiles` of a codebook."""
     WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
     SYMBOLS: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
     BYTES: tl.constexpr = (SYMBOLS * WIDTH + 31) // 32 * 4
@@ -265,10 +261,46 @@ def level_tiles(
 
 
 @triton.jit
-def tile_coordinates(
-    columns, PART: tl.constexpr, SYMBOL_BITS: tl.constexpr, DIM: tl.constexpr, PAIRED: tl.constexpr
+def level_tiles(
+    page,
+    book,
+    tables,
+    tokens,
+    columns,
+    SYMBOL_BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HALF_BITS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PERMUTE: tl.constexpr,
 ):
-    """The coordinate in each column of tile PART of `level_tiles`; DIM in padding."""
+    """Float16 levels of every slice of a page's bytes `columns`, a tuple of tiles.
+
+    Slice h of column k is symbol h·B + k, B being the bytes of a row's first plane; where symbols
+    stand for pairs each slice is two tiles, of the first and of the second coordinate. Columns at B
+    and beyond are padding. Of a trellis, of HALF_BITS half bits a coordinate, see `path_levels`.
+    """
+    if HALF_BITS:
+        found = path_levels(page, book, tokens, columns, HALF_BITS, DIM, KEYS)
+    else:
+        found = _symbol_levels(
+            page, book, tables, tokens, columns, SYMBOL_BITS, DIM, PAIRED, KEYS, PERMUTE
+        )
+    return found
+
+
+@triton.jit
+def tile_coordinates(
+    columns,
+    PART: tl.constexpr,
+    SYMBOL_BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HALF_BITS: tl.constexpr,
+):
+    """The coordinate in each column of tile PART of `level_tiles`; DIM or more in padding."""
+    if HALF_BITS:
+        return columns * WINDOWS + PART
     WIDTH: tl.constexpr = first_plane(SYMBOL_BITS)
     SYMBOLS: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
     BYTES: tl.constexpr = (SYMBOLS * WIDTH + 31) // 32 * 4

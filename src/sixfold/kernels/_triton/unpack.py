@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sixfold.kernels._triton import pages
+from sixfold.kernels._triton import pages, paths
 from sixfold.kernels._triton.rotate import coordinates, inside
 
 
@@ -52,18 +52,27 @@ def codewords(
     centroids,
     SYMBOL: tl.constexpr,
     PAIRED: tl.constexpr,
+    HALF_BITS: tl.constexpr,
     LAYOUT: tl.constexpr,
     DIM: tl.constexpr,
     SIZE: tl.constexpr,
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """scale·codeword of rows ("rows") or of tokens of a page ("key", "value"); zeros in padding."""
+    """scale·codeword of rows ("rows") or of tokens of a page ("key", "value"); zeros in padding.
+
+    Pages may hold paths of a trellis, of HALF_BITS half bits a coordinate.
+    """
     columns = coordinates(SIZE, INNER, WIDTH)
     if LAYOUT == "rows":
         COUNT: tl.constexpr = (DIM + 1) // 2 if PAIRED else DIM
         index = pages.symbol_index(columns, DIM, PAIRED)
         symbol = row_symbols(codes, token, mask, index, COUNT, SYMBOL)
+    elif HALF_BITS:
+        words = paths.window_words(
+            codes, token[:, None], columns[None, :], 1, HALF_BITS, DIM, LAYOUT == "key"
+        )
+        symbol = paths.state_of(words, 0, HALF_BITS)
     else:
         symbol = pages.symbols(
             codes, token[:, None], columns[None, :], SYMBOL, DIM, PAIRED, LAYOUT == "key"

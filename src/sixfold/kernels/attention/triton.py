@@ -13,20 +13,17 @@ from sixfold.errors import ShapeError
 from sixfold.kernels._groups import check_heads, mask_strides, page_sizes
 from sixfold.kernels._tables import check_pages
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
+from sixfold.kernels._triton.launch import half_bits
 from sixfold.kernels._triton.operators import operator
+from sixfold.kernels._triton.paths import WINDOWS
 from sixfold.kernels.attention.merge import Partial
-from sixfold.kernels.types import Coding, Pages
-from sixfold.packing import (
-    Bits,
-    is_paired,
-    n_symbols,
-    plane_bytes,
-    planes,
-    symbol_bits,
-)
+from sixfold.kernels.types import CodeName, Coding, Pages
+from sixfold.packing import Bits, n_symbols, plane_bytes, planes
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
+# Of paths, whose columns are more coordinates.
+MAX_PATH_BLOCK = 64
 MIN_ROWS = 8
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -59,6 +56,8 @@ def page_attention(
         pages.first,
         float(keys.bits),
         float(values.bits),
+        keys.code,
+        values.code,
         values.dim,
         logit_offset,
         mask,
@@ -68,7 +67,7 @@ def page_attention(
 
 
 def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    value_dim = arguments[13]
+    value_dim = arguments[15]
     batch, heads, queries, _ = query.shape
     return (
         query.new_empty(batch, heads, queries, value_dim, dtype=torch.float32),
@@ -80,7 +79,8 @@ def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tens
     "page_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, "
     "Tensor value_scales, Tensor slots, Tensor starts, Tensor lengths, Tensor first_token, "
     "Tensor key_centroids, Tensor value_centroids, SymInt origin, float key_bits, "
-    "float value_bits, SymInt value_dim, Tensor? logit_offset, Tensor? mask, float? softcap) "
+    "float value_bits, str key_code, str value_code, SymInt value_dim, Tensor? logit_offset, "
+    "Tensor? mask, float? softcap) "
     "-> (Tensor, Tensor)",
     _page_attention_shapes,
 )
@@ -99,6 +99,8 @@ def _page_attention(
     origin: int,
     key_bits: float,
     value_bits: float,
+    key_code: CodeName,
+    value_code: CodeName,
     value_dim: int,
     logit_offset: Tensor | None,
     mask: Tensor | None,
@@ -107,11 +109,12 @@ def _page_attention(
     batch, heads, queries, key_dim = query.shape
     kv_heads, pages = key_codes.shape[1], slots.shape[1]
     check_heads(heads, kv_heads)
-    _check("key", key_codes, key_scales, key_centroids, key_dim, key_bits)
-    _check("value", value_codes, value_scales, value_centroids, value_dim, value_bits)
+    keys, values = (key_dim, key_bits, key_code), (value_dim, value_bits, value_code)
+    _check("key", key_codes, key_scales, key_centroids, *keys)
+    _check("value", value_codes, value_scales, value_centroids, *values)
     rows = heads // kv_heads * queries
-    block_rows = min(max_rows(key_bits, value_bits), max(MIN_ROWS, triton.next_power_of_2(rows)))
-    constants = page_constants(key_dim, value_dim, key_bits, value_bits)
+    constants = page_constants(keys, values)
+    block_rows = min(max_rows(constants), max(MIN_ROWS, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block_rows) * constants["VALUE_BLOCKS"]
     splits = _splits(query.device, blocks * batch * kv_heads, pages)
     shape = (splits, batch, heads, queries)
@@ -177,44 +180,54 @@ def _page_attention(
 
 
 def page_constants(
-    key_dim: int, value_dim: int, key_bits: Bits, value_bits: Bits
+    keys: tuple[int, Bits, CodeName], values: tuple[int, Bits, CodeName]
 ) -> dict[str, int | bool]:
-    """What of a call's shapes the kernel is compiled for."""
+    """What of the sides' dimensions, bits and codes the kernel is compiled for."""
     constants: dict[str, int | bool] = {}
-    for name, dim, bits in (("KEY", key_dim, key_bits), ("VALUE", value_dim, value_bits)):
-        paired, width = is_paired(bits), planes(symbol_bits(bits))[0]
-        count = n_symbols(dim, bits)
-        size = plane_bytes(count, width)
-        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
+    for name, (dim, bits, code) in (("KEY", keys), ("VALUE", values)):
+        symbol, paired, _, _ = page_sizes(dim, bits, code)
+        if code == "trellis":
+            parts, most = WINDOWS.value, MAX_PATH_BLOCK
+            size = triton.cdiv(dim, parts)
+        else:
+            width = planes(symbol)[0]
+            parts, most = 8 // width * (1 + paired), MAX_BLOCK
+            size = plane_bytes(n_symbols(dim, bits), width)
+        block = min(most, max(16, triton.next_power_of_2(size)))
         constants |= {
             f"{name}_DIM": dim,
-            f"{name}_SYMBOL_BITS": symbol_bits(bits),
+            f"{name}_SYMBOL_BITS": symbol,
             f"{name}_PAIRED": paired,
+            f"{name}_HALF_BITS": half_bits(bits, code),
             f"BLOCK_{name}": block,
             f"{name}_BLOCKS": triton.cdiv(size, block),
-            f"{name}_PARTS": 8 // width * (1 + paired),
+            f"{name}_PARTS": parts,
         }
     return constants
 
 
-def max_rows(key_bits: Bits, value_bits: Bits) -> int:
+def max_rows(constants: dict[str, Any]) -> int:
     """Query rows of a program: what lookups and planes leave registers for, without spills."""
-    if is_paired(key_bits) or is_paired(value_bits):
+    if _looked_up(constants):
         return MIN_ROWS
-    return 16 if 3 in (key_bits, value_bits) else 32
+    return 16 if 3 in (constants["KEY_SYMBOL_BITS"], constants["VALUE_SYMBOL_BITS"]) else 32
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
     """Warps and stages: more warps where sums and levels would not fit the registers of four."""
     widest = max(constants[f"BLOCK_{x}"] * constants[f"{x}_PARTS"] for x in ("KEY", "VALUE"))
-    paired = constants["KEY_PAIRED"] or constants["VALUE_PAIRED"]
     # A decode step's few rows fit, unless pairs are looked up.
-    wide = widest * block_rows >= 128 * 16 and (block_rows > MIN_ROWS or paired)
+    few = block_rows <= MIN_ROWS and not (constants["KEY_PAIRED"] or constants["VALUE_PAIRED"])
     return {
-        "num_warps": 8 if wide else 4,
-        # Pairs are looked up in the cache that a pipeline's buffers would take from.
-        "num_stages": 1 if paired else 2,
+        "num_warps": 8 if widest * block_rows >= 128 * 16 and not few else 4,
+        # What is looked up lies in the cache that a pipeline's buffers would take from.
+        "num_stages": 1 if _looked_up(constants) else 2,
     }
+
+
+def _looked_up(constants: dict[str, Any]) -> bool:
+    """Whether pairs or states of a side are looked up in memory."""
+    return any(constants[f"{x}_PAIRED"] or constants[f"{x}_HALF_BITS"] for x in ("KEY", "VALUE"))
 
 
 @cache
@@ -231,8 +244,16 @@ def _splits(device: torch.device, programs: int, pages: int) -> int:
     return max(1, min(wanted, pages // 2))
 
 
-def _check(name: str, codes: Tensor, scales: Tensor, book: Tensor, dim: int, bits: float) -> None:
-    _, _, size, levels = page_sizes(dim, bits)
+def _check(
+    name: str,
+    codes: Tensor,
+    scales: Tensor,
+    book: Tensor,
+    dim: int,
+    bits: float,
+    code: CodeName,
+) -> None:
+    _, _, size, levels = page_sizes(dim, bits, code)
     if codes.shape[2] != size or codes.stride(2) != 1 or scales.stride(2) != 1:
         raise ShapeError(
             f"pages.pool.{name}_codes: expected pages of {size} bytes at dim {dim} and {bits:g} "

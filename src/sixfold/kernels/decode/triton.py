@@ -13,7 +13,7 @@ from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels.decode import reference
-from sixfold.kernels.types import Coding, KeyMap
+from sixfold.kernels.types import CodeName, Coding, KeyMap
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
 
 
@@ -43,7 +43,7 @@ def decode_pages(
 ) -> Float[Tensor, "batch heads tokens {coding.dim}"]:
     """See `sixfold.kernels.decode.decode_pages`."""
     check_table("slots", slots, len(codes))
-    options = coding.dim, float(coding.bits), layout, dtype, False
+    options = coding.dim, float(coding.bits), coding.code, layout, dtype, False
     maps = sequence_maps(key_map, len(slots), codes.shape[1], coding.dim)
     vectors: Tensor = _decode_pages(codes, scales, slots, *maps, *coding[:3], *options)
     return vectors
@@ -62,7 +62,7 @@ def expand_pages(
     flat, flat_scales = codes.flatten(0, -2), scales.flatten(0, -2)
     slots = torch.arange(len(flat), device=device)[:, None]
     tables = codes.new_empty(0, 2, dim // 2), codes.new_empty(dim, dim), coding.centroids
-    options = dim, float(coding.bits), layout, torch.float32, True
+    options = dim, float(coding.bits), coding.code, layout, torch.float32, True
     out = _decode_pages(flat[:, None], flat_scales[:, None], slots, None, None, *tables, *options)
     vectors: Tensor = out.view(*scales.shape, dim)
     return vectors
@@ -118,14 +118,14 @@ def _decode(
 
 
 def _tokens_shape(pages: Tensor, scales: Tensor, slots: Tensor, *arguments: Any) -> Tensor:
-    dim, _, _, dtype, _ = arguments[5:]
+    dim, _, _, _, dtype, _ = arguments[5:]
     shape = (slots.shape[0], pages.shape[1], slots.shape[1] * PAGE_TOKENS, dim)
     return pages.new_empty(shape, dtype=dtype)
 
 
 @operator(
     "decode_pages(Tensor pages, Tensor scales, Tensor slots, Tensor? mean, Tensor? channel_scale, "
-    "Tensor turns, Tensor factor, Tensor centroids, SymInt dim, float bits, str layout, "
+    "Tensor turns, Tensor factor, Tensor centroids, SymInt dim, float bits, str code, str layout, "
     "ScalarType dtype, bool rotated) -> Tensor",
     _tokens_shape,
 )
@@ -140,12 +140,13 @@ def _decode_pages(
     centroids: Tensor,
     dim: int,
     bits: float,
+    code: CodeName,
     layout: Layout,
     dtype: torch.dtype,
     rotated: bool,
 ) -> Tensor:
-    constants = launch.rotation(dim, turns, factor) | launch.codebook(dim, bits, centroids)
-    launch.check_pages(pages, scales, constants)
+    constants = launch.rotation(dim, turns, factor) | launch.codebook(dim, bits, centroids, code)
+    launch.check_pages(pages, scales, dim, bits, code)
     (batch, n_pages), heads = slots.shape, pages.shape[1]
     # The interpreter cuts bfloat16 off where a processor rounds it.
     written = torch.float32 if launch.interpreted() and dtype is torch.bfloat16 else dtype
@@ -171,6 +172,7 @@ def _decode_pages(
             HAS_SCALE=channel_scale is not None,
             LAYOUT=layout,
             ROTATED=rotated,
+            HALF_BITS=launch.half_bits(bits, code),
             SHRINK=launch.shrink(constants),
             **tile,
             **constants,

@@ -142,7 +142,7 @@ def _encode_pages(
         reference.encode_pages(x, slots, coding, layout, pages, scales, key_map)
         return
     constants = rotation | launch.codebook(x.shape[-1], bits, centroids)
-    launch.check_pages(pages, scales, constants)
+    launch.check_pages(pages, scales, x.shape[-1], bits, "codebook")
     launch.check_vectors(x, scales, slots)
     grid, tile = launch.page_grid(slots, x.shape[1], rotation, least=4)
     if grid:
