@@ -10,6 +10,7 @@ from sixfold.codebooks import centroids
 from sixfold.kernels.attention import Partial, page_attention
 from sixfold.kernels.types import CodeName, Coding, Pages, Pool
 from sixfold.packing import (
+    BITS,
     PAGE_TOKENS,
     Bits,
     Layout,
@@ -20,7 +21,14 @@ from sixfold.packing import (
     symbol_bits,
     to_pages,
 )
-from sixfold.trellis import codewords, path_bytes, starts
+from sixfold.trellis import PAGE_BITS, codewords, pages_hold, path_bytes, starts
+from tests.kernels import oracle
+
+# Every width of every code.
+WIDTHS: list[tuple[Bits, CodeName]] = [
+    *((bits, "codebook") for bits in BITS),
+    *((bits, "trellis") for bits in PAGE_BITS),
+]
 
 
 @dataclasses.dataclass
@@ -51,8 +59,11 @@ def random_pages(
     generator: torch.Generator,
     code: CodeName = "codebook",
 ) -> Side:
-    """Uniformly random symbols under random scales; decoded from the symbols, not the bytes."""
-    if code == "trellis":
+    """Uniformly random symbols under random scales; decoded from the symbols, not the bytes.
+
+    As in a cache, a trellis is for sides that have one (docs/format.md, 2b).
+    """
+    if code == "trellis" and pages_hold(dim, bits):
         return random_paths(slots, kv_heads, dim, bits, layout, generator)
     book = centroids(dim, bits)
     shape = slots, kv_heads, PAGE_TOKENS
@@ -75,8 +86,7 @@ def random_paths(
     *start, count = starts(dim, bits)
     path = torch.randint(2, (*shape, count), dtype=torch.uint8, generator=generator)
     scales = encode_scale(torch.rand(shape, generator=generator) + 0.5)
-    places = (torch.tensor(start)[:, None] + torch.arange(7)) % count
-    states = (path[..., places].long() << torch.arange(7)).sum(-1)
+    states = oracle.path_states(path, start)
     size = path_bytes(dim, bits)
     padded = torch.nn.functional.pad(path, (0, 8 * size - count)).unflatten(-1, (size, 8))
     rows = (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

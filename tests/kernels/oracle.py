@@ -1,11 +1,13 @@
 """The operations once more, in float64, by definition and without regard to speed."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sixfold.packing import Bits, is_paired, n_symbols, symbol_bits, unpack
+from sixfold.trellis import starts
 
 
 def walsh(order: int) -> Tensor:
@@ -32,6 +34,19 @@ def rotation_matrix(turns: Tensor, factor: Tensor) -> Tensor:
 def codewords(rows: Tensor, centroids: Tensor, dim: int, bits: Bits) -> Tensor:
     chosen = centroids.double()[unpack(rows, n_symbols(dim, bits), symbol_bits(bits)).long()]
     return torch.cat((chosen[..., 0], chosen[..., 1]), -1)[..., :dim] if is_paired(bits) else chosen
+
+
+def path_codewords(rows: Tensor, words: Tensor, dim: int, bits: Bits) -> Tensor:
+    """Codewords of paths, bit by bit as docs/format.md has it (2b)."""
+    *start, count = starts(dim, bits)
+    path = rows[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return words.double()[path_states(path.flatten(-2)[..., :count], start)]
+
+
+def path_states(path: Tensor, start: Sequence[int]) -> Tensor:
+    """The windows of seven bits that begin at `start`, of cyclic paths with a bit an entry."""
+    places = (torch.tensor(start)[:, None] + torch.arange(7)) % path.shape[-1]
+    return (path[..., places].long() << torch.arange(7)).sum(-1)
 
 
 def nearest_distance(u: Tensor, centroids: Tensor, bits: Bits) -> Tensor:

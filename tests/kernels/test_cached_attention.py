@@ -1,7 +1,7 @@
 """Attention over all a layer holds: the compiled kernel against the reference."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.types import CodeName, Tokens
 from sixfold.packing import Bits
+from sixfold.trellis import PAGE_BITS
 from tests.layers import pages as layer_pages
 from tests.threads import on_threads
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HEADS, KV_HEADS = 6, 2
+CODES = get_args(CodeName)
 
 
 @dataclasses.dataclass
@@ -130,10 +132,11 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("code", CODES)
 def test_kernel_is_the_reference(
-    queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    code: CodeName, queries: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = Held.of(300)
+    held = Held.of(300, code=code)
     assert len(held.layer.history.runs) > 1
     query = held.queries(queries)
     if "mask" in options:
@@ -144,10 +147,11 @@ def test_kernel_is_the_reference(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dims", [(64, 64), (80, 33), (20, 128), (7, 1)])
+@pytest.mark.parametrize("code", CODES)
 def test_every_dtype_and_dim(
-    dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    code: CodeName, dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = Held.of(200, dims=dims, dtype=dtype)
+    held = Held.of(200, dims=dims, dtype=dtype, code=code)
     found, expected = both(held, held.queries(2), monkeypatch)
     assert found.dtype is dtype
     # Both round the same float32 number, but for its own error, to the dtype.
@@ -163,9 +167,17 @@ def test_parts_may_be_empty(sinks: int, window: int, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("bits", [1, 2.5, 3.5, 8])
-def test_integer_arithmetic_stays_close(bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held.of(300, bits=bits)
+@pytest.mark.parametrize(
+    ("bits", "code"),
+    [
+        *((bits, "codebook") for bits in (1, 2.5, 3.5, 8)),
+        *((bits, "trellis") for bits in PAGE_BITS),
+    ],
+)
+def test_integer_arithmetic_stays_close(
+    bits: float, code: CodeName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held.of(300, bits=bits, code=code)
     _, expected = both(held, held.queries(1), monkeypatch)
     monkeypatch.setenv("SIXFOLD_CPU_EXACT", "0")
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
@@ -182,8 +194,9 @@ def test_a_token_that_is_no_number_shows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not found.isnan().all()
 
 
-def test_threads_do_not_change_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held.of(2_000, batch=1)
+@pytest.mark.parametrize("code", CODES)
+def test_threads_do_not_change_the_output(code: CodeName, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held.of(2_000, batch=1, code=code)
     query = held.queries(1)
     monkeypatch.setenv("SIXFOLD_BACKEND", "cpu")
     found = on_threads(lambda: held.attend(query), 1, 2, 3)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from sixfold.kernels.attention import page_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
-from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
-from sixfold.packing import PAGE_TOKENS, Bits, Layout, n_symbols, row_bytes, symbol_bits
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Pool, Tokens
+from sixfold.packing import PAGE_TOKENS, Bits, Layout, row_bytes
 from sixfold.rotation import Rotation
+from sixfold.trellis import codewords
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 32, 48
@@ -49,22 +50,38 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-def coding(dim: int, bits: Bits, layout: Layout) -> Coding:
-    rotation = Rotation(dim)
-    scale = "unbiased" if layout == "key" else "optimal"
-    return Coding(rotation.turns(CPU), rotation.factor(CPU), centroids(dim, bits), bits, dim, scale)
+@pytest.fixture(params=get_args(CodeName))
+def code(request: pytest.FixtureRequest, backend: str) -> CodeName:
+    """What the pages hold."""
+    if backend == "triton" and request.param == "trellis":
+        pytest.skip("there is no Triton kernel of paths")
+    found: CodeName = request.param
+    return found
 
 
-CODINGS = coding(KEY_DIM, KEY_BITS, "key"), coding(VALUE_DIM, VALUE_BITS, "value")
+Codings = tuple[Coding, Coding]
+
+
+def codings(code: CodeName) -> Codings:
+    def coding(dim: int, bits: Bits, layout: Layout) -> Coding:
+        rotation = Rotation(dim)
+        book = codewords(128, bits) if code == "trellis" else centroids(dim, bits)
+        scale = "unbiased" if layout == "key" else "optimal"
+        return Coding(rotation.turns(CPU), rotation.factor(CPU), book, bits, dim, scale, code)
+
+    return coding(KEY_DIM, KEY_BITS, "key"), coding(VALUE_DIM, VALUE_BITS, "value")
+
+
+CODINGS = codings("codebook")
 
 
 def page_bytes(one: Coding) -> int:
-    return PAGE_TOKENS * row_bytes(n_symbols(one.dim, one.bits), symbol_bits(one.bits))
+    return PAGE_TOKENS * row_bytes(*one.row)
 
 
-def engine_pool(slots: int) -> Pool:
+def engine_pool(slots: int, codings: Codings = CODINGS) -> Pool:
     """Pages as an engine holds them: all of a head's page together, heads in blocks, and a gap."""
-    sizes = [page_bytes(CODINGS[0]), 128, page_bytes(CODINGS[1]), 128]
+    sizes = [page_bytes(codings[0]), 128, page_bytes(codings[1]), 128]
     block = torch.full((slots, KV_HEADS + 1, sum(sizes) + 64), 0x7E, dtype=torch.uint8)
     keys, key_scales, values, value_scales = block[:, 1:, 64:].split(sizes, 2)
     scales = (x.view(torch.float16) for x in (key_scales, value_scales))
@@ -123,16 +140,17 @@ class Batch:
 
     sequences: list[Sequence]
     pool: Pool
+    codings: Codings
     arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, sequences: list[Sequence], seed: int = 0) -> "Batch":
+    def of(cls, sequences: list[Sequence], codings: Codings = CODINGS, *, seed: int = 0) -> "Batch":
         generator = torch.Generator().manual_seed(seed)
         dtype, batch = sequences[0].query.dtype, len(sequences)
         most = max(max(s.pages for s in sequences), 1)
         slots = torch.randperm(batch * most + 3, generator=generator)[: batch * most]
         slots = slots.view(batch, most)
-        pool = engine_pool(batch * most + 3)
+        pool = engine_pool(batch * most + 3, codings)
         room = max(s.recent for s in sequences) + 2
         rows = torch.randperm(batch + 2, generator=generator)[:batch]
         # Tokens before heads, as engines have them.
@@ -146,7 +164,7 @@ class Batch:
             coded, where = one.pages * PAGE_TOKENS, slots[b : b + 1, : one.pages]
             own = every._replace(map_index=torch.tensor([one.map_index]))
             held = one.keys[:, :, :coded], one.values[:, :, :coded]
-            store_pages(*held, where, pool, *CODINGS, own)
+            store_pages(*held, where, pool, *codings, own)
             lengths[b, : one.pages] = PAGE_TOKENS
             for x, new in zip(window, (one.keys, one.values), strict=True):
                 x[rows[b], :, : one.recent] = new[0, :, coded:]
@@ -165,6 +183,7 @@ class Batch:
         return cls(
             sequences,
             pool,
+            codings,
             {
                 "query": torch.cat([s.query for s in sequences]),
                 "tokens": [
@@ -186,17 +205,20 @@ class Batch:
         names = ("query", "tokens", "pages")
         query, tokens, pages = (arguments.pop(name) for name in names)
         key_map = arguments.pop("key_map")
-        return cached_attention(query, tokens, pages, *CODINGS, key_map, **arguments)
+        return cached_attention(query, tokens, pages, *self.codings, key_map, **arguments)
 
 
-def check_each(sequences: list[Sequence], mask: Tensor | None = None, **options: Any) -> None:
+def check_each(
+    sequences: list[Sequence], code: CodeName, mask: Tensor | None = None, **options: Any
+) -> None:
     """What a batch gives each sequence is what it gets alone."""
-    batch = Batch.of(sequences)
+    coded = codings(code)
+    batch = Batch.of(sequences, coded)
     together = batch.attend(mask=mask, **options)
     assert together.isfinite().all()
     for b, one in enumerate(sequences):
         own = None if mask is None else mask[b : b + 1, ..., : one.tokens]
-        alone = Batch.of([one], seed=7).attend(mask=own, **options)
+        alone = Batch.of([one], coded, seed=7).attend(mask=own, **options)
         tolerance = 2e-2 if one.query.dtype is torch.bfloat16 else 2e-5
         # Tensor cores take operands of 11 bits, in units that depend on where a split begins.
         tolerance = max(tolerance, 4e-3 * (os.environ["SIXFOLD_BACKEND"] == "triton"))
@@ -220,44 +242,44 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(x) or "plain")
-def test_contexts_around_pages(options: dict[str, Any]) -> None:
+def test_contexts_around_pages(options: dict[str, Any], code: CodeName) -> None:
     sequences = [
         sequence(tokens, 1, seed, torch.float32)
         for seed, tokens in enumerate([*lengths_around_pages(), 30, 200])
     ]
-    check_each(sequences, **options)
+    check_each(sequences, code, **options)
 
 
 @pytest.mark.parametrize("queries", [3, 20])
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=lambda x: "-".join(x) or "plain")
-def test_several_queries(options: dict[str, Any], queries: int) -> None:
+def test_several_queries(options: dict[str, Any], queries: int, code: CodeName) -> None:
     lengths = (queries + 8, 64 + queries, 100, 193)
     sequences = [sequence(n, queries, n, torch.float32) for n in lengths]
-    check_each(sequences, **options)
+    check_each(sequences, code, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(dtype: torch.dtype) -> None:
-    check_each([sequence(n, 1, n, dtype) for n in (65, 10, 150)])
+def test_narrow_dtypes(dtype: torch.dtype, code: CodeName) -> None:
+    check_each([sequence(n, 1, n, dtype) for n in (65, 10, 150)], code)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_masks_are_columns_of_positions(kind: str) -> None:
+def test_masks_are_columns_of_positions(kind: str, code: CodeName) -> None:
     lengths = 60, 130, 65, 200
     seen = torch.rand(4, 1, 2, 200, generator=torch.Generator().manual_seed(3)) < 0.7
     seen[..., 5] = True
     mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    check_each([sequence(n, 2, n, torch.float32) for n in lengths], mask=mask)
+    check_each([sequence(n, 2, n, torch.float32) for n in lengths], code, mask)
 
 
-def test_sixty_four_sequences(backend: str) -> None:
+def test_sixty_four_sequences(backend: str, code: CodeName) -> None:
     if backend == "triton":
         pytest.skip("the interpreter takes long, and nothing here is new to it")
-    check_each([sequence(8 + 3 * n, 1, n, torch.float32) for n in range(64)])
+    check_each([sequence(8 + 3 * n, 1, n, torch.float32) for n in range(64)], code)
 
 
-def test_sequences_that_hold_no_page() -> None:
-    check_each([sequence(n, 1, n, torch.float32) for n in (20, 64, 9)])
+def test_sequences_that_hold_no_page(code: CodeName) -> None:
+    check_each([sequence(n, 1, n, torch.float32) for n in (20, 64, 9)], code)
 
 
 def test_pages_of_different_starts() -> None:
