@@ -9,10 +9,15 @@ from torch import Tensor
 from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.coder import Coder, coders
-from sixfold.kernels.decode import decode
-from sixfold.kernels.encode import encode
+from sixfold.kernels import decode, encode, trellis
 from sixfold.packing import PAGE_TOKENS
 from tests.memory import storage_bytes
+
+# What encodes and decodes vectors in each code.
+KERNELS = {
+    "codebook": (encode.encode, decode.decode),
+    "trellis": (trellis.encode, trellis.decode),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +59,11 @@ def recode(coder: Coder, x: Tensor, mean: Tensor | None, scale: Tensor | None) -
     """What the codes of `x` stand for, by the vector quantizer's kernels: no pages anywhere."""
     mapped = x.float() if mean is None else x.float() - mean[:, :, None]
     mapped = mapped if scale is None else mapped * scale[:, :, None]
-    turns, factor, centroids = coder.tables(x.device)
+    tables = coder.tables(x.device)
     kind = "unbiased" if coder.layout == "key" else "optimal"
-    codes, scales = encode(mapped, turns, factor, centroids, bits=coder.bits, scale=kind)
-    found = decode(codes, scales, turns, factor, centroids, dim=coder.dim, bits=coder.bits)
+    coded, decoded = KERNELS[coder.code]
+    codes, scales = coded(mapped, *tables, bits=coder.bits, scale=kind)
+    found = decoded(codes, scales, *tables, dim=coder.dim, bits=coder.bits)
     found = found if scale is None else found / scale[:, :, None]
     found = found if mean is None else found + mean[:, :, None]
     return found.to(x.dtype)

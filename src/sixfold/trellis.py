@@ -71,7 +71,7 @@ _ALIGNMENT = 32
 
 def pages_hold(dim: int, bits: Bits) -> bool:
     """Whether pages may hold paths of such vectors: whole bytes, and more than a few windows."""
-    return bits in PAGE_BITS and dim >= _LEAST_DIM and dim * bits % 8 == 0
+    return bits in PAGE_BITS and dim >= _LEAST_DIM and path_bits(dim, bits) % 8 == 0
 
 
 def check_trellis(dim: int, bits: Bits, states: int) -> tuple[Bits, int]:
@@ -82,7 +82,7 @@ def check_trellis(dim: int, bits: Bits, states: int) -> tuple[Bits, int]:
             bits than one window.
     """
     bits, states = choice("bits", bits, TRELLIS_BITS), choice("states", states, STATES)
-    if starts(dim, bits)[-1] < window_bits(states):
+    if path_bits(dim, bits) < window_bits(states):
         raise SixfoldError(
             f"dim·bits must be at least log2(states) = {window_bits(states)}, "
             f"got dim={dim} and bits={bits}"
@@ -107,9 +107,14 @@ def advances(dim: int, bits: Bits) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise(starts(dim, bits)))
 
 
+def path_bits(dim: int, bits: Bits) -> int:
+    """Bits of one vector's path."""
+    return dim * int(2 * bits) // 2
+
+
 def path_bytes(dim: int, bits: Bits) -> int:
     """Bytes of one vector's path, a multiple of 4."""
-    return -(-starts(dim, bits)[-1] // _ALIGNMENT) * (_ALIGNMENT // 8)
+    return -(-path_bits(dim, bits) // _ALIGNMENT) * (_ALIGNMENT // 8)
 
 
 @lru_cache(typed=True)

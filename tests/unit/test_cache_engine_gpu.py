@@ -1,6 +1,7 @@
 """An engine's layer on a GPU that is not there: where tables are, and what waits for them."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from sixfold.cache.engine import EngineLayer
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Step
+from sixfold.kernels.types import CodeName
 from tests.fake_gpu import GPU, FakeGpu
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -27,16 +29,17 @@ def step(gpu: FakeGpu, new: list[int], context: list[int]) -> Step:
     return Step(new, context, gpu.place(rows), rows, sinks, 4)
 
 
+@pytest.mark.parametrize("code", get_args(CodeName))
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_step_is_copied_once_and_nothing_waits(
-    backend: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+    backend: str, code: CodeName, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts, chunks and single tokens; the second layer finds every table where it needs it.
 
     The first prompts are enough for the last key map: until then pages are looked up by block.
     """
     monkeypatch.setenv("SIXFOLD_BACKEND", backend)
-    policy = CachePolicy(key_bits=4, value_bits=4, sink_tokens=4, recent_window=0)
+    policy = CachePolicy(sink_tokens=4, recent_window=0, code=code)
     layers = [
         EngineLayer(policy, KV_HEADS, DIM, DIM, 28, dtype=torch.bfloat16, device=GPU, sink_rows=7)
         for _ in range(2)

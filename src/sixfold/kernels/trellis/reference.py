@@ -64,9 +64,12 @@ def search(
     # Coordinates first: every operation of the search then runs over contiguous vectors.
     places = grid.places(u).mT.contiguous()
     margin = seam_margin(len(codewords), bits)
-    around = [t % dim for t in range(-margin, margin)]
-    last, widths_around = widths[-1], [widths[t] for t in around]
-    free = _viterbi(places[around], grid, widths_around, before=widths[around[0] - 1])
+    last, first = widths[-1], -margin % dim
+    repeats = -(-(first + 2 * margin) // dim)
+    around = slice(first, first + 2 * margin)
+    free = _viterbi(
+        torch.cat([places] * repeats)[around], grid, (widths * repeats)[around], widths[first - 1]
+    )
     seam = free[margin] & ((len(codewords) >> last) - 1)
     path = _viterbi(places, grid, widths, before=last, seam=seam).mT.int()
     # Where sums have stopped growing the path may miss the seam: what is read is what is stored.
