@@ -54,7 +54,7 @@ def test_representative_kernels_compile_for_every_target(tmp_path: Path) -> None
     "kernel",
     [
         *("rotate", "encode", "encode_pages", "store_pages", "decode", "decode_pages", "scores"),
-        *("attend_pages", "merge_ranges"),
+        *("attend_pages", "merge_ranges", "path_vectors", "search"),
     ],
 )
 def test_all_kernels_compile_for_every_target(kernel: str, tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from sixfold.codebooks import centroids
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
+from sixfold.kernels._triton.encode_paths import path_vectors_kernel
+from sixfold.kernels._triton.path_pages import search_constants
+from sixfold.kernels._triton.search import search_kernel
 from sixfold.kernels._triton.store import store_pages_kernel
 from sixfold.kernels.encode import Scale
 from sixfold.kernels.rotate.triton import rotate_kernel
 from sixfold.kernels.scores.triton import constants as scores_constants
 from sixfold.kernels.scores.triton import scores_kernel
 from sixfold.kernels.scores.triton import warps as scores_warps
+from sixfold.kernels.trellis.grid import grid_sizes
 from sixfold.kernels.types import CodeName
 from sixfold.packing import BITS, Bits, Layout
 from sixfold.rotation import Rotation, RotationKind
@@ -48,6 +52,7 @@ class Variant(NamedTuple):
 
 
 _TABLES = {"turns": "*fp32", "factor": "*fp32", "centroids": "*fp32"}
+_SYMBOLS = ("SYMBOL", "PAIRED")
 _PAGE_STRIDES = {name: "i32" for name in ("page_slot", "page_head", "scale_slot", "scale_head")}
 
 
@@ -139,6 +144,33 @@ def store_pages(dim: int, key_bits: Bits, value_bits: Bits) -> Variant:
     return _variant(name, store_pages_kernel, types, constants, least=4)
 
 
+def path_vectors(dim: int, bits: Bits, layout: Layout, searched: bool) -> Variant:
+    """`path_vectors_kernel` before or after the search of bfloat16 keys or values."""
+    variant, sizes = encode_pages(dim, bits, layout), grid_sizes(bits)
+    types = variant.types | {"places": "*i16", "words": "*i16", "pages": "*u8", "first": "i32"}
+    types["book"] = types.pop("centroids")
+    constants = {name: x for name, x in variant.constants.items() if name not in _SYMBOLS}
+    constants |= {
+        "SEARCHED": searched,
+        "UNIT": sizes.unit,
+        "INTERVALS": sizes.intervals,
+        "LARGEST": sizes.largest,
+        "HALF_BITS": launch.half_bits(bits, "trellis"),
+    }
+    name = f"path_vectors {'scales' if searched else 'places'}, {bits:g} bits, dim {dim}, {layout}"
+    return variant._replace(name=name, kernel=path_vectors_kernel, types=types, constants=constants)
+
+
+def search(dim: int, bits: Bits, layout: Layout) -> Variant:
+    """`search_kernel`, in whole numbers alone."""
+    constants = search_constants(dim, bits, layout)
+    types = {"places": "*i16", "words": "*i16"}
+    types |= {"history": "*u8" if constants["MOST"] == 0xFF else "*i16", "pages": "*u8"}
+    types |= {"slots": "*i64", "page_slot": "i32", "page_head": "i32", "heads": "i32"}
+    name = f"search {bits:g} bits, dim {dim}, {layout}"
+    return Variant(name, search_kernel, types, constants, 1, 1)
+
+
 def decode(dim: int, bits: Bits) -> Variant:
     """`decode_kernel`."""
     types = {"rows": "*u8", "scales": "*fp16", **_TABLES, "out": "*fp32", "count": "i32"}
@@ -201,6 +233,9 @@ def representative() -> list[Variant]:
         rotate(33),
         store_pages(128, 4, 2.5),
         encode_pages(96, 3, "value"),
+        path_vectors(128, 2.5, "key", searched=False),
+        path_vectors(128, 2.5, "key", searched=True),
+        search(128, 2.5, "key"),
         decode(128, 4),
         decode_pages(128, 3, "key"),
         scores(128, 4),
@@ -224,6 +259,16 @@ def variants() -> list[Variant]:
         # Keys and values of different dimensions.
         *(encode_pages(dim, 4, layout) for dim in HEAD_DIMS for layout in layouts),
         *(encode_pages(dim, bits, "key") for dim in OTHER_DIMS for bits in (3, 3.5)),
+        *(
+            path_vectors(dim, bits, layout, searched)
+            for dim, bits, layout in (
+                *((dim, 4, "key") for dim in (*HEAD_DIMS, 32, 80, 96, 200)),
+                *((128, bits, "value") for bits in PAGE_BITS),
+            )
+            for searched in (False, True)
+        ),
+        *(search(128, bits, layout) for bits in PAGE_BITS for layout in layouts),
+        *(search(dim, 2, "key") for dim in (64, 80, 256)),
         *(decode(dim, 4) for dim in dims),
         *(decode_pages(128, bits, "value") for bits in BITS),
         *(decode_pages(dim, 4, "key") for dim in (*HEAD_DIMS, *OTHER_DIMS)),

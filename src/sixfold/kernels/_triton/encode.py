@@ -60,6 +60,45 @@ def encode_kernel(
 
 
 @triton.jit
+def page_tile(
+    x,
+    x_strides,
+    mean,
+    channel_scale,
+    page,
+    head,
+    token,
+    n_pages,
+    heads,
+    HAS_MEAN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Vectors of one head of a page, mapped, as `rotate` lays them out.
+
+    Pages are counted over all sequences; strides by batch, head, token and channel.
+    """
+    batch = page // n_pages
+    coordinate, channels = coordinates(SIZE, INNER, WIDTH), inside(DIM, SIZE, INNER, WIDTH)
+    start = x + batch.to(tl.int64) * x_strides[0] + head.to(tl.int64) * x_strides[1]
+    position = (page % n_pages * 64 + token).to(tl.int64)
+    tile = tl.load(
+        start + position[:, None] * x_strides[2] + coordinate[None, :] * x_strides[3],
+        mask=channels[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    channel = (batch * heads + head) * DIM + coordinate
+    if HAS_MEAN:
+        tile = tile - tl.load(mean + channel, mask=channels, other=0.0)[None, :]
+    if HAS_SCALE:
+        tile = tile * tl.load(channel_scale + channel, mask=channels, other=0.0)[None, :]
+    return tile
+
+
+@triton.jit
 def encode_page(
     x,
     x_strides,
@@ -98,21 +137,24 @@ def encode_page(
     """
     parts: tl.constexpr = 64 // N
     page, head = tl.program_id(0) // parts, tl.program_id(1)
-    batch = page // n_pages
     token = tl.program_id(0) % parts * N + tl.arange(0, N)
-    coordinate, channels = coordinates(SIZE, INNER, WIDTH), inside(DIM, SIZE, INNER, WIDTH)
-    start = x + batch.to(tl.int64) * x_strides[0] + head.to(tl.int64) * x_strides[1]
-    position = (page % n_pages * 64 + token).to(tl.int64)
-    tile = tl.load(
-        start + position[:, None] * x_strides[2] + coordinate[None, :] * x_strides[3],
-        mask=channels[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    channel = (batch * heads + head) * DIM + coordinate
-    if HAS_MEAN:
-        tile = tile - tl.load(mean + channel, mask=channels, other=0.0)[None, :]
-    if HAS_SCALE:
-        tile = tile * tl.load(channel_scale + channel, mask=channels, other=0.0)[None, :]
+    tile = page_tile(
+        x,
+        x_strides,
+        mean,
+        channel_scale,
+        page,
+        head,
+        token,
+        n_pages,
+        heads,
+        HAS_MEAN,
+        HAS_SCALE,
+        DIM,
+        SIZE,
+        INNER,
+        WIDTH,
+    )
     symbol, scale = encode_tile(
         tile,
         turns,

@@ -135,6 +135,64 @@ def _stored(scale, finite):
 
 
 @triton.jit
+def direction(
+    x,
+    turns,
+    factor,
+    STRETCH: tl.constexpr,
+    DIM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ORDER: tl.constexpr,
+    SIZE: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What is quantized of a tile as `rotate` lays it out: its coordinates in order, zero-padded.
+
+    STRETCH is DIM^(1/2 - ROUNDS / 2). Also returns what `stored_scale` needs of the vectors.
+    """
+    x, power, finite, valid = moderate(x)
+    norm = tl.sqrt_rn(fold_sum(in_order(x * x, DIM, INNER, WIDTH)))
+    divisor = tl.where(valid, norm, 1.0)
+    stretch = tl.where(valid, tl.div_rn(tl.full(norm.shape, STRETCH, tl.float32), divisor), 0.0)
+    u = unnormalized(x, turns, factor, DIM, ROUNDS, ORDER, SIZE, INNER, WIDTH, BLOCK, False)
+    u = in_order(u * stretch[:, None], DIM, INNER, WIDTH)
+    return u, norm, power, finite, valid
+
+
+@triton.jit
+def stored_scale(
+    u,
+    q,
+    norm,
+    power,
+    finite,
+    valid,
+    SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    POSITIVE: tl.constexpr,
+):
+    """Float16 scales [N] of vectors with directions u and codewords q, zero behind the last.
+
+    If POSITIVE, a negative one, of codewords that point away from the vector, becomes zero.
+    """
+    root = tl.full(norm.shape, DIM**-0.5, tl.float64)
+    scale = norm.to(tl.float64) / power.to(tl.float64) * root
+    if SCALE == "optimal":
+        product = fold_sum(u * q).to(tl.float64)
+        square = fold_sum(q * q).to(tl.float64)
+        scale = scale * (product / tl.where(square > 0, square, 1.0))
+    if SCALE == "unbiased":
+        product = fold_sum(u * q).to(tl.float64)
+        product = tl.where(product > 0, product, 1.0)
+        scale = scale * (tl.full(norm.shape, DIM, tl.float64) / product)
+    # A zero vector's scale is plus zero, whatever sign the product has.
+    kept = valid & (scale > 0) if POSITIVE else valid
+    return _stored(tl.where(kept, scale, 0.0), finite)
+
+
+@triton.jit
 def encode_tile(
     x,
     turns,
@@ -154,14 +212,11 @@ def encode_tile(
 ):
     """Symbols [N, columns] and float16 scales [N] of a tile as `rotate` lays it out.
 
-    Symbols behind the last are arbitrary. STRETCH is DIM^(1/2 - ROUNDS / 2).
+    Symbols behind the last are arbitrary.
     """
-    x, power, finite, valid = moderate(x)
-    norm = tl.sqrt_rn(fold_sum(in_order(x * x, DIM, INNER, WIDTH)))
-    divisor = tl.where(valid, norm, 1.0)
-    stretch = tl.where(valid, tl.div_rn(tl.full(norm.shape, STRETCH, tl.float32), divisor), 0.0)
-    u = unnormalized(x, turns, factor, DIM, ROUNDS, ORDER, SIZE, INNER, WIDTH, BLOCK, False)
-    u = in_order(u * stretch[:, None], DIM, INNER, WIDTH)
+    u, norm, power, finite, valid = direction(
+        x, turns, factor, STRETCH, DIM, ROUNDS, ORDER, SIZE, INNER, WIDTH, BLOCK
+    )
     if PAIRED:
         first, second = halves(u, DIM)
         symbol, qx, qy = nearest_pairs(first, second, centroids, SYMBOL)
@@ -170,15 +225,4 @@ def encode_tile(
         symbol, q = nearest(u, centroids, SYMBOL)
     # Padding has a codeword, too.
     q = tl.where((tl.arange(0, SIZE) < DIM)[None, :], q, 0.0)
-    root = tl.full(norm.shape, DIM**-0.5, tl.float64)
-    scale = norm.to(tl.float64) / power.to(tl.float64) * root
-    if SCALE == "optimal":
-        product = fold_sum(u * q).to(tl.float64)
-        square = fold_sum(q * q).to(tl.float64)
-        scale = scale * (product / tl.where(square > 0, square, 1.0))
-    if SCALE == "unbiased":
-        product = fold_sum(u * q).to(tl.float64)
-        product = tl.where(product > 0, product, 1.0)
-        scale = scale * (tl.full(norm.shape, DIM, tl.float64) / product)
-    # A zero vector's scale is plus zero, whatever sign the product has.
-    return symbol, _stored(tl.where(valid, scale, 0.0), finite)
+    return symbol, stored_scale(u, q, norm, power, finite, valid, SCALE, DIM, False)

@@ -9,6 +9,7 @@ from sixfold.kernels._tables import check_table, sequence_maps
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
 from sixfold.kernels._triton.operators import in_place, operator
+from sixfold.kernels._triton.path_pages import encode_path_pages
 from sixfold.kernels._triton.together import store_together, together
 from sixfold.kernels.encode import reference
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
@@ -40,7 +41,10 @@ def encode_pages(
 ) -> None:
     """See `sixfold.kernels.encode.encode_pages`."""
     check_table("slots", slots, len(codes))
-    _encode_pages(
+    if coding.code == "trellis" and not launch.encodes(x, _rotation(coding)):
+        reference.encode_pages(x, slots, coding, layout, codes, scales, key_map)
+        return
+    (encode_path_pages if coding.code == "trellis" else _encode_pages)(
         x.detach(),
         *sequence_maps(key_map, len(slots), *x.shape[1::2]),
         coding.turns,
@@ -65,11 +69,16 @@ def store_pages(
     key_map: KeyMap | None = None,
 ) -> None:
     """See `sixfold.kernels.encode.store_pages`: one launch where both sides are rotated alike."""
-    if together(keys, values, key_coding, value_coding):
+    paths = "trellis" in (key_coding.code, value_coding.code)
+    if not paths and together(keys, values, key_coding, value_coding):
         store_together(keys, values, slots, pool, key_coding, value_coding, key_map)
     else:
         sides = keys, values, slots, pool, key_coding, value_coding, key_map
         reference.store_sides(encode_pages, *sides)
+
+
+def _rotation(coding: Coding) -> dict[str, int]:
+    return launch.rotation(coding.dim, coding.turns, coding.factor)
 
 
 def _code_shapes(

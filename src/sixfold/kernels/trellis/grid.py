@@ -40,18 +40,34 @@ class SearchGrid(NamedTuple):
         return ((squared + (1 << _SHIFT - 1)) >> _SHIFT).clamp(max=self.most)
 
 
-def search_grid(codewords: Float32[Tensor, " states"], bits: Bits) -> SearchGrid:
-    """The grid for a codebook, without waiting for its device.
+class GridSizes(NamedTuple):
+    """What of a grid depends on the bits alone."""
+
+    unit: int
+    """Whole numbers a standard deviation."""
+    intervals: int
+    most: int
+    """See `SearchGrid`."""
+    largest: int
+    """Codewords and coordinates stop there."""
+
+
+def grid_sizes(bits: Bits) -> GridSizes:
+    """The sizes of the grid for a width.
 
     Below 3 bits sums have 8 bits, and a table of the costs of a state fits two registers. With
     more, the codewords that can follow a state are so near each other that a coordinate far from
     all of them would cost more than 8 bits hold.
     """
-    narrow = bits in _UNITS
-    unit = _UNITS[bits] if narrow else 1 << 13
-    intervals, most = (128, 0xFF) if narrow else (1024, 0xFFFF)
-    # Sums of 8 bits are narrowed as if differences did not saturate.
-    largest = (1 << 14) - 1 if narrow else (1 << 15) - 1
+    if bits in _UNITS:
+        # Sums of 8 bits are narrowed as if differences did not saturate.
+        return GridSizes(_UNITS[bits], 128, 0xFF, (1 << 14) - 1)
+    return GridSizes(1 << 13, 1024, 0xFFFF, (1 << 15) - 1)
+
+
+def search_grid(codewords: Float32[Tensor, " states"], bits: Bits) -> SearchGrid:
+    """The grid for a codebook, without waiting for its device."""
+    unit, intervals, most, largest = grid_sizes(bits)
     words = (codewords.double() * unit).round().clamp(-largest, largest).int()
     # To a quarter of a deviation beyond the outermost codeword: further out all costs are large.
     half = (words.abs().amax() + unit // 4 + intervals - 1) // intervals
