@@ -174,7 +174,7 @@ struct Method {
     Multiply direct;
 
     Method(const Codec& codec_, int rows)
-        : codec(codec_), unpack(nullptr), direct(direct_multiplier<Simd::kDirect>(codec, rows)) {
+        : codec(codec_), unpack(nullptr), direct(direct_multiplier(codec, rows)) {
         if (!direct) unpack = unpacker(codec);
     }
     // What to multiply with: the tile, filled, or the page.

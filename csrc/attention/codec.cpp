@@ -5,6 +5,8 @@
 #include <cstring>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace sixfold {
@@ -169,7 +171,19 @@ void quantize_codebook(OwnedCodec& codec) {
     }
 }
 
+// Kernels look half of a trellis' codewords up (isa/simd_avx2.h).
+void check_opposite(const CodecKey& key) {
+    const int last = (1 << key.symbol_bits) - 1;
+    for (int s = 0; key.half_bits && s <= last / 2; ++s)
+        if (key.centroids[s] != -key.centroids[last - s])
+            throw std::invalid_argument(
+                "centroids: expected codewords of a trellis, of which those of s and " +
+                std::to_string(last) + " - s are opposite, got others for s = " +
+                std::to_string(s));
+}
+
 std::shared_ptr<const OwnedCodec> make_codec(const CodecKey& key) {
+    check_opposite(key);
     auto codec = std::make_shared<OwnedCodec>();
     codec->dim = key.dim;
     codec->symbol_bits = key.symbol_bits;

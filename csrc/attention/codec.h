@@ -8,7 +8,8 @@
 namespace sixfold {
 
 // The codec of `key`, whose centroids are compared by what they are: an address may be reused for
-// another codebook.
+// another codebook. Throws std::invalid_argument if a trellis has no codewords of docs/format.md, 12:
+// complementing a state negates its codeword.
 std::shared_ptr<const Codec> find_codec(const CodecKey& key);
 
 }  // namespace sixfold

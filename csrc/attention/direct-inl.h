@@ -110,43 +110,44 @@ Multiply direct_of_rows(const Codec& codec, Words words) {
 
 template <template <int> class Levels, int kBits, int kAxes>
 Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
-    return of_rows(rows, [&]<int kRows>() {
-        return direct_of_rows<Levels, kBits, kAxes, kRows>(codec, words);
-    });
+    // Else not even compiled.
+    if constexpr (kBits <= Simd::kDirectBits)
+        return of_rows(rows, [&]<int kRows>() {
+            return direct_of_rows<Levels, kBits, kAxes, kRows>(codec, words);
+        });
+    return nullptr;
 }
 
 template <class Levels>
 Multiply direct_of_paths(const Codec& codec, int rows) {
-    return of_rows(rows, [&]<int kRows>() {
-        return of_width(codec.half_bits, [&]<int kHalfBits>() -> Multiply {
-            if (codec.values) return multiply_value_codes<Levels, ValuePaths<kHalfBits>, 1, kRows>;
-            return multiply_key_codes<Levels, KeyPaths<kHalfBits>, 1, kRows>;
+    if constexpr (Levels::kBits <= Simd::kDirectBits)
+        return of_rows(rows, [&]<int kRows>() {
+            return of_width(codec.half_bits, [&]<int kHalfBits>() -> Multiply {
+                if (codec.values)
+                    return multiply_value_codes<Levels, ValuePaths<kHalfBits>, 1, kRows>;
+                return multiply_key_codes<Levels, KeyPaths<kHalfBits>, 1, kRows>;
+            });
         });
-    });
+    return nullptr;
 }
 
-// How to multiply `rows` with the codes of a page, or null if it takes a tile. Where kDirect is not
-// set, nothing of this file is compiled.
-template <bool kDirect>
+// How to multiply `rows` with the codes of a page, or null if it takes a tile.
 Multiply direct_multiplier(const Codec& codec, int rows) {
-    if constexpr (kDirect) {
-        if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
-        if (codec.half_bits) return direct_of_paths<ByteLevels<7>>(codec, rows);
-        const Words words = words_of(codec);
-        switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
-            case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);
-            case 2: return direct_of_bits<ByteLevels, 2, 1>(codec, words, rows);
-            case -5: return direct_of_bits<ByteLevels, 5, 2>(codec, words, rows);
-            case 3: return direct_of_bits<ByteLevels, 3, 1>(codec, words, rows);
-            case -7: return direct_of_bits<ByteLevels, 7, 2>(codec, words, rows);
-            case 4: return direct_of_bits<ByteLevels, 4, 1>(codec, words, rows);
-            case 5: return direct_of_bits<WordLevels, 5, 1>(codec, words, rows);
-            case 6: return direct_of_bits<WordLevels, 6, 1>(codec, words, rows);
-            case 7: return direct_of_bits<WordLevels, 7, 1>(codec, words, rows);
-            default: return direct_of_bits<WordLevels, 8, 1>(codec, words, rows);
-        }
+    if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
+    if (codec.half_bits) return direct_of_paths<PathLevels>(codec, rows);
+    const Words words = words_of(codec);
+    switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {
+        case 1: return direct_of_bits<ByteLevels, 1, 1>(codec, words, rows);
+        case 2: return direct_of_bits<ByteLevels, 2, 1>(codec, words, rows);
+        case -5: return direct_of_bits<ByteLevels, 5, 2>(codec, words, rows);
+        case 3: return direct_of_bits<ByteLevels, 3, 1>(codec, words, rows);
+        case -7: return direct_of_bits<ByteLevels, 7, 2>(codec, words, rows);
+        case 4: return direct_of_bits<ByteLevels, 4, 1>(codec, words, rows);
+        case 5: return direct_of_bits<WordLevels, 5, 1>(codec, words, rows);
+        case 6: return direct_of_bits<WordLevels, 6, 1>(codec, words, rows);
+        case 7: return direct_of_bits<WordLevels, 7, 1>(codec, words, rows);
+        default: return direct_of_bits<WordLevels, 8, 1>(codec, words, rows);
     }
-    return nullptr;
 }
 
 }  // namespace

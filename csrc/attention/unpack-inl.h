@@ -82,16 +82,20 @@ private:
 };
 
 // Levels of 64 indices, in kParts pieces of 64 bytes.
-template <int kIndexBits>
-struct ByteLevels {
+template <class Table, int kIndexBits>
+struct LevelsOfBytes {
     static constexpr Arithmetic kArithmetic = Arithmetic::bytes;
     static constexpr int kBits = kIndexBits, kTables = 1, kParts = 1;
-    ByteTable<kBits> table;
+    Table table;
 
-    ByteLevels(const Codec& codec, int axis)
+    LevelsOfBytes(const Codec& codec, int axis)
         : table(codec.low[axis], codec.values ? 0 : Simd::kKeyFlip) {}
     void look_up(U8x64 indices, U8x64* levels) const { levels[0] = look_up_bytes(table, indices); }
 };
+template <int kBits>
+using ByteLevels = LevelsOfBytes<ByteTable<kBits>, kBits>;
+// Of the states of a trellis.
+using PathLevels = LevelsOfBytes<PathTable, 7>;
 
 template <int kIndexBits>
 struct WordLevels {
@@ -180,9 +184,9 @@ Unpack path_unpacker(const Codec& codec) {
     return of_width(codec.half_bits, [&]<int kHalfBits>() -> Unpack {
         if (codec.values)
             return floats ? unpack_page<FloatLevels<7>, ValuePaths<kHalfBits>, 1>
-                          : unpack_page<ByteLevels<7>, ValuePaths<kHalfBits>, 1>;
+                          : unpack_page<PathLevels, ValuePaths<kHalfBits>, 1>;
         return floats ? unpack_page<FloatLevels<7>, KeyPaths<kHalfBits>, 1>
-                      : unpack_page<ByteLevels<7>, KeyPaths<kHalfBits>, 1>;
+                      : unpack_page<PathLevels, KeyPaths<kHalfBits>, 1>;
     });
 }
 

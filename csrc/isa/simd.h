@@ -30,10 +30,12 @@ struct SimdBase : Registers<kBytes> {
     // Trellis: whether look_up_128 is faster than arithmetic.
     static constexpr bool kTableCosts = false;
     // Attention: rows multiplied at once, strips of sixteen sums that registers have room for, what
-    // levels of keys are stored xor, the largest 8-bit weight, whether few rows are multiplied
-    // straight from codes, and whether a ByteTable looks at the lower bits of an index only.
+    // levels of keys are stored xor, the largest 8-bit weight, bits of an index up to which few rows
+    // are multiplied straight from codes, and whether a ByteTable looks at the lower bits of an index
+    // only.
     static constexpr int kRowBlock = 4, kAccumulators = 4, kKeyFlip = 0, kByteWeight = 127;
-    static constexpr bool kDirect = true, kIgnoresUpperBits = false;
+    static constexpr int kDirectBits = 8;
+    static constexpr bool kIgnoresUpperBits = false;
 
     static SIXFOLD_INLINE f32 load(const float* p) { return load_aligned<f32>(p); }
     static SIXFOLD_INLINE void store(float* p, f32 x) { store_aligned(p, x); }

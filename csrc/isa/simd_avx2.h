@@ -10,6 +10,8 @@ namespace {
 
 struct Simd : SimdBase<32> {
     static constexpr int kCountedBits = 2;
+    // Larger tables than one register do not fit beside the sums.
+    static constexpr int kDirectBits = 4;
     // With two registers a strip, more than kRowBlock = 4 rows would not fit. vpmaddubsw adds with
     // saturation: kByteWeight = 127.
 
@@ -66,6 +68,20 @@ struct Simd : SimdBase<32> {
         const __m256i left = _mm256_sub_epi32(_mm256_set1_epi32(32), (__m256i)count);
         return (u8)_mm256_or_si256(_mm256_srlv_epi32((__m256i)x, (__m256i)count),
                                    _mm256_sllv_epi32((__m256i)x, left));
+    }
+    // By counts of lanes: one count for a register costs two operations.
+    static SIXFOLD_INLINE u8 funnel(u8 low, u8 high, int count) {
+        const __m256i right = _mm256_set1_epi32(count), left = _mm256_set1_epi32(32 - count);
+        return (u8)_mm256_or_si256(_mm256_srlv_epi32((__m256i)low, right),
+                                   _mm256_sllv_epi32((__m256i)high, left));
+    }
+    template <int kHalfBits>
+    static SIXFOLD_INLINE u8 key_windows(u8 lanes) {
+        const auto x = (__m256i)lanes;
+        const __m256i pairs = _mm256_blend_epi16(x, _mm256_slli_epi32(x, 16 - kHalfBits), 0xAA);
+        const __m256i seconds = _mm256_slli_epi32(pairs, 8 - kHalfBits / 2);
+        const __m256i odd = _mm256_set1_epi16(static_cast<short>(0xff00));
+        return keep((u8)_mm256_blendv_epi8(pairs, seconds, odd), 127);
     }
     // By intrinsics: GCC makes the masks of vector extensions anew in every step of a loop.
     static SIXFOLD_INLINE u8 keep(u8 x, int byte) {
@@ -146,33 +162,60 @@ struct Simd : SimdBase<32> {
     }
 };
 
-// vpshufb holds 16 entries and gives 0 for indices above 127: with saturation everything that is
-// not in a part of 16 entries ends up there, and the parts can be added.
+// vpshufb holds 16 entries, looks at the lower four bits of an index, and gives 0 where its upper one
+// is set.
 template <int kBits>
 struct ByteTable {
     static constexpr int kParts = kBits <= 4 ? 1 : 1 << (kBits - 4);
+    // Indices below 128 and all parts before their own are not negative.
+    static constexpr bool kChained = kBits < 8;
     alignas(32) __m256i part[kParts];
 
     ByteTable(const std::uint8_t* table, int) {
-        for (int i = 0; i < kParts; ++i)
+        for (int i = kParts - 1; i >= 0; --i) {
             part[i] = _mm256_broadcastsi128_si256(load_unaligned<__m128i>(table + 16 * i));
+            if (kChained && i < kParts - 1) part[i + 1] = _mm256_xor_si256(part[i + 1], part[i]);
+        }
     }
     // Both registers, part by part: each part is loaded once.
     SIXFOLD_INLINE void look_up(Simd::u8 (&index)[2]) const {
-        __m256i found[2] = {};
+        __m256i found[2] = {}, left[2] = {(__m256i)index[0], (__m256i)index[1]};
         for (int p = 0; p < kParts; ++p)
-            for (int i = 0; i < 2; ++i)
-                found[i] = _mm256_or_si256(found[i], entries(p, (__m256i)index[i]));
+            for (int i = 0; i < 2; ++i) found[i] = kChained ? add_part(p, left[i], found[i])
+                                                            : entries(p, left[i], found[i]);
         for (int i = 0; i < 2; ++i) index[i] = (Simd::u8)found[i];
     }
 
   private:
-    SIXFOLD_INLINE __m256i entries(int p, __m256i index) const {
-        if constexpr (kParts > 1) {
-            index = _mm256_sub_epi8(index, _mm256_set1_epi8(static_cast<char>(16 * p)));
-            index = _mm256_adds_epu8(index, _mm256_set1_epi8(0x70));
+    // A part has what its entries differ by from those of the part before: an index takes all parts up
+    // to its own.
+    SIXFOLD_INLINE __m256i add_part(int p, __m256i& left, __m256i found) const {
+        if (p > 0) left = _mm256_sub_epi8(left, _mm256_set1_epi8(16));
+        return _mm256_xor_si256(found, _mm256_shuffle_epi8(part[p], left));
+    }
+    // With saturation everything that is not in a part of 16 entries has its upper bit set.
+    SIXFOLD_INLINE __m256i entries(int p, __m256i index, __m256i found) const {
+        index = _mm256_sub_epi8(index, _mm256_set1_epi8(static_cast<char>(16 * p)));
+        index = _mm256_adds_epu8(index, _mm256_set1_epi8(0x70));
+        return _mm256_or_si256(found, _mm256_shuffle_epi8(part[p], index));
+    }
+};
+
+// Levels of a trellis: those of the states s and 127 - s are opposite.
+struct PathTable {
+    ByteTable<6> half;
+
+    PathTable(const std::uint8_t* table, int) : half(table, 0) {}
+    SIXFOLD_INLINE void look_up(Simd::u8 (&state)[2]) const {
+        __m256i sign[2];
+        for (int i = 0; i < 2; ++i) {
+            const auto s = (__m256i)state[i], opposite = _mm256_sub_epi8(_mm256_set1_epi8(127), s);
+            sign[i] = _mm256_sub_epi8(opposite, s);  // odd: never 0
+            state[i] = (Simd::u8)_mm256_min_epu8(s, opposite);
         }
-        return _mm256_shuffle_epi8(part[p], index);
+        half.look_up(state);
+        for (int i = 0; i < 2; ++i)
+            state[i] = (Simd::u8)_mm256_sign_epi8((__m256i)state[i], sign[i]);
     }
 };
 

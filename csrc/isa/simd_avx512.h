@@ -251,5 +251,7 @@ struct ByteTable {
     }
 };
 
+using PathTable = ByteTable<7>;
+
 }  // namespace
 }  // namespace sixfold

@@ -115,5 +115,7 @@ struct ByteTable {
     }
 };
 
+using PathTable = ByteTable<7>;
+
 }  // namespace
 }  // namespace sixfold

@@ -11,7 +11,7 @@ struct Simd : SimdBase<16> {
     // With both as elsewhere these kernels were three times as large and as long to compile, for
     // processors that few have.
     static constexpr int kFoldLevels = 2;
-    static constexpr bool kDirect = false;
+    static constexpr int kDirectBits = 0;
 };
 
 template <int kBits>
@@ -27,6 +27,8 @@ struct ByteTable {
         return load_unaligned<Simd::u8>(bytes);
     }
 };
+
+using PathTable = ByteTable<7>;
 
 }  // namespace
 }  // namespace sixfold

@@ -95,8 +95,8 @@ inline U8x64 even_words(U8x64 low, U8x64 high) {
 inline U8x64 odd_words(U8x64 low, U8x64 high) {
     return each<U8x64>([&](int i) { return Simd::odd_words(low.v[i], high.v[i]); });
 }
-template <int kBits>
-inline U8x64 look_up_bytes(const ByteTable<kBits>& table, U8x64 index) {
+template <class Table>
+inline U8x64 look_up_bytes(const Table& table, U8x64 index) {
     if constexpr (requires { table.look_up(index.v); }) {
         table.look_up(index.v);
         return index;

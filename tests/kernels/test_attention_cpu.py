@@ -354,6 +354,13 @@ class TestRefusals:
         with pytest.raises(ShapeError, match="centroids: expected"):
             case.run()
 
+    def test_codewords_that_are_not_opposite(self) -> None:
+        case = make_case(key_code="trellis")
+        case.values.centroids = case.values.centroids.clone()
+        case.values.centroids[3] += 1
+        with pytest.raises(SixfoldError, match=r"codewords of a trellis.*got others for s = 3"):
+            case.run()
+
     def test_heads_that_are_no_multiple(self) -> None:
         case = make_case()
         with pytest.raises(ShapeError, match="expected a multiple of the 2 KV heads"):
