@@ -23,6 +23,7 @@ from typing import Any
 
 NEEDED = ("torch", "triton", "numpy", "safetensors", "jaxtyping")
 BITS = (2, 2.5, 3, 3.5, 4, 8)
+TRELLIS_BITS = (2, 2.5, 3, 4)
 BATCHES = (1, 8, 32)
 CONTEXTS = (4096, 32768, 131072)
 # Exact attention in float64 is worked out up to here; longer contexts run the same kernels.
@@ -50,7 +51,7 @@ class Bench:
     def __init__(self, path: Path, smoke: bool, seconds: float) -> None:
         import torch
 
-        from benchmarks.gpu_cases import Shape
+        from benchmarks.gpu_cases import Code, Shape
 
         self.path, self.smoke = path, smoke
         self.started = time.monotonic()
@@ -58,6 +59,8 @@ class Bench:
         self.device = torch.device("cpu" if smoke else "cuda")
         self.shape = Shape(4, 2, 64, 256, 512) if smoke else Shape()
         self.bits = (2.5, 4) if smoke else BITS
+        paths = (2.5,) if smoke else TRELLIS_BITS
+        self.codes = [*map(Code, self.bits), *(Code(bits, "trellis") for bits in paths)]
         self.checks: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.bandwidth = 0.0
@@ -127,7 +130,7 @@ class Bench:
         from benchmarks import gpu_checks
 
         late = self.started + (self.deadline - self.started) / 2
-        for name, work in gpu_checks.checks(self.device, self.bits, quick=self.smoke):
+        for name, work in gpu_checks.checks(self.device, self.codes, quick=self.smoke):
             if time.monotonic() > late:
                 self.checks.append({"check": name, "passed": None, "skipped": "out of time"})
                 continue
@@ -175,13 +178,13 @@ class Bench:
             )
             for name, call, nbytes in peers.vllm_contenders(query, keys):
                 self.add(case, Contender(name, call, nbytes), **sizes)
-            paged = {bits: cases.compressed(keys, values, bits, shape) for bits in self.bits}
+            paged = {code: cases.compressed(keys, values, code, shape) for code in self.codes}
             # A cache of codes has no room for the originals either.
             del keys, values
-            for bits, pages in paged.items():
-                call = partial(cases.attend, query.float(), pages, bits)
-                one = Contender(f"sixfold {bits:g} bits", call, pages.nbytes)
-                median = self.add(case, one, exact, bits=bits, **sizes)
+            for code, pages in paged.items():
+                call = partial(cases.attend, query.float(), pages, code)
+                one = Contender(f"sixfold {code}", call, pages.nbytes)
+                median = self.add(case, one, exact, **asdict(code), **sizes)
                 self.rows[-1]["times_faster_than_best_bf16"] = best / median
 
         return f"attention, batch {batch}, {tokens:,} tokens", work
@@ -206,12 +209,12 @@ class Bench:
         layer = cases.prefill_layer(tokens, shape, self.device)
         whole = self.add(case, Contender("prefill of a layer", layer), tokens=tokens)
         x = cases.random(1, shape.kv_heads, tokens, shape.dim, device=self.device, seed=6)
-        for bits in self.bits:
-            paged = cases.compressed(x, x, bits, shape)
+        for code in self.codes:
+            paged = cases.compressed(x, x, code, shape)
 
-            both = partial(cases.store, x, x, bits, paged, paged.pages.slots)
-            one = Contender(f"store {bits:g} bits", both, 2 * x.nbytes + paged.nbytes)
-            median = self.add(case, one, tokens=tokens, bits=bits)
+            both = partial(cases.store, x, x, code, paged, paged.pages.slots)
+            one = Contender(f"store {code}", both, 2 * x.nbytes + paged.nbytes)
+            median = self.add(case, one, tokens=tokens, **asdict(code))
             self.rows[-1]["share_of_prefill"] = median / whole
 
     def cases(self) -> Iterator[tuple[str, Callable[[str], None]]]:

@@ -15,9 +15,10 @@ from sixfold.kernels.attention import page_attention
 from sixfold.kernels.encode import Scale, encode, store_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
-from sixfold.kernels.types import Coding, Pages, Pool
-from sixfold.packing import PAGE_TOKENS, Bits, n_symbols, row_bytes, symbol_bits
+from sixfold.kernels.types import CodeName, Coding, Pages, Pool
+from sixfold.packing import PAGE_TOKENS, Bits, row_bytes
 from sixfold.rotation import Rotation
+from sixfold.trellis import PAGE_STATES, codewords
 
 Call: TypeAlias = Callable[[], Any]
 # Keys and values of a sequence are made and stored this many tokens at a time.
@@ -48,44 +49,58 @@ class Paged:
         return sum(x.nbytes for x in self.pages.pool)
 
 
-def tables(dim: int, bits: Bits, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotation and codebook."""
-    rotation = Rotation(dim)
-    return rotation.turns(device), rotation.factor(device), centroids(dim, bits, device)
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What a layer's keys and values are held in."""
+
+    bits: Bits
+    name: CodeName = "codebook"
+
+    def __str__(self) -> str:
+        return f"{'trellis ' * (self.name == 'trellis')}{self.bits:g} bits"
+
+
+def tables(
+    dim: int, bits: Bits, device: torch.device, code: CodeName = "codebook"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotation and codebook, or the codewords of a trellis."""
+    rotation, trellis = Rotation(dim), code == "trellis"
+    book = codewords(PAGE_STATES, bits, device) if trellis else centroids(dim, bits, device)
+    return rotation.turns(device), rotation.factor(device), book
 
 
 def empty_pages(
-    batch: int, tokens: int, shape: Shape, bits: Bits, device: torch.device
+    count: int, heads: int, coding: Coding, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Storage for one side of a layer."""
-    count = batch * (tokens // PAGE_TOKENS)
-    size = PAGE_TOKENS * row_bytes(n_symbols(shape.dim, bits), symbol_bits(bits))
-    pages = torch.zeros(count, shape.kv_heads, size, dtype=torch.uint8, device=device)
-    scales = torch.zeros(count, shape.kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
+    """Storage for pages of one side of a layer."""
+    size = PAGE_TOKENS * row_bytes(*coding.row)
+    pages = torch.zeros(count, heads, size, dtype=torch.uint8, device=device)
+    scales = torch.zeros(count, heads, PAGE_TOKENS, dtype=torch.float16, device=device)
     return pages, scales
 
 
-def coding(dim: int, bits: Bits, scale: Scale, device: torch.device) -> Coding:
-    """How vectors are coded."""
-    return Coding(*tables(dim, bits, device), bits, dim, scale)
-
-
-def codings(dim: int, bits: Bits, device: torch.device) -> tuple[Coding, Coding]:
+def codings(dim: int, code: Code, device: torch.device) -> tuple[Coding, Coding]:
     """How a layer codes keys, and values."""
-    return coding(dim, bits, "unbiased", device), coding(dim, bits, "optimal", device)
+    scales: tuple[Scale, Scale] = "unbiased", "optimal"
+    arrays = tables(dim, code.bits, device, code.name)
+    keys, values = (Coding(*arrays, code.bits, dim, scale, code.name) for scale in scales)
+    return keys, values
 
 
-def store(keys: Tensor, values: Tensor, bits: Bits, paged: Paged, slots: Tensor) -> None:
+def store(keys: Tensor, values: Tensor, code: Code, paged: Paged, slots: Tensor) -> None:
     """Encode keys and values, as a layer does."""
-    how = codings(keys.shape[-1], bits, keys.device)
+    how = codings(keys.shape[-1], code, keys.device)
     store_pages(keys, values, slots, paged.pages.pool, *how)
 
 
-def compressed(keys: Tensor, values: Tensor, bits: Bits, shape: Shape) -> Paged:
+def compressed(keys: Tensor, values: Tensor, code: Code, shape: Shape) -> Paged:
     """The store's pages of a layer, a chunk of tokens at a time."""
     batch, tokens, device = keys.shape[0], keys.shape[2], keys.device
     count = tokens // PAGE_TOKENS
-    keys_and_values = [empty_pages(batch, tokens, shape, bits, device) for _ in range(2)]
+    keys_and_values = [
+        empty_pages(batch * count, shape.kv_heads, coding, device)
+        for coding in codings(shape.dim, code, device)
+    ]
     pages = Pages(
         Pool(*keys_and_values[0], *keys_and_values[1]),
         torch.arange(batch * count, device=device).view(batch, -1),
@@ -98,14 +113,14 @@ def compressed(keys: Tensor, values: Tensor, bits: Bits, shape: Shape) -> Paged:
     for start in range(0, tokens, CHUNK):
         part = pages.slots[:, start // PAGE_TOKENS : (start + CHUNK) // PAGE_TOKENS]
         chunk = slice(start, start + CHUNK)
-        store(keys[:, :, chunk], values[:, :, chunk], bits, paged, part)
+        store(keys[:, :, chunk], values[:, :, chunk], code, paged, part)
     return paged
 
 
-def attend(query: Tensor, paged: Paged, bits: Bits) -> Tensor:
+def attend(query: Tensor, paged: Paged, code: Code) -> Tensor:
     """A decode step on codes, queries rotated and the output rotated back."""
     dim, device = query.shape[-1], query.device
-    keys, values = codings(dim, bits, device)
+    keys, values = codings(dim, code, device)
     mapped = rotate(query * dim**-0.5, keys.turns, keys.factor)
     part = page_attention(mapped, paged.pages, keys, values, paged.first_token)
     return rotate(part.out, values.turns, values.factor, inverse=True)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_cases import (
+    Code,
     Shape,
     attend,
     codings,
     compressed,
+    empty_pages,
     exact_attention,
     random,
     tables,
@@ -20,9 +22,10 @@ from sixfold.eval.timing import relative_error
 from sixfold.kernels import _dispatch
 from sixfold.kernels.decode import decode
 from sixfold.kernels.decode import reference as decode_reference
-from sixfold.kernels.encode import encode
+from sixfold.kernels.encode import encode, store_pages
 from sixfold.kernels.encode import reference as encode_reference
-from sixfold.packing import Bits
+from sixfold.kernels.types import Pool
+from sixfold.packing import PAGE_TOKENS, Bits
 
 CPU = torch.device("cpu")
 
@@ -36,19 +39,24 @@ def use_interpreter() -> None:
 Check: TypeAlias = Callable[[], dict[str, Any]]
 
 
-def checks(device: torch.device, bits: Sequence[Bits], quick: bool) -> Iterator[tuple[str, Check]]:
+def checks(device: torch.device, codes: Sequence[Code], quick: bool) -> Iterator[tuple[str, Check]]:
     """Codes and vectors bit for bit against the CPU's reference; attention against float64.
 
     Every width at one dimension, every class of dimension at one width: each compiles anew.
     """
     count, shape = (20, Shape(4, 2, 64)) if quick else (2000, Shape())
     dims = (80,) if quick else (64, 80, 256, 33)
-    for width in bits:
-        name = f"attention, dim {shape.dim}, {width:g} bits"
-        yield name, partial(_attention, width, shape, 128 if quick else 4096, device)
+    for code in codes:
+        name = f"attention, dim {shape.dim}, {code}"
+        yield name, partial(_attention, code, shape, 128 if quick else 4096, device)
+    bits = [code.bits for code in codes if code.name == "codebook"]
     for dim, width in [*((shape.dim, width) for width in bits), *((dim, 4) for dim in dims)]:
         name = f"codes, dim {dim}, {width:g} bits"
         yield name, partial(_codes, dim, width, device, count)
+    for code in codes:
+        if code.name == "trellis":
+            name = f"pages, dim {shape.dim}, {code}"
+            yield name, partial(_pages, code, shape.dim, device, 1 if quick else 16)
 
 
 def _codes(dim: int, bits: Bits, device: torch.device, count: int) -> dict[str, Any]:
@@ -74,25 +82,43 @@ def _codes(dim: int, bits: Bits, device: torch.device, count: int) -> dict[str, 
     }
 
 
+def _pages(code: Code, dim: int, device: torch.device, count: int) -> dict[str, Any]:
+    """Pages of keys and values as the CPU's reference writes them."""
+    keys, values = (random(1, 1, count * PAGE_TOKENS, dim, device=device, seed=n) for n in (3, 4))
+    keys[0, 0, 0], values[0, 0, 1, 0] = 0, torch.nan
+    slots = torch.arange(count, device=device)[None]
+    how = codings(dim, code, device)
+    got = Pool(*(x for side in how for x in empty_pages(count, 1, side, device)))
+    store_pages(keys, values, slots, got, *how)
+    how = codings(dim, code, CPU)
+    expected = Pool(*(x for side in how for x in empty_pages(count, 1, side, CPU)))
+    encode_reference.store_pages(keys.cpu(), values.cpu(), slots.cpu(), expected, *how)
+    same = [
+        _same(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
+        for ours, theirs in zip(got, expected, strict=True)
+    ]
+    return {"vectors": 2 * count * PAGE_TOKENS, "bit_identical": all(same), "passed": all(same)}
+
+
 def _same(got: Tensor, expected: Tensor) -> bool:
     return bool(torch.equal(got, expected))
 
 
-def _attention(bits: Bits, shape: Shape, tokens: int, device: torch.device) -> dict[str, Any]:
+def _attention(code: Code, shape: Shape, tokens: int, device: torch.device) -> dict[str, Any]:
     """The error of attention on codes, beside that of exact attention on the decoded codes."""
     from sixfold.kernels.decode import decode_pages
 
     size = (2, shape.kv_heads, tokens, shape.dim)
     keys, values = (random(*size, device=device, seed=seed) for seed in (7, 8))
     query = random(2, shape.heads, 1, shape.dim, device=device, seed=9).float()
-    paged = compressed(keys, values, bits, shape)
-    (pool, slots, *_), how = paged.pages, codings(shape.dim, bits, device)
+    paged = compressed(keys, values, code, shape)
+    (pool, slots, *_), how = paged.pages, codings(shape.dim, code, device)
     dense = [
         decode_pages(*pool[:2], slots, how[0], "key", torch.float32),
         decode_pages(*pool[2:], slots, how[1], "value", torch.float32),
     ]
     on_codes = exact_attention(query, *dense)
-    got = attend(query, paged, bits)
+    got = attend(query, paged, code)
     error = relative_error(got, on_codes)
     return {
         "error_against_decoded_in_float64": error,

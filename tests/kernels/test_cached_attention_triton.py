@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from sixfold.cache import CachePolicy
 from sixfold.kernels import _tables, attention, cached_attention
 from sixfold.kernels.attention import triton as pages
 from sixfold.kernels.cached_attention import reference
@@ -17,6 +18,7 @@ from sixfold.packing import Bits
 from tests.kernels.attention_cases import make_case
 from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
 from tests.kernels.test_ragged import check_each, sequence
+from tests.layers import Shape, feed
 
 
 @pytest.fixture
@@ -55,6 +57,22 @@ def test_layers_of_trellis_codes(bits: Bits, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
     monkeypatch.setattr(attention, "implementation", lambda *_: pages)
     assert (held.attend(query) - expected).norm() < 3e-3 * expected.norm()
+
+
+def test_a_layer_stores_and_reads_trellis_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation on Triton: the same codes, the same output but for operands of 11 bits."""
+    shape, policy = Shape(1, 1, 2, 32, 32), CachePolicy(2.5, 4, recent_window=4, code="trellis")
+    found = []
+    for name in ("reference", "triton"):
+        monkeypatch.setenv("SIXFOLD_BACKEND", name)
+        layer = shape.layer(policy)
+        feed(layer, shape.tokens(64 + 4))
+        out = feed(layer, shape.tokens(2, seed=1))
+        (part,) = layer.history.parts
+        found.append((out, part.pool.key_codes, part.pool.value_codes, *layer.dequantized()))
+    (expected, *codes), (got, *same_codes) = found
+    assert all(map(torch.equal, codes, same_codes))
+    assert (got - expected).norm() < 3e-3 * expected.norm()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.encode import triton as encode_triton
 from sixfold.kernels.rotate import triton as rotate_triton
 from sixfold.kernels.scores import triton as scores_triton
-from sixfold.kernels.types import Coding, KeyMap, Pool
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pool
 from sixfold.packing import Bits
 from tests.kernels.test_cached_attention_triton import NoKernel
 from tests.kernels.vector_cases import (
@@ -184,9 +184,9 @@ def check_quantizers_compile() -> None:
 
 
 @torch.no_grad()
-def check_static_layer_compiles() -> None:
+def check_static_layer_compiles(code: CodeName = "codebook") -> None:
     """To be run without shape checks: a layer's steps, one of which completes a page."""
-    shape, policy = Shape(1, 1, 2, DIM, DIM), CachePolicy(recent_window=4)
+    shape, policy = Shape(1, 1, 2, DIM, DIM), CachePolicy(recent_window=4, code=code)
     growing = shape.layer(policy)
     feed(growing, shape.tokens(64 + 64 + 2))
     static = StaticLayer(growing, max_tokens=200)
@@ -209,7 +209,8 @@ def test_what_users_call_compiles_in_one_graph() -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
     code = (
         "from tests.kernels import test_triton_operators as t;"
-        "t.check_quantizers_compile(); t.check_static_layer_compiles()"
+        "t.check_quantizers_compile(); t.check_static_layer_compiles();"
+        "t.torch.compiler.reset(); t.check_static_layer_compiles('trellis')"
     )
     changes = {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     done = subprocess.run(

@@ -166,7 +166,8 @@ def search(dim: int, bits: Bits, layout: Layout) -> Variant:
     constants = search_constants(dim, bits, layout)
     types = {"places": "*i16", "words": "*i16"}
     types |= {"history": "*u8" if constants["MOST"] == 0xFF else "*i16", "pages": "*u8"}
-    types |= {"slots": "*i64", "page_slot": "i32", "page_head": "i32", "heads": "i32"}
+    types |= {"slots": "*i64", "first": "i32"}
+    types |= {name: "i32" for name in ("page_slot", "page_head", "heads")}
     name = f"search {bits:g} bits, dim {dim}, {layout}"
     return Variant(name, search_kernel, types, constants, 1, 1)
 

@@ -230,4 +230,5 @@ def test_gpu_benchmark_runs_to_the_end_without_a_gpu(tmp_path: Path) -> None:
     assert all(check["passed"] for check in document["checks"])
     contenders = {row["contender"] for row in document["rows"]}
     assert {"copy", "store 4 bits", "codes 4 bits", "keys fp32", "sixfold 2.5 bits"} <= contenders
+    assert {"store trellis 2.5 bits", "sixfold trellis 2.5 bits"} <= contenders
     assert all(row["error"] < 0.5 for row in document["rows"] if row["error"] is not None)

@@ -9,7 +9,7 @@ from sixfold.kernels._triton.quantize import direction, stored_scale
 from sixfold.kernels._triton.search import grid_places, grid_words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def path_vectors_kernel(
     x,
     mean,

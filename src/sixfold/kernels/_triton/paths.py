@@ -1,8 +1,8 @@
 """States of the trellis whose paths pages hold (docs/format.md, section 2b).
 
-A state is the seven bits from a coordinate's place in the path on: two bytes at most. Those of a
-few consecutive coordinates lie in three, which are loaded once for all of them. A path is cyclic:
-behind its last byte comes its first.
+A state is the seven bits from a coordinate's place in the path on. Those of an even coordinate and
+of the next one lie in two bytes at every width, loaded once for both. A path is cyclic: behind its
+last byte comes its first.
 """
 
 import triton
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from sixfold.kernels._triton.pages import byte_offset
 
-# Consecutive coordinates whose bytes are loaded together.
-WINDOWS = tl.constexpr(4)
+# Consecutive coordinates whose bytes are loaded together. Four spill registers at dimension 256.
+WINDOWS = tl.constexpr(2)
 STATE_BITS = tl.constexpr(7)
 LAST_STATE = tl.constexpr(127)
 

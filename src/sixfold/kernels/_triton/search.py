@@ -180,13 +180,14 @@ def _seam(
     return seam & ((_STATES >> advance(1, HALF_BITS)) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def search_kernel(
     places,
     words,
     history,
     pages,
     slots,
+    first,
     page_slot,
     page_head,
     heads,
@@ -205,7 +206,8 @@ def search_kernel(
         words: int16 [128], see `grid_words`.
         history: [programs, heads, STEPS, kept_rows, N] of 8 or 16 bits, as MOST needs.
         pages: uint8, strides by slot and head.
-        slots: Of the pages.
+        slots: Of all pages.
+        first: The first page of these programs.
         page_slot: Stride of slots.
         page_head: Stride of heads.
         heads: Heads of a page.
@@ -220,7 +222,7 @@ def search_kernel(
     places += number * (DIM * 64) + token
     number = (program * heads + head).to(tl.int64)
     history += number * (STEPS * kept_rows(HALF_BITS) * N)
-    slot = tl.load(slots + program // parts)
+    slot = tl.load(slots + first + program // parts)
     pages += slot * page_slot + head * page_head
 
     seam = _seam(places, words, history, MARGIN, DIM, HALF_BITS, MOST, N)

@@ -22,8 +22,6 @@ from sixfold.packing import Bits, n_symbols, plane_bytes, planes
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
-# Of paths, whose columns are more coordinates.
-MAX_PATH_BLOCK = 64
 MIN_ROWS = 8
 # Programs a multiprocessor: what hides the latency of memory.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -187,13 +185,13 @@ def page_constants(
     for name, (dim, bits, code) in (("KEY", keys), ("VALUE", values)):
         symbol, paired, _, _ = page_sizes(dim, bits, code)
         if code == "trellis":
-            parts, most = WINDOWS.value, MAX_PATH_BLOCK
+            parts = WINDOWS.value
             size = triton.cdiv(dim, parts)
         else:
             width = planes(symbol)[0]
-            parts, most = 8 // width * (1 + paired), MAX_BLOCK
+            parts = 8 // width * (1 + paired)
             size = plane_bytes(n_symbols(dim, bits), width)
-        block = min(most, max(16, triton.next_power_of_2(size)))
+        block = min(MAX_BLOCK, max(16, triton.next_power_of_2(size)))
         constants |= {
             f"{name}_DIM": dim,
             f"{name}_SYMBOL_BITS": symbol,
