@@ -43,6 +43,6 @@ def test_fewer_bits_say_less_and_a_trellis_more_than_a_codebook() -> None:
         cache = prefilled(model, bits, data)
         lost.append(relative_error(continue_decoding(model, cache, data), expected))
     assert lost == sorted(lost)
-    codebook = TurboQuantCache.for_model(model, 2, recent_window=0)
+    codebook = TurboQuantCache.for_model(model, 2, recent_window=0, code="codebook")
     forward(model, codebook, data, 0, data.prompt)
     assert lost[-1] < relative_error(continue_decoding(model, codebook, data), expected)
