@@ -44,6 +44,9 @@ SPILLS = {
     # lie in local memory.
     "attend_pages 3.5 bits, dim 256, 8 rows": 6,
     "attend_pages 4 and 3 bits, dim 256, 8 rows": 4,
+    "attend_pages trellis 4 bits, dim 64, 16 rows": 3,
+    "attend_pages trellis 4 bits, dim 256, 8 rows": 5,
+    "attend_pages trellis 4 and 3 bits, dim 256, 8 rows": 13,
 }
 
 # Strides of whole vectors, pages, heads and slots, by what their names begin with.

@@ -11,7 +11,7 @@ from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.attention import triton as backend
 from sixfold.kernels.types import CodeName
 from sixfold.packing import BITS, Bits
-from sixfold.trellis import PAGE_BITS, pages_hold
+from sixfold.trellis import PAGE_BITS, PAGE_STATES, codewords, pages_hold
 from tests.kernels.attention_cases import assert_accurate, make_case
 from tests.kernels.attention_errors import error_beside_quantization
 
@@ -93,8 +93,9 @@ def test_dims_of_several_tiles(bits: Bits, code: CodeName) -> None:
 
 
 @pytest.mark.parametrize("queries", [9, pytest.param(70, marks=pytest.mark.slow)])
-def test_chunks_of_several_blocks_of_rows(queries: int) -> None:
-    case = make_case(queries=queries, groups=9, batch=1, lengths=(64, 20))
+@pytest.mark.parametrize("code", ["codebook", "trellis"])
+def test_chunks_of_several_blocks_of_rows(code: CodeName, queries: int) -> None:
+    case = make_case(queries=queries, groups=9, batch=1, lengths=(64, 20), key_code=code)
     case.first_token = torch.arange(queries)[None] * 2
     assert_accurate(case.run(), case, half=True)
 
@@ -143,6 +144,15 @@ def test_error_is_a_tenth_of_the_quantization_error(bits: float, sharpness: floa
 @pytest.mark.parametrize("sharpness", [1e-3, 8.0])
 def test_error_over_a_long_history(bits: float, sharpness: float) -> None:
     assert error_beside_quantization(bits, 8192, sharpness) < 0.1
+
+
+@pytest.mark.parametrize("bits", [2.5, 4])
+def test_codewords_are_halved_once(bits: Bits) -> None:
+    book = codewords(PAGE_STATES, bits, torch.device("cpu"))
+    halved = [backend._levels(x, float(bits), "trellis") for x in (book, book, 2 * book)]
+    assert halved[0] is halved[1]
+    assert torch.equal(halved[0], book.half())
+    assert torch.equal(halved[2], (2 * book).half())
 
 
 def test_gradients_come_from_the_reference() -> None:

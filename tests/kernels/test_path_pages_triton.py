@@ -79,7 +79,6 @@ def test_any_bytes_decode(dim: int, bits: Bits, layout: Layout) -> None:
 def check_encode(
     x: Tensor, coding: Coding, layout: Layout = "key", key_map: KeyMap | None = None
 ) -> None:
-    """One head of one sequence, or all: the search is slow to interpret."""
     got, expected = ([y[:, : x.shape[1]].clone() for y in pages_of(coding)] for _ in range(2))
     slots, there = SLOTS[: len(x), : x.shape[2] // PAGE_TOKENS], on_device(*got)
     encode_reference.encode_pages(x, slots, coding, layout, *expected, key_map)
@@ -89,10 +88,17 @@ def check_encode(
     assert_same_codes(on_cpu(*there), (expected[0], expected[1]))
 
 
-@pytest.mark.parametrize("layout", ["key", "value"])
-@pytest.mark.parametrize(("dim", "bits"), quick(set()))
-def test_encode(dim: int, bits: Bits, layout: Layout) -> None:
-    check_encode(*case_of(dim, bits, layout)[:2], layout, case_of(dim, bits, layout)[2])
+def check_page(dim: int, bits: Bits, layout: Layout, scale: Scale) -> None:
+    """One page of one head: the search is slow to interpret."""
+    x, coding, key_map = case_of(dim, bits, layout)
+    own = None if key_map is None else KeyMap(*(y[:1, :1] for y in key_map[:2]))
+    check_encode(x[:1, :1, :PAGE_TOKENS], coding._replace(scale=scale), layout, own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "bits"), SHAPES)
+def test_encode_every_shape(dim: int, bits: Bits) -> None:
+    check_page(dim, bits, "key" if dim % 16 else "value", "optimal")
 
 
 @pytest.mark.parametrize(
@@ -105,18 +111,16 @@ def test_encode(dim: int, bits: Bits, layout: Layout) -> None:
         (20, 4, "value", "optimal"),
     ],
 )
-def test_encode_a_head(dim: int, bits: Bits, layout: Layout, scale: Scale) -> None:
-    x, coding, key_map = case_of(dim, bits, layout)
-    mean_and_scale = None if key_map is None else KeyMap(*(y[:1, :1] for y in key_map[:2]))
-    head = x[:1, :1, :PAGE_TOKENS]
-    check_encode(head, coding._replace(scale=scale), layout, mean_and_scale)
+def test_encode(dim: int, bits: Bits, layout: Layout, scale: Scale) -> None:
+    check_page(dim, bits, layout, scale)
 
 
 def test_pages_are_searched_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pages of two heads, strided, one by one."""
     monkeypatch.setattr(path_pages, "INTERPRETED_PROGRAMS", 1)
     path_pages._programs.cache_clear()
-    x = paged_vectors(20)[:, :1]
-    check_encode(torch.nn.functional.pad(x, (3, 2))[..., 3:-2], coding_of(20, 4))
+    x, key_map = paged_vectors(8), KeyMap(*maps_of(8), torch.tensor([1, 0]))
+    check_encode(torch.nn.functional.pad(x, (3, 2))[..., 3:-2], coding_of(8, 4), "key", key_map)
     path_pages._programs.cache_clear()
 
 

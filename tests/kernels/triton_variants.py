@@ -79,6 +79,8 @@ def attention(
     constants = _constants(bits, dim, code)
     options = launch_options(rows, constants)
     types = {**_PAGE_POINTERS, **_PAGE_NUMBERS}
+    if code == "trellis":
+        types |= {"key_book": "*fp16", "value_book": "*fp16"}
     constants |= {
         "BLOCK_ROWS": rows,
         "OFFSET": True,
@@ -103,8 +105,8 @@ def _constants(bits: tuple[Bits, Bits], dim: int, code: CodeName) -> dict[str, A
     return page_constants((dim, bits[0], code), (dim, bits[1], code))
 
 
-def _most_rows(bits: tuple[Bits, Bits], dim: int) -> int:
-    return max_rows(_constants(bits, dim, "codebook"))
+def _most_rows(bits: tuple[Bits, Bits], dim: int, code: CodeName = "codebook") -> int:
+    return max_rows(_constants(bits, dim, code))
 
 
 def merge(dim: int) -> Variant:
@@ -141,7 +143,10 @@ def variants() -> list[Variant]:
         if _most_rows(bits, dim) > MIN_ROWS
     ]
     paths = [
-        attention(bits, dim, code="trellis") for dim in (32, *HEAD_DIMS) for bits in PATH_WIDTHS
+        attention(bits, dim, rows=rows, code="trellis")
+        for dim in (32, *HEAD_DIMS)
+        for bits in PATH_WIDTHS
+        for rows in (MIN_ROWS, _most_rows(bits, dim, "trellis"))
     ]
     masked = [
         attention((4, 4), 128, mask="*i1"),

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sixfold.kernels._triton.pages import byte_offset
 
-# Consecutive coordinates whose bytes are loaded together. Four spill registers at dimension 256.
+# Consecutive coordinates whose bytes are loaded together. Of four more registers spill than of two.
 WINDOWS = tl.constexpr(2)
 STATE_BITS = tl.constexpr(7)
 LAST_STATE = tl.constexpr(127)

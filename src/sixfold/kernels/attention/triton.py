@@ -1,7 +1,7 @@
 """Attention over compressed pages on a GPU (kernels/_triton/attention.py)."""
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sixfold.kernels._triton.paths import WINDOWS
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.types import CodeName, Coding, Pages
 from sixfold.packing import Bits, n_symbols, plane_bytes, planes
+from sixfold.trellis import PAGE_STATES, codewords
 
 # Columns of a tile of levels; more are taken in several.
 MAX_BLOCK = 128
@@ -133,8 +134,8 @@ def _page_attention(
         value_scales,
         *tables,
         first_token,
-        key_centroids.contiguous(),
-        value_centroids.contiguous(),
+        _levels(key_centroids, key_bits, key_code),
+        _levels(value_centroids, value_bits, value_code),
         None if logit_offset is None else logit_offset.contiguous(),
         readable,
         out,
@@ -206,9 +207,10 @@ def page_constants(
 
 def max_rows(constants: dict[str, Any]) -> int:
     """Query rows of a program: what lookups and planes leave registers for, without spills."""
-    if _looked_up(constants):
+    if constants["KEY_PAIRED"] or constants["VALUE_PAIRED"]:
         return MIN_ROWS
-    return 16 if 3 in (constants["KEY_SYMBOL_BITS"], constants["VALUE_SYMBOL_BITS"]) else 32
+    planes_apart = 3 in (constants["KEY_SYMBOL_BITS"], constants["VALUE_SYMBOL_BITS"])
+    return 16 if planes_apart or _looked_up(constants) else 32
 
 
 def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]:
@@ -226,6 +228,23 @@ def launch_options(block_rows: int, constants: dict[str, Any]) -> dict[str, int]
 def _looked_up(constants: dict[str, Any]) -> bool:
     """Whether pairs or states of a side are looked up in memory."""
     return any(constants[f"{x}_PAIRED"] or constants[f"{x}_HALF_BITS"] for x in ("KEY", "VALUE"))
+
+
+def _levels(book: Tensor, bits: Bits, code: CodeName) -> Tensor:
+    """What levels are read from: of a trellis in float16, where fewer lanes meet in a bank."""
+    if code == "codebook":
+        return book.contiguous()
+    # A step asks for the same codewords in every layer, and a conversion is a launch. An operator's
+    # bits are a float, which is another key of a cache than a whole number.
+    bits = int(bits) if bits == int(bits) else bits
+    shipped = codewords(PAGE_STATES, bits, book.device)
+    same = shipped.data_ptr() == book.data_ptr()
+    return _half_codewords(bits, book.device) if same else book.half()
+
+
+@lru_cache(typed=True)
+def _half_codewords(bits: Bits, device: torch.device) -> Tensor:
+    return codewords(PAGE_STATES, bits, device).half()
 
 
 @cache
