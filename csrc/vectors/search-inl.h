@@ -250,19 +250,31 @@ class Search {
         return which;
     }
 
-    // What was decided of the group that the bits in bit_ name: its row by halving `rows`, which needs
-    // memory that sums no longer need, then its field.
-    Lanes decision(const Sum* rows, int advance) {
+    // What was decided of the group that the bits in bit_ name: the upper ones its row, the lower ones
+    // its field.
+    Lanes decision(const Sum* rows, int advance) const {
         const int field = field_of(advance), low = fields_of(advance) == 4 ? 2 : 1;
-        for (int i = low; i < shape_.window - advance; ++i, rows = spare_)
-            for (int row = 0; row < 1 << (shape_.window - advance - 1 - i); ++row) {
-                const auto even = load_aligned<Lanes>(rows + 2 * row * kCount);
-                const auto odd = load_aligned<Lanes>(rows + (2 * row + 1) * kCount);
-                store_aligned(spare_ + row * kCount, V::select(bit_[i], odd, even));
-            }
-        auto found = load_aligned<Lanes>(rows);
+        auto found = row_of(rows, shape_.window - advance - low, bit_ + low);
         for (int i = 0; i < low; ++i) found = V::select(bit_[i], found >> (field << i), found);
         return found & every((1 << field) - 1);
+    }
+    static Lanes row_of(const Sum* rows, int bits, const Lanes* bit) {
+        switch (bits) {
+            case 0: return choose<0>(rows, bit);
+            case 1: return choose<1>(rows, bit);
+            case 2: return choose<2>(rows, bit);
+            case 3: return choose<3>(rows, bit);
+            case 4: return choose<4>(rows, bit);
+        }
+        const auto low = row_of(rows, bits - 1, bit);
+        return V::select(bit[bits - 1], row_of(rows + (kCount << (bits - 1)), bits - 1, bit), low);
+    }
+    template <int kBits>
+    static SIXFOLD_INLINE Lanes choose(const Sum* rows, const Lanes* bit) {
+        if constexpr (kBits == 0) return load_aligned<Lanes>(rows);
+        else
+            return V::select(bit[kBits - 1], choose<kBits - 1>(rows + (kCount << (kBits - 1)), bit),
+                             choose<kBits - 1>(rows, bit));
     }
 
     PathShape shape_;
