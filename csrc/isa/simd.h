@@ -27,7 +27,7 @@ struct SimdBase : Registers<kBytes> {
     // Codebook::thresholds.
     static constexpr int kRadixBits = 3, kFoldLevels = 3, kQueries = 2, kCountedBits = 1;
     static constexpr bool kGrid = false;
-    // Trellis: whether look_up_128 is faster than arithmetic.
+    // Trellis: whether look_up_mirrored is faster than arithmetic.
     static constexpr bool kTableCosts = false;
     // Attention: rows multiplied at once, strips of sixteen sums that registers have room for, what
     // levels of keys are stored xor, the largest 8-bit weight, bits of an index up to which few rows
@@ -203,11 +203,6 @@ struct SimdBase : Registers<kBytes> {
         return sum + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
     }
 
-    // table[index], of which the lower seven bits count.
-    static SIXFOLD_INLINE u8 look_up_128(const std::uint8_t* table, u8 index) {
-        for (int lane = 0; lane < kBytes; ++lane) index[lane] = table[index[lane] & 127];
-        return index;
-    }
     // Two numbers of 16 bits, over and over.
     static SIXFOLD_INLINE i16 set_pair(const std::int16_t* p) {
         return bits<i16>(i32{} + load_unaligned<std::int32_t>(p));

@@ -160,12 +160,25 @@ struct Simd : SimdBase<64> {
         return (i32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)levels, (__m512i)operand);
     }
 
-    // Two instructions, where one permutation of two registers is three operations on Intel.
-    static SIXFOLD_INLINE u8 look_up_128(const std::uint8_t* table, u8 index) {
-        const auto where = (__m512i)index;
-        const __mmask64 upper = _mm512_test_epi8_mask(where, _mm512_set1_epi8(64));
-        const __m512i low = _mm512_permutexvar_epi8(where, _mm512_load_si512(table));
-        return (u8)_mm512_mask_permutexvar_epi8(low, upper, where, _mm512_load_si512(table + 64));
+    // Numbers i from -64 to 63 of seven bits, as max(i, -1 - i) and where that is not i.
+    struct Mirrored {
+        __m512i distance;
+        __mmask64 negative;
+    };
+    static SIXFOLD_INLINE Mirrored mirror(u8 numbers) {
+        const auto x = (__m512i)numbers;
+        const __mmask64 negative = _mm512_test_epi8_mask(x, _mm512_set1_epi8(64));
+        return {_mm512_mask_sub_epi8(x, negative, _mm512_set1_epi8(127), x), negative};
+    }
+    // positive[i] where i is not negative, else negative[-1 - i]; and the same with tables exchanged,
+    // for one operation more on the permutations' port than either by itself.
+    static SIXFOLD_INLINE void look_up_mirrored(const std::uint8_t* positive,
+                                                const std::uint8_t* negative, Mirrored i, u8& found,
+                                                u8& opposite) {
+        const __m512i a = _mm512_permutexvar_epi8(i.distance, _mm512_load_si512(positive));
+        const __m512i b = _mm512_permutexvar_epi8(i.distance, _mm512_load_si512(negative));
+        found = (u8)_mm512_mask_blend_epi8(i.negative, a, b);
+        opposite = (u8)_mm512_mask_blend_epi8(i.negative, b, a);
     }
     static SIXFOLD_INLINE u32 widen_bytes(const std::uint8_t* p) {
         return (u32)_mm512_cvtepu8_epi32(load_unaligned<__m128i>(p));

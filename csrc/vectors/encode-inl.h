@@ -288,14 +288,19 @@ inline void store_scales(const double* correction, double unit, const Norms& nor
     __builtin_memcpy(out.scales, halves, out.count * sizeof *halves);
 }
 
-// A quarter of the next tile's vectors, if one follows: all at once would hold up what this tile
-// reads. Into the second-level cache, which has room for more misses under way. Addresses behind the
-// last vector are named but not touched.
-SIXFOLD_INLINE void prefetch_next(const VectorTile& in, int dim, int quarter) {
-    const int bytes = dim * (in.dtype == Dtype::f32 ? 4 : 2), first = kLanes + quarter * kLanes / 4;
-    for (int i = first; i < first + kLanes / 4; ++i)
+// Into the second-level cache, which has room for more misses under way. Addresses behind the last
+// vector are named but not touched.
+SIXFOLD_INLINE void prefetch_vectors(const VectorTile& in, int dim, int first, int count) {
+    const int bytes = dim * (in.dtype == Dtype::f32 ? 4 : 2);
+    for (int i = first; i < first + count; ++i)
         for (int byte = 0; byte < bytes; byte += 64)
             __builtin_prefetch(in.base + in.stride * i + byte, 0, 2);
+}
+
+// A quarter of the next tile's vectors, if one follows: all at once would hold up what this tile
+// reads.
+SIXFOLD_INLINE void prefetch_next(const VectorTile& in, int dim, int quarter) {
+    prefetch_vectors(in, dim, kLanes + quarter * kLanes / 4, kLanes / 4);
 }
 
 template <class V>

@@ -65,19 +65,19 @@ void load_paths(const PathShape& shape, const CodeTile& in, float* rows) {
 template <class V>
 void pack_paths(const PathShape& shape, const std::uint8_t* left, float* rows) {
     using u32 = typename V::u32;
-    const auto put = [&](float* row, u32 x) {
-        V::store(row, bits<typename V::f32>(bits<u32>(V::load(row)) | x));
-    };
-    for (int i = 0; i < path_words(shape) * kLanes; ++i) rows[i] = 0;
-    for (int t = 0; t < shape.dim; ++t) {
-        const int start = start_of(shape, t), shift = start % 32;
-        const bool crosses = shift + advance_of(shape, t) > 32;
-        float* row = rows + start / 32 * kLanes;
-        for (int lane = 0; lane < kLanes; lane += V::kWidth) {
+    for (int lane = 0; lane < kLanes; lane += V::kWidth) {
+        float* row = rows + lane;
+        u32 word = {};
+        for (int t = 0; t < shape.dim; ++t) {
+            const int shift = start_of(shape, t) % 32, end = shift + advance_of(shape, t);
             const u32 x = V::widen_bytes(left + t * kSearched + lane);
-            put(row + lane, x << shift);
-            if (crosses) put(row + kLanes + lane, x >> (32 - shift));
+            word |= x << shift;
+            if (end < 32) continue;
+            V::store(row, bits<typename V::f32>(word));
+            row += kLanes;
+            word = end > 32 ? x >> (32 - shift) : u32{};
         }
+        if (start_of(shape, shape.dim) % 32) V::store(row, bits<typename V::f32>(word));
     }
 }
 
@@ -140,6 +140,7 @@ void encode_paths_tile(const PathEncodeTask& task, const Affine& affine, const V
     for (int i = 0; i < tiles; ++i) {
         float* x = tile + i * tile_floats(dim);
         Tiles<V>::load(slice_of(in, i), x, dim);
+        prefetch_vectors(in, dim, kSearched + i * kLanes, kLanes);
         if (affine.mean || affine.scale) map_channels<V>(affine, x, dim);
         moderate<V>(r.rounds ? turn_of(r, 0) : Turn{}, x, dim, sums, norms[i]);
         find_norms<V>(x, dim, sums, static_cast<float>(task.stretch), norms[i]);

@@ -41,35 +41,37 @@ struct SquaredCosts<V, std::uint16_t> {
 };
 
 // The same by lookup, where that is one instruction. Instead of its place a coordinate has the number
-// of its interval modulo kIntervals.
+// of its interval modulo kIntervals. The state of opposite bits has the opposite codeword, so it costs
+// what a state does for the opposite number: one table serves both.
 template <class V>
 struct TableCosts {
     using Sum = std::uint8_t;
     using Lanes = typename V::u8;
-    const std::uint8_t* table;  // [states, kIntervals]
-    Lanes interval;
+    const std::uint8_t* table;  // [states / 2, 2, kIntervals / 2]: numbers from 0 up, from -1 down
+    typename V::Mirrored interval;
 
     SIXFOLD_INLINE void set(const std::int16_t* numbers) {
         typename V::i16 low, high;
         V::load_words(numbers, low, high);
-        interval = V::narrow_words(low, high);
+        interval = V::mirror(V::narrow_words(low, high));
     }
-    SIXFOLD_INLINE Lanes operator()(int state) const {
-        return V::look_up_128(table + state * kIntervals, interval);
+    SIXFOLD_INLINE void pair(int state, Lanes& cost, Lanes& opposite) const {
+        const std::uint8_t* positive = table + state * kIntervals;
+        V::look_up_mirrored(positive, positive + kIntervals / 2, interval, cost, opposite);
     }
 };
 
 template <class V>
 void fill_table(const SearchGrid& grid, int states, std::uint8_t* table) {
     alignas(64) std::int16_t places[kIntervals];
-    for (int i = 0; i < kIntervals; ++i) {
-        const int number = i < kIntervals / 2 ? i : i - kIntervals;
-        places[i] = static_cast<std::int16_t>((2 * number + 1) * grid.half);
+    for (int i = 0; i < kIntervals / 2; ++i) {
+        places[i] = static_cast<std::int16_t>((2 * i + 1) * grid.half);
+        places[i + kIntervals / 2] = static_cast<std::int16_t>(-places[i]);
     }
     SquaredCosts<V, std::uint8_t> costs{grid.words, {}, {}};
     for (int i = 0; i < kIntervals; i += V::kWidth * 4) {
         costs.set(places + i);
-        for (int state = 0; state < states; ++state)
+        for (int state = 0; state < states / 2; ++state)
             store_aligned(table + state * kIntervals + i, costs(state));
     }
 }
@@ -161,39 +163,59 @@ class Search {
         if (step % 2) subtract_least(states_of(shape_) >> advance_of(shape_, t));
     }
 
-    // The least sum of every group of states that differ in the bits that leave.
+    // The least sum of every group of states that differ in the bits that leave. Groups of opposite
+    // bits are extended together, where their costs are found together.
     template <int kAdvance, bool kDecide>
     void extend(int step, int t) {
         Costs costs = costs_;
         costs.set(places_ + t * kSearched);
-        const int mask = (states_of(shape_) >> left_before(t)) - 1;
-        const int groups = states_of(shape_) >> kAdvance;
-        const Sum* kept = kept_;
-        Sum *extended = spare_, *decisions = decisions_of(step);
         constexpr int kField = field_of(kAdvance), kFields = fields_of(kAdvance);
-        for (int group = 0; group < groups; decisions += kCount) {
-            Lanes decided = {};
+        const int mask = (states_of(shape_) >> left_before(t)) - 1;
+        const int groups = states_of(shape_) >> kAdvance, rows = groups / kFields;
+        Sum* decisions = decisions_of(step);
+        constexpr bool kPairs = requires(Lanes x) { costs.pair(0, x, x); };
+        for (int row = 0; row < (kPairs ? rows / 2 : rows); ++row) {
+            Lanes decided = {}, opposite_decided = {};
 #pragma GCC unroll 4
-            for (int field = 0; field < kFields; ++field, ++group) {
-                const int first = group << kAdvance;
-                const Sum* origins = kept + (first & mask) * kCount;
-                Lanes least, which = {};
+            for (int field = 0; field < kFields; ++field) {
+                const int group = row * kFields + field;
+                Lanes cost[1 << kAdvance], opposite[1 << kAdvance];
 #pragma GCC unroll 16
                 for (int j = 0; j < 1 << kAdvance; ++j) {
-                    // Only groups of 16 can be wider than the mask.
-                    const int origin = (kAdvance < 4 ? j : j & mask) * kCount;
-                    const Lanes sum =
-                        V::add_saturating(load_aligned<Lanes>(origins + origin), costs(first + j));
-                    const Lanes number = every(j << field * kField);
-                    if (j == 0) least = sum;
-                    else if constexpr (kDecide) V::take_less(sum, number, least, which);
-                    else least = V::min(sum, least);
+                    const int state = (group << kAdvance) + j;
+                    if constexpr (kPairs) costs.pair(state, cost[j], opposite[(1 << kAdvance) - 1 - j]);
+                    else cost[j] = costs(state);
                 }
-                store_aligned(extended + group * kCount, least);
-                decided |= which;
+                decided |= take_least<kAdvance, kDecide>(group, mask, cost, field * kField);
+                if constexpr (kPairs)
+                    opposite_decided |= take_least<kAdvance, kDecide>(
+                        groups - 1 - group, mask, opposite, (kFields - 1 - field) * kField);
             }
-            if constexpr (kDecide) store_aligned(decisions, decided);
+            if constexpr (kDecide) {
+                store_aligned(decisions + row * kCount, decided);
+                if constexpr (kPairs)
+                    store_aligned(decisions + (rows - 1 - row) * kCount, opposite_decided);
+            }
         }
+    }
+
+    // Leaves the least sum of a group's states in spare_; returns which state has it, `shift` bits up.
+    template <int kAdvance, bool kDecide>
+    SIXFOLD_INLINE Lanes take_least(int group, int mask, const Lanes (&cost)[1 << kAdvance],
+                                    int shift) {
+        const Sum* origins = kept_ + ((group << kAdvance) & mask) * kCount;
+        Lanes least, which = {};
+#pragma GCC unroll 16
+        for (int j = 0; j < 1 << kAdvance; ++j) {
+            // Only groups of 16 can be wider than the mask.
+            const int origin = (kAdvance < 4 ? j : j & mask) * kCount;
+            const Lanes sum = V::add_saturating(load_aligned<Lanes>(origins + origin), cost[j]);
+            if (j == 0) least = sum;
+            else if constexpr (kDecide) V::take_less(sum, every(j << shift), least, which);
+            else least = V::min(sum, least);
+        }
+        store_aligned(spare_ + group * kCount, least);
+        return which;
     }
 
     void subtract_least(int groups) {
@@ -228,19 +250,31 @@ class Search {
         return which;
     }
 
-    // What was decided of the group that the bits in bit_ name: its row by halving `rows`, which needs
-    // memory that sums no longer need, then its field.
-    Lanes decision(const Sum* rows, int advance) {
+    // What was decided of the group that the bits in bit_ name: the upper ones its row, the lower ones
+    // its field.
+    Lanes decision(const Sum* rows, int advance) const {
         const int field = field_of(advance), low = fields_of(advance) == 4 ? 2 : 1;
-        for (int i = low; i < shape_.window - advance; ++i, rows = spare_)
-            for (int row = 0; row < 1 << (shape_.window - advance - 1 - i); ++row) {
-                const auto even = load_aligned<Lanes>(rows + 2 * row * kCount);
-                const auto odd = load_aligned<Lanes>(rows + (2 * row + 1) * kCount);
-                store_aligned(spare_ + row * kCount, V::select(bit_[i], odd, even));
-            }
-        auto found = load_aligned<Lanes>(rows);
+        auto found = row_of(rows, shape_.window - advance - low, bit_ + low);
         for (int i = 0; i < low; ++i) found = V::select(bit_[i], found >> (field << i), found);
         return found & every((1 << field) - 1);
+    }
+    static Lanes row_of(const Sum* rows, int bits, const Lanes* bit) {
+        switch (bits) {
+            case 0: return choose<0>(rows, bit);
+            case 1: return choose<1>(rows, bit);
+            case 2: return choose<2>(rows, bit);
+            case 3: return choose<3>(rows, bit);
+            case 4: return choose<4>(rows, bit);
+        }
+        const auto low = row_of(rows, bits - 1, bit);
+        return V::select(bit[bits - 1], row_of(rows + (kCount << (bits - 1)), bits - 1, bit), low);
+    }
+    template <int kBits>
+    static SIXFOLD_INLINE Lanes choose(const Sum* rows, const Lanes* bit) {
+        if constexpr (kBits == 0) return load_aligned<Lanes>(rows);
+        else
+            return V::select(bit[kBits - 1], choose<kBits - 1>(rows + (kCount << (kBits - 1)), bit),
+                             choose<kBits - 1>(rows, bit));
     }
 
     PathShape shape_;

@@ -101,7 +101,7 @@ static constexpr std::int64_t kept_floats(const PathShape& s) {
     return (states_of(s) >> s.half_bits / 2) * (kSearched / 4);
 }
 static constexpr std::int64_t table_floats(const PathShape& s) {
-    return is_narrow(s) ? states_of(s) * (kIntervals / 4) : 0;
+    return is_narrow(s) ? states_of(s) / 2 * (kIntervals / 4) : 0;
 }
 // Rows, and what windows that reach the end go on with.
 static constexpr std::int64_t row_floats(const PathShape& s) {

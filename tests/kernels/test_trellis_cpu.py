@@ -98,9 +98,9 @@ def test_encode_many() -> None:
 def test_ties_and_codewords_from_any_address() -> None:
     x = gaussian(70, 32, seed=5)
     turns, factor, book = tables(32, 2, 128)
-    for words in (torch.zeros(129), book.sign().repeat(2), book.repeat(2) * 100):
+    for words in (torch.zeros(128), book.sign(), book * 100):
         for bits in (2, 2.5, 4):
-            arguments = x, turns, factor, words[1:129]
+            arguments = x, turns, factor, torch.nn.functional.pad(words, (1, 0))[1:]
             assert_same_codes(
                 cpu.encode(*arguments, bits=bits, scale="unbiased"),
                 reference.encode(*arguments, bits=bits, scale="unbiased"),
@@ -191,6 +191,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     x = gaussian(5, 64, seed=1)
     with pytest.raises(ShapeError, match=r"codewords: expected one of \(128, 256, 1024\)"):
         cpu.encode(x, turns, factor, book[:100], bits=2, scale="norm")
+    with pytest.raises(ShapeError, match="expected opposite ones for states of opposite bits"):
+        cpu.encode(x, turns, factor, book.roll(1), bits=2, scale="norm")
     rows, stored = cpu.encode(x, turns, factor, book, bits=2, scale="norm")
     with pytest.raises(ShapeError, match="rows: expected"):
         cpu.decode(rows[:, :-4], stored, turns, factor, book, dim=64, bits=2)

@@ -46,7 +46,11 @@ class Search(NamedTuple):
 
 
 def search_of(codewords: Tensor, bits: Bits) -> Search:
-    """The search of these codewords, from memory where it was made before."""
+    """The search of these codewords, from memory where it was made before.
+
+    Raises:
+        ShapeError: Complementing a state does not negate its codeword.
+    """
     # By their numbers, since others may have come to lie at the same address.
     return _made_search(codewords.detach().numpy().tobytes(), bits)
 
@@ -54,6 +58,9 @@ def search_of(codewords: Tensor, bits: Bits) -> Search:
 @lru_cache(typed=True)
 def _made_search(numbers: bytes, bits: Bits) -> Search:
     codewords = torch.frombuffer(bytearray(numbers), dtype=torch.float32)
+    # Kernels find the costs of states of opposite bits together.
+    if not torch.equal(codewords, -codewords.flip(0)):
+        raise ShapeError("codewords: expected opposite ones for states of opposite bits.")
     grid = search_grid(codewords, bits)
     # Each twice: the search reads pairs.
     words = grid.words.to(torch.int16)[:, None].expand(-1, 2).contiguous()
