@@ -137,6 +137,8 @@ results-cpu: setup
 	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) --json docs/results/cpu_attention.json
 	$(BENCH) --op attention --tokens 1024,4096,16384,131072 --bits 4,2.5 \
 	  --json docs/results/cpu_lengths.json
+	$(BENCH) --op attention --threads 1 --isa $(ISAS),portable --bits 4,2.5,2 --codes codebook trellis \
+	  --tokens 32768 --json docs/results/cpu_trellis.json
 	for op in encode scores; do $(BENCH) --op $$op --threads 1,2 --tokens 32768 --repeats 7 \
 	  --json docs/results/cpu_$$op.json || exit 1; done
 	$(BENCH) --op step --json docs/results/cpu_step.json

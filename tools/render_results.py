@@ -252,6 +252,8 @@ EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in ("eval_embedded", "eval_hard", "eval_stories260K", "eval_babyllama_tok105")
 )
+ATTENTION = ROOT / "src/sixfold/kernels/attention/README.md"
+ATTENTION_BLOCK = Block(ATTENTION, RESULTS / "cpu_trellis.json", "cpu_trellis", benchmark_table)
 TRELLIS = ROOT / "src/sixfold/kernels/trellis/README.md"
 TRELLIS_TABLES = {
     "trellis_choices": trellis_choices_table,
@@ -322,6 +324,7 @@ OPTIONAL_BLOCKS = (
         *NEEDLE_BLOCKS,
         *TARGET_BLOCKS,
         *RECIPE_BLOCKS,
+        ATTENTION_BLOCK,
         *TRELLIS_BLOCKS,
     ),
     *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS, *VLLM_BLOCKS),
