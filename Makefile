@@ -133,9 +133,9 @@ results-real: setup
 ISAS := avx512,avx2
 BENCH = $(BIN)/python -m benchmarks.run
 results-cpu: setup
-	$(BENCH) --op attention --threads 1,2 --isa $(ISAS) --bits 4,3.5,3,2.5,2,8 --tokens 32768 \
+	$(BENCH) --op attention --codes codebook --threads 1,2 --isa $(ISAS) --bits 4,3.5,3,2.5,2,8 --tokens 32768 \
 	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) --json docs/results/cpu_attention.json
-	$(BENCH) --op attention --tokens 1024,4096,16384,131072 --bits 4,2.5 \
+	$(BENCH) --op attention --codes codebook --tokens 1024,4096,16384,131072 --bits 4,2.5 \
 	  --json docs/results/cpu_lengths.json
 	$(BENCH) --op attention --threads 1 --isa $(ISAS),portable --bits 4,2.5,2 --codes codebook trellis \
 	  --tokens 32768 --json docs/results/cpu_trellis.json

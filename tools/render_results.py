@@ -137,14 +137,14 @@ def trellis_speed_table(results: dict[str, Any]) -> str:
 
 def trellis_kl_table(results: dict[str, Any]) -> str:
     """One row for every model and width: both codes, and their difference."""
-    columns = ["model", "bits", "bits in this run", "scalar", "trellis", "difference", "ratio"]
+    columns = ["model", "bits", "bits in this run", "codebook", "trellis", "difference", "ratio"]
     lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
     for row in results["rows"]:
-        scalar, trellis = row["TurboQuantMSE"], row["trellis"]
+        codebook, trellis = row["codebook"], row["trellis"]
         cells = [row["model"], f"{row['bits']:g}", f"{trellis['bits_per_value']:.2f}"]
-        for one in (scalar["kl"], trellis["kl"], row["difference"]):
+        for one in (codebook["kl"], trellis["kl"], row["difference"]):
             cells += [f"{one['mean']:.4f} ± {one['half_width']:.4f}"]
-        lines.append(_joined([*cells, f"{trellis['kl']['mean'] / scalar['kl']['mean']:.2f}"]))
+        lines.append(_joined([*cells, f"{trellis['kl']['mean'] / codebook['kl']['mean']:.2f}"]))
     windows, tokens = results["windows"]
     lines += [
         "",
@@ -292,7 +292,8 @@ RECIPE_BLOCKS = tuple(
         study,
     )
     for study in (
-        *("splits", "splits_windows", "spread", "first_tokens", "key_scales", "value_scales"),
+        *("splits", "splits_windows", "splits_trellis", "splits_trellis_windows"),
+        *("spread", "first_tokens", "key_scales", "value_scales"),
         *("maps", "value_maps", "windows", "layers", "codes"),
     )
 )

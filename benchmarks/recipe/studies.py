@@ -12,6 +12,7 @@ from benchmarks.evaluate import NO_WINDOWS
 from benchmarks.recipe import variants
 from benchmarks.recipe.models import with_value_map
 from benchmarks.recipe.variants import MakeVariant, Variant
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 
 PREFILL = 384
@@ -54,17 +55,33 @@ class Study:
     needles: bool = False
 
 
-def _splits(**windows: Any) -> tuple[Case, ...]:
-    budgets: dict[Bits, tuple[tuple[Bits, Bits], ...]] = {
+_BUDGETS: dict[CodeName, dict[Bits, tuple[tuple[Bits, Bits], ...]]] = {
+    "codebook": {
         4: ((4, 4), (5, 3)),
         3.5: ((3.5, 3.5), (4, 3)),
         3: ((3, 3), (3.5, 2.5), (4, 2)),
         2.5: ((2.5, 2.5), (3, 2)),
         2: ((2, 2), (3, 1)),
-    }
+    },
+    # Of widths that pages of a trellis have.
+    "trellis": {
+        4: ((4, 4),),
+        3.5: ((4, 3), (3, 4)),
+        3: ((3, 3), (4, 2)),
+        2.5: ((2.5, 2.5), (3, 2), (4, 1)),
+        2: ((2, 2), (3, 1)),
+    },
+}
+
+
+def _splits(code: CodeName, **windows: Any) -> tuple[Case, ...]:
     return tuple(
-        Case(f"keys {k:g}, values {v:g}", bits, {"key_bits": k, "value_bits": v, **windows})
-        for bits, pairs in budgets.items()
+        Case(
+            f"keys {k:g}, values {v:g}",
+            bits,
+            {"key_bits": k, "value_bits": v, "code": code, **windows},
+        )
+        for bits, pairs in _BUDGETS[code].items()
         for k, v in pairs
     )
 
@@ -128,8 +145,10 @@ def _value_maps() -> tuple[Case, ...]:
 
 
 STUDIES: dict[str, Study] = {
-    "splits": Study(_splits(**NO_WINDOWS), needles=True),
-    "splits_windows": Study(_splits()),
+    "splits": Study(_splits("codebook", **NO_WINDOWS), needles=True),
+    "splits_windows": Study(_splits("codebook")),
+    "splits_trellis": Study(_splits("trellis", **NO_WINDOWS), needles=True),
+    "splits_trellis_windows": Study(_splits("trellis")),
     "key_scales": Study(
         _varied(
             (4, 2.5, 2),

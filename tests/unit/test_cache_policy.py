@@ -73,6 +73,18 @@ def test_bytes_decide(dim: int, split: bool) -> None:
     assert chosen(3, 128, dim)[0] == (3.5 if split else 3)
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_who_has_no_trellis_spends_bits_as_its_codebook_does(bits: Bits) -> None:
+    chosen = [widths(CachePolicy.spending(bits, [(8, 8)], code=code)) for code in CODES]
+    assert chosen[0] == chosen[1]
+    # Of layers that differ, too.
+    assert widths(CachePolicy.spending(3, [(128, 128), (8, 8)], code="trellis")) == chosen_of(3)
+
+
+def chosen_of(bits: Bits) -> tuple[Bits, Bits]:
+    return widths(CachePolicy.spending(bits, [(128, 128), (8, 8)], code="codebook"))
+
+
 @pytest.mark.parametrize("dim", [32, 64, 72, 80, 96, 120, 128, 192, 256, 576])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_no_code_takes_more_bytes_than_the_other(dim: int, bits: Bits) -> None:

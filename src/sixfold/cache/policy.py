@@ -1,7 +1,7 @@
 """What to keep, and at how many bits."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self, get_args
 
 from sixfold.arguments import MOST_COORDINATES, choice, flag, sequence, settle, shown, whole
@@ -13,7 +13,7 @@ from sixfold.trellis import pages_hold
 # What these widths are best spent on, keys and values; the others evenly (docs/recipe.md).
 SPLITS: dict[CodeName, dict[Bits, tuple[Bits, Bits]]] = {
     "codebook": {3.5: (4, 3), 3: (3.5, 2.5), 2.5: (3, 2)},
-    "trellis": {3.5: (4, 3)},
+    "trellis": {3.5: (4, 3), 2.5: (3, 2)},
 }
 
 
@@ -43,7 +43,7 @@ class CachePolicy:
     center_keys: bool = True
     equalize_keys: bool = True
     seed: int = 0
-    code: CodeName = "codebook"
+    code: CodeName = "trellis"
 
     def __post_init__(self) -> None:
         choice("code", self.code, get_args(CodeName))
@@ -73,8 +73,8 @@ class CachePolicy:
         given = {name: fields.pop(name, None) for name in ("key_bits", "value_bits")}
         chosen = {name: width for name, width in given.items() if width is not None}
         code = choice("code", fields.get("code", cls.code), get_args(CodeName))
-        even, split = (bits, bits), SPLITS[code].get(bits, (bits, bits))
         pairs = [_dims(pair) for pair in sequence("dims", dims)]
+        even, split = (bits, bits), _split(bits, pairs, code)
         larger = any(
             _pair_bytes(split, pair, code) > _pair_bytes(even, pair, code) for pair in pairs
         )
@@ -92,6 +92,17 @@ def _dims(pair: Any) -> tuple[int, int]:
         raise SixfoldError(f"dims must be pairs such as (128, 128), got {shown(pair)}")
     key_dim, value_dim = (whole("dims", dim, 1, MOST_COORDINATES) for dim in dims)
     return key_dim, value_dim
+
+
+def _split(bits: Bits, pairs: Sequence[tuple[int, int]], code: CodeName) -> tuple[Bits, Bits]:
+    """Where bits matter most to the code that vectors of these dimensions have."""
+    widths = SPLITS[code].get(bits, (bits, bits))
+    held = all(
+        code_of(code, dim, width) == code
+        for pair in pairs
+        for dim, width in zip(pair, widths, strict=True)
+    )
+    return widths if held else SPLITS["codebook"].get(bits, (bits, bits))
 
 
 def _pair_bytes(widths: tuple[Bits, Bits], dims: tuple[int, int], code: CodeName) -> int:

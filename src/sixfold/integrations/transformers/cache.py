@@ -70,7 +70,7 @@ class TurboQuantCache(Cache):
     Args:
         config: The model's config.
         bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5. 3.5 are spent as 4 on keys
-            and 3 on values, 3 as 3.5 and 2.5, where that takes no more bytes (docs/recipe.md).
+            and 3 on values, 2.5 as 3 and 2, where that takes no more bytes (docs/recipe.md).
         key_bits: Bits of the keys. Values then have `bits`, if not told otherwise.
         value_bits: Bits of the values. Keys then have `bits`, if not told otherwise.
         sink_tokens: First tokens of every sequence kept in the model's dtype.
@@ -82,8 +82,8 @@ class TurboQuantCache(Cache):
         per_layer: `CachePolicy` fields that differ for some layers, such as
             ``{0: {"key_bits": 8}}``.
         seed: Seed of the rotation.
-        code: `"trellis"` loses about half as much in the same bits and takes longer to encode; see
-            `CachePolicy`.
+        code: `"codebook"` loses about twice as much as `"trellis"` in the same bits and is encoded
+            faster; see `CachePolicy`.
         key_map: Maps of every compressed layer for all sequences (docs/key_map.md): nothing is
             estimated then, and `center_keys` and `equalize_keys` mean nothing.
 
@@ -109,13 +109,13 @@ class TurboQuantCache(Cache):
         skip_layers: Sequence[int] = (),
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
-        code: CodeName = "codebook",
+        code: CodeName = "trellis",
         key_map: KeyMaps | None = None,
     ) -> None:
         bits, code = check_bits(bits), choice("code", code, get_args(CodeName))
         policy = CachePolicy.spending(
             bits,
-            coded_dims(config) if bits in SPLITS[code] else (),
+            coded_dims(config) if any(bits in split for split in SPLITS.values()) else (),
             key_bits=key_bits,
             value_bits=value_bits,
             sink_tokens=sink_tokens,

@@ -35,7 +35,10 @@ def cache_dtype(name: str) -> str:
 def policy(bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0) -> CachePolicy:
     """How a layer of vLLM is coded."""
     dims = [(key_dim, value_dim)]
-    return CachePolicy.spending(bits, dims, sink_tokens=sink_tokens, recent_window=0)
+    # What was measured under load; a trellis takes longer to encode, and no server has been timed.
+    return CachePolicy.spending(
+        bits, dims, sink_tokens=sink_tokens, recent_window=0, code="codebook"
+    )
 
 
 def token_nbytes(bits: Bits, key_dim: int, value_dim: int) -> int:
