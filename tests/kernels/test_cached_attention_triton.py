@@ -1,6 +1,6 @@
 """A whole layer on Triton's kernels: the reference's numbers, and no wait for the GPU."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from sixfold.kernels import _tables, attention, cached_attention
 from sixfold.kernels.attention import triton as pages
 from sixfold.kernels.cached_attention import reference
 from sixfold.kernels.cached_attention import triton as backend
+from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 from tests.kernels.attention_cases import make_case
 from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
@@ -135,7 +136,10 @@ def test_compiles_in_one_graph() -> None:
     assert torch.equal(compiled(*case.arguments), doubled(*case.arguments))
 
 
-def test_a_ragged_batch_in_memory_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", get_args(CodeName))
+def test_a_ragged_batch_in_memory_of_an_engine(
+    code: CodeName, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More of them, more slowly: test_ragged.py."""
     monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
-    check_each([sequence(n, 1, n, torch.float32) for n in (130, 9)], sliding_window=100)
+    check_each([sequence(n, 1, n, torch.float32) for n in (130, 9)], code, sliding_window=100)
