@@ -76,8 +76,13 @@ Case::Case() {
     half = 1 + below(is_narrow(shape) ? 127 : 31);
     intervals = is_narrow(shape) ? kIntervals : 1024;
     const int largest = is_narrow(shape) ? 0x3fff : 0x7fff;
-    for (int i = 0; i < states; ++i)
+    for (int i = 0; i < states / 2; ++i)
         words.insert(words.end(), 2, static_cast<std::int16_t>(below(2 * largest + 1) - largest));
+    // States of opposite bits have opposite codewords.
+    for (int i = states / 2; i < states; ++i) {
+        words.insert(words.end(), 2, static_cast<std::int16_t>(-words[2 * (states - 1 - i)]));
+        codewords[i] = -codewords[states - 1 - i];
+    }
 }
 
 PathEncodeTask Case::encode_task(const PathShape& of) const {
