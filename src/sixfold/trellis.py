@@ -146,7 +146,7 @@ def unpack_path(
     rows: UInt8[Tensor, "*b path_bytes"], dim: int, bits: Bits, states: int
 ) -> Int32[Tensor, "*b {dim}"]:
     """Inverse of `pack_path`."""
-    start, total = _table(dim, bits, rows.device)[0], starts(dim, bits)[-1]
+    start, total = _table(dim, bits, rows.device)[0], path_bits(dim, bits)
     padded = torch.nn.functional.pad(rows, (0, 2)).int()
     # 24 bits from every byte on: a window behind up to 7 bits.
     words = padded[..., :-2] | padded[..., 1:-1] << 8 | padded[..., 2:] << 16

@@ -9,6 +9,7 @@ import torch
 
 from sixfold.cache.policy import SPLITS
 from sixfold.codebooks import centroids
+from sixfold.kernels._groups import half_bits
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
 from sixfold.kernels._triton.encode import encode_kernel, encode_pages_kernel
@@ -155,7 +156,7 @@ def path_vectors(dim: int, bits: Bits, layout: Layout, searched: bool) -> Varian
         "UNIT": sizes.unit,
         "INTERVALS": sizes.intervals,
         "LARGEST": sizes.largest,
-        "HALF_BITS": launch.half_bits(bits, "trellis"),
+        "HALF_BITS": half_bits(bits, "trellis"),
     }
     name = f"path_vectors {'scales' if searched else 'places'}, {bits:g} bits, dim {dim}, {layout}"
     return variant._replace(name=name, kernel=path_vectors_kernel, types=types, constants=constants)
@@ -203,7 +204,7 @@ def decode_pages(
     constants = _code(dim, bits, "hadamard", code)
     constants |= {
         "SHRINK": launch.shrink(constants),
-        "HALF_BITS": launch.half_bits(bits, code),
+        "HALF_BITS": half_bits(bits, code),
         "LAYOUT": layout,
         "ROTATED": rotated,
         "HAS_MEAN": keys,

@@ -73,16 +73,14 @@ def test_bytes_decide(dim: int, split: bool) -> None:
     assert chosen(3, 128, dim)[0] == (3.5 if split else 3)
 
 
+@pytest.mark.parametrize("dims", [[(8, 8)], [(128, 128), (8, 8)]], ids=str)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_who_has_no_trellis_spends_bits_as_its_codebook_does(bits: Bits) -> None:
-    chosen = [widths(CachePolicy.spending(bits, [(8, 8)], code=code)) for code in CODES]
-    assert chosen[0] == chosen[1]
-    # Of layers that differ, too.
-    assert widths(CachePolicy.spending(3, [(128, 128), (8, 8)], code="trellis")) == chosen_of(3)
-
-
-def chosen_of(bits: Bits) -> tuple[Bits, Bits]:
-    return widths(CachePolicy.spending(bits, [(128, 128), (8, 8)], code="codebook"))
+def test_who_has_no_trellis_spends_bits_as_its_codebook_does(
+    bits: Bits, dims: list[tuple[int, int]]
+) -> None:
+    """Even if it is one layer of many."""
+    codebook, trellis = (CachePolicy.spending(bits, dims, code=code) for code in CODES)
+    assert widths(trellis) == widths(codebook)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 72, 80, 96, 120, 128, 192, 256, 576])

@@ -21,7 +21,7 @@ from sixfold.packing import (
     row_bytes,
     symbol_bits,
 )
-from sixfold.trellis import PAGE_BITS, PAGE_STATES, path_bytes, window_bits
+from sixfold.trellis import PAGE_BITS, PAGE_STATES, path_bits, path_bytes, window_bits
 
 # As csrc/vectors/vectors.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -133,8 +133,12 @@ def page_code(coding: Coding, layout: Layout) -> PageCode:
         ShapeError: The centroids do not fit, or pages hold no such trellis.
     """
     _, _, centroids, bits, dim, _, code = coding
-    half_bits = int(2 * bits) if code == "trellis" else 0
-    return code_group(dim, bits, centroids, layout, code), half_bits
+    return code_group(dim, bits, centroids, layout, code), half_bits(bits, code)
+
+
+def half_bits(bits: Bits, code: CodeName) -> int:
+    """Twice the bits a coordinate of a trellis, 0 of a codebook."""
+    return int(2 * bits) if code == "trellis" else 0
 
 
 def code_group(
@@ -162,7 +166,7 @@ def page_sizes(
     """
     if code == "trellis":
         window = window_bits(PAGE_STATES)
-        if bits not in PAGE_BITS or dim * bits % 8 or dim * bits < window:
+        if bits not in PAGE_BITS or path_bits(dim, bits) % 8 or path_bits(dim, bits) < window:
             raise ShapeError(
                 f"trellis pages: expected {', '.join(map(str, PAGE_BITS))} bits a coordinate, and "
                 f"dim·bits a multiple of 8, got bits={bits} and dim={dim}; use a codebook."

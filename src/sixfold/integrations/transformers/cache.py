@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Self, Unpack, get_args
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold.arguments import FLOATS, choice, dense, flag, shown, whole
+from sixfold.arguments import FLOATS, dense, flag, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
@@ -112,7 +112,7 @@ class TurboQuantCache(Cache):
         code: CodeName = "trellis",
         key_map: KeyMaps | None = None,
     ) -> None:
-        bits, code = check_bits(bits), choice("code", code, get_args(CodeName))
+        bits = check_bits(bits)
         policy = CachePolicy.spending(
             bits,
             coded_dims(config) if any(bits in split for split in SPLITS.values()) else (),

@@ -65,11 +65,6 @@ def codebook(
     return {"SYMBOL": symbol, "PAIRED": paired}
 
 
-def half_bits(bits: Bits, code: CodeName) -> int:
-    """Twice the bits a coordinate of a trellis, 0 of a codebook."""
-    return int(2 * bits) if code == "trellis" else 0
-
-
 def encodes(x: Tensor, rotation: dict[str, int]) -> bool:
     """Whether a kernel encodes it; otherwise plain PyTorch does, on the same device.
 

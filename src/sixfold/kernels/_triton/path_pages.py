@@ -5,6 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sixfold.kernels._groups import half_bits
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.encode_paths import path_vectors_kernel
 from sixfold.kernels._triton.operators import in_place, operator
@@ -122,7 +123,7 @@ def search_constants(dim: int, bits: Bits, layout: Layout) -> dict[str, int | bo
     margin = seam_margin(PAGE_STATES, bits)
     return {
         "DIM": dim,
-        "HALF_BITS": launch.half_bits(bits, "trellis"),
+        "HALF_BITS": half_bits(bits, "trellis"),
         "MARGIN": margin,
         "STEPS": max(dim, 2 * margin),
         "MOST": grid_sizes(bits).most,

@@ -15,7 +15,9 @@ from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 
 
 def together(keys: Tensor, values: Tensor, key_coding: Coding, value_coding: Coding) -> bool:
-    """Whether `store_together` takes them: both are rotated alike."""
+    """Whether `store_together` takes them: both have codebooks and are rotated alike."""
+    if "trellis" in (key_coding.code, value_coding.code):
+        return False
     rotation = launch.rotation(keys.shape[-1], key_coding.turns, key_coding.factor)
     alike = keys.shape == values.shape and key_coding.turns.shape == value_coding.turns.shape
     return alike and launch.encodes(keys, rotation) and launch.encodes(values, rotation)

@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._groups import check_heads, mask_strides, page_sizes
+from sixfold.kernels._groups import check_heads, half_bits, mask_strides, page_sizes
 from sixfold.kernels._tables import check_pages
 from sixfold.kernels._triton.attention import attend_pages, merge_ranges
-from sixfold.kernels._triton.launch import half_bits
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels._triton.paths import WINDOWS
 from sixfold.kernels.attention.merge import Partial

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._groups import half_bits
 from sixfold.kernels._tables import check_table, sequence_maps
 from sixfold.kernels._triton import launch
 from sixfold.kernels._triton.decode import decode_kernel, decode_pages_kernel
@@ -172,7 +173,7 @@ def _decode_pages(
             HAS_SCALE=channel_scale is not None,
             LAYOUT=layout,
             ROTATED=rotated,
-            HALF_BITS=launch.half_bits(bits, code),
+            HALF_BITS=half_bits(bits, code),
             SHRINK=launch.shrink(constants),
             **tile,
             **constants,

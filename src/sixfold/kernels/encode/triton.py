@@ -69,8 +69,7 @@ def store_pages(
     key_map: KeyMap | None = None,
 ) -> None:
     """See `sixfold.kernels.encode.store_pages`: one launch where both sides are rotated alike."""
-    paths = "trellis" in (key_coding.code, value_coding.code)
-    if not paths and together(keys, values, key_coding, value_coding):
+    if together(keys, values, key_coding, value_coding):
         store_together(keys, values, slots, pool, key_coding, value_coding, key_map)
     else:
         sides = keys, values, slots, pool, key_coding, value_coding, key_map
