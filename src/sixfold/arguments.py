@@ -133,10 +133,13 @@ def path(value: Any) -> str | os.PathLike[str]:
     """A path.
 
     Raises:
-        SixfoldError: It is no text and no path.
+        SixfoldError: It is no text and no path, or one that no file can have.
     """
     if not isinstance(value, str | os.PathLike):
         raise SixfoldError(f"path must be a string or a pathlib.Path, got {shown(value)}")
+    text = os.fsdecode(value)
+    if not text or "\0" in text:
+        raise SixfoldError(f"path must name a file, got {shown(value)}")
     return value
 
 

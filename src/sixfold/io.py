@@ -4,6 +4,7 @@ Nothing is unpickled, and nothing is allocated before the header has been checke
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -75,6 +76,10 @@ def write_container(
         "sha256": _digest(kind, text, tensors),
     }
     target = Path(os.path.realpath(path))
+    if os.fsdecode(path).endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, "expected a file's path, got a folder's", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder does not exist", str(target.parent))
     replaced = existing(target, path)
     # Not made of the target's name, which may be as long as a name can be.
     temporary = target.with_name(f".sixfold-{secrets.token_hex(8)}")

@@ -90,7 +90,48 @@ def test_cross_attention_stays_dense(mllama: PreTrainedModel, fused: bool, image
     assert all(layer.get_seq_length() == 140 for layer in cache.compressed_layers)
 
 
+@both_modes
+def test_what_is_done_to_the_text_leaves_the_image(mllama: PreTrainedModel, fused: bool) -> None:
+    ids, patches = tokens(2, 204), torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+    # What attention is called without a mask, and `eager` is not, takes patches one after another.
+    mllama.set_attn_implementation("sdpa" if fused else "eager")
+    dense = DynamicCache(config=mllama.config)
+    expected = step(mllama, dense, ids[:, :200], cross_attention_states=patches)
+    cache = make(mllama, fused)
+    step(mllama, cache, ids[:, :200], cross_attention_states=patches)
+    cache.crop(-20)
+    assert [layer.get_seq_length() for layer in cache.layers] == [180, 9, 180]
+    assert relative_error(step(mllama, cache, ids[:, 180:200]), expected) < TOLERANCE
+    # One that any attention has filled is taken over, the image as it is.
+    converted = TurboQuantCache.from_cache(dense, mllama, 8, recent_window=0)
+    assert [layer.get_seq_length() for layer in converted.layers] == [200, 9, 200]
+    assert torch.equal(converted[1][0], dense.layers[1].keys)
+    after = step(mllama, converted, ids[:, 200:])
+    mllama.set_attn_implementation("sdpa")
+    assert relative_error(after, step(mllama, dense, ids[:, 200:])) < TOLERANCE
+
+
 # States and indexers
+
+
+@both_modes
+@pytest.mark.parametrize("operation", ["select", "mask", "repeat", "reorder"])
+def test_states_follow_their_sequences(operation: str, fused: bool) -> None:
+    """In layers of transformers' own, too, which have no such operations."""
+    model = fresh_model("qwen3-next", layer_types=["full_attention", "linear_attention"])
+    ids = tokens(2, 204)
+    cache = make(model, fused)
+    step(model, cache, ids[:, :200])
+    rows = {"select": [1], "mask": [1], "repeat": [0, 0, 1, 1], "reorder": [1, 0]}[operation]
+    expected = step(model, cache.fork(), ids[:, 200:])[rows]
+    if operation == "repeat":
+        cache.batch_repeat_interleave(2)
+    elif operation == "reorder":
+        cache.reorder_cache(torch.tensor(rows))
+    else:
+        mask = torch.tensor([False, True])
+        cache.batch_select_indices(mask if operation == "mask" else torch.tensor(rows))
+    torch.testing.assert_close(step(model, cache, ids[rows, 200:]), expected)
 
 
 COMBINED = {

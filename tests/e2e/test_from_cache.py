@@ -114,6 +114,17 @@ def test_what_cannot_be_read_says_so() -> None:
     refused("layers, got one of 0", DynamicCache())
     refused("got a StaticLayer", StaticCache(model.config, max_cache_len=40))
     refused("got a TurboQuantLayer", source=TurboQuantCache(model.config))
+    tokens = torch.zeros(2, 2, 20, 64)
+    for other, match in (
+        (tokens[:, [0, 1, 1]], r"\(2, 64, 64\), got \(3, 64, 64\): another model"),
+        (tokens[..., :32], r"\(2, 64, 64\), got \(2, 32, 32\): another model"),
+        (tokens[:1], r"the same sequences, got \[2, 1\]"),
+        (tokens.to("meta"), "layer 1 holds tokens on the meta device"),
+    ):
+        wrong = DynamicCache(config=model.config)
+        wrong.update(tokens, tokens, 0)
+        wrong.update(other, other, 1)
+        refused(match, wrong)
     with pytest.raises(ShapeError, match=r"expected \[2, 20\].*got \[2, 19\]"):
         TurboQuantCache.from_cache(source, model, attention_mask=data.mask[:, 1:])
     assert isinstance(source, Cache)

@@ -139,7 +139,7 @@ def test_chunked_prefill(fused: bool) -> None:
 
 
 @both_modes
-@pytest.mark.parametrize("name", ["llama-64", "mistral", "gemma2", "lfm2"])
+@pytest.mark.parametrize("name", ["llama-64", "mistral", "gemma2", "lfm2", "gemma4"])
 def test_assisted(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A helper that is often right: some of its tokens stay, some are cropped away."""
     removed = []
@@ -158,6 +158,19 @@ def test_assisted(name: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> No
     calls = len(removed) / len(getattr(out, CACHE_KEYWORD).compressed_layers)
     assert calls < NEW_TOKENS - 2
     assert sum(count > 0 for count in removed) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 2, 20])
+@pytest.mark.parametrize("name", ["llama-64", "gemma3", "gemma4"])
+def test_logits_of_the_last_tokens_alone(name: str, keep: int) -> None:
+    """Models drop queries that nobody asks for before layers that share keys (Gemma 4)."""
+    model, data = tiny_model(name, "eager"), batch((150, 150), steps=0)
+    expected = model(data.ids).logits[:, -keep:]
+    model = tiny_model(name, "sixfold")
+    for cache in (None, DynamicCache(config=model.config), fused_cache(name, 8)):
+        found = model(data.ids, past_key_values=cache, logits_to_keep=keep).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @both_modes

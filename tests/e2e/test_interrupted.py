@@ -1,5 +1,6 @@
 """A forward pass that stops between layers: the cache refuses to go on wrongly, and recovers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,53 @@ def test_states_that_cannot_go_back(name: str, layer: int, seen: int, fused: boo
         assert cache.recover() == 0
     again, fresh = forward(model, cache, data, 0, 248), cache_for(model, fused)
     assert torch.equal(again, forward(model, fresh, data, 0, 248))
+
+
+@both_modes
+@pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "llama-64"])
+def test_an_interrupted_pass_is_not_saved(name: str, fused: bool, tmp_path: Path) -> None:
+    """A file would not say how far it has come."""
+    model, data = fresh_model(name), batch((248, 248), steps=0)
+    cache = cache_for(model, fused)
+    forward(model, cache, data, 0, SEEN)
+    cache.save(tmp_path / "whole")
+    interrupted(model, 1, cache, data, SEEN, data.prompt)
+    with pytest.raises(SixfoldError, match="interrupted"):
+        cache.save(tmp_path / "part")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_an_interrupted_pass_gives_no_static_cache() -> None:
+    model, data = fresh_model("llama-64"), batch((248, 248), steps=0)
+    cache = cache_for(model, fused=True)
+    forward(model, cache, data, 0, SEEN)
+    interrupted(model, 1, cache, data, SEEN, data.prompt)
+    with pytest.raises(SixfoldError, match=r"interrupted.*cache\.recover\(\)"):
+        cache.static(400)
+    cache.recover()
+    assert cache.static(400).compressed_layers
+
+
+def test_a_static_cache_says_that_it_computes_no_gradients() -> None:
+    model, data = fresh_model("llama-64"), batch((248, 248), steps=2)
+    cache = cache_for(model, fused=True)
+    forward(model, cache, data, 0, SEEN)
+    static = cache.static(400)
+    model.requires_grad_(True)
+    logits = model(data.ids[:, SEEN : SEEN + 1], past_key_values=static).logits
+    with pytest.raises(SixfoldError, match="a static cache computes no gradients"):
+        logits.sum().backward()
+
+
+@torch.no_grad()
+def test_a_static_cache_of_tokens_that_were_never_attended() -> None:
+    """Given to `update` by hand, they are compressed when a static cache is made of them."""
+    cache = cache_for(fresh_model("llama-64"), fused=True)
+    for layer in range(2):
+        cache.update(*random_tokens(SEEN, layer), layer)
+    static = cache.static(400)
+    assert [int(layer.static.coded) for layer in static.layers] == [128, 128]
+    assert [layer.store.history.tokens for layer in cache.compressed_layers] == [0, 0]
 
 
 @torch.no_grad()

@@ -172,13 +172,19 @@ def test_the_dtype_is_noticed_first(tmp_path: Path) -> None:
     assert converted.compressed_layers[0].store.window.keys.dtype is torch.bfloat16
 
 
-def test_a_digest_of_the_earlier_kind_is_still_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "digest",
+    [_first_numbers_digest, lambda model: weights_digest(model, kind="all:")],
+    ids=["first numbers", "all"],
+)
+def test_a_digest_of_an_earlier_kind_is_still_compared(
+    digest: Callable[[Any], str], tmp_path: Path
+) -> None:
     model, path = model_and_file(tmp_path)
     with open_container(path, KIND) as container:
         description, tensors = container.description, container.read()
-    assert description["weights"].startswith("all:")
-    earlier: dict[str, Any] = {**description, "weights": _first_numbers_digest(model)}
-    assert re.fullmatch("[0-9a-f]{64}", earlier["weights"])
+    assert re.fullmatch("all-2:[0-9a-f]{64}", description["weights"])
+    earlier: dict[str, Any] = {**description, "weights": digest(model)}
     del earlier["dtype"]
     write_container(path, KIND, earlier, tensors)
     TurboQuantCache.load(path, model)
@@ -187,7 +193,7 @@ def test_a_digest_of_the_earlier_kind_is_still_compared(tmp_path: Path) -> None:
         TurboQuantCache.load(path, model)
 
 
-@pytest.mark.parametrize("weights", [3, "", "all:", "x" * 64, {}, []])
+@pytest.mark.parametrize("weights", [3, "", "all:", "all-2:", "x" * 64, {}, []])
 def test_a_digest_that_is_none(weights: Any, tmp_path: Path) -> None:
     model, path = model_and_file(tmp_path)
     with open_container(path, KIND) as container:
@@ -209,6 +215,19 @@ def test_views_and_odd_sizes() -> None:
         changed[position] += 1
         twin.register_buffer("x", changed)
         assert weights_digest(model) != weights_digest(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("every", [2, 4, 8])
+def test_signs(dtype: torch.dtype, every: int) -> None:
+    """Changed by the even number, as when a model's rotary halves change places."""
+    model, twin = nn.Module(), nn.Module()
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model.register_buffer("x", weights)
+    changed = weights.clone()
+    changed[:, every - 1 :: every].neg_()
+    twin.register_buffer("x", changed)
+    assert weights_digest(model) != weights_digest(twin)
 
 
 def test_blocks_that_change_places() -> None:

@@ -60,6 +60,18 @@ def test_zero_tensors_are_zeros() -> None:
     assert torch.equal(quantizer.decode(quantizer.encode(zeros)), torch.zeros(2, 64))
 
 
+@pytest.mark.parametrize("which", ["query", "keys", "values"])
+def test_the_first_attention_takes_zero_tensors(which: str) -> None:
+    """PyTorch's own would read memory that they do not have."""
+    tokens = dict(zip(("query", "keys", "values"), SHAPE.tokens(150), strict=True))
+    found = []
+    for zeros in (torch.zeros, torch._efficientzerotensor):
+        layer, given = SHAPE.layer(), {**tokens, which: zeros(tokens[which].shape)}
+        layer.append(given["keys"], given["values"])
+        found.append(layer.attend(given["query"], scaling=SHAPE.scaling))
+    torch.testing.assert_close(*found)
+
+
 def test_layers_take_lazy_tensors() -> None:
     tokens = SHAPE.tokens(150)
     expected = feed(SHAPE.layer(), tokens, 147, 1, 2)

@@ -195,6 +195,20 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- reading what is no such file
 
 
+def test_what_cannot_be_written_is_called_by_its_name(tmp_path: Path) -> None:
+    for path, kind, name in (
+        (tmp_path / "absent" / "file", FileNotFoundError, str(tmp_path / "absent")),
+        (f"{tmp_path}/absent/", IsADirectoryError, f"{tmp_path}/absent/"),
+    ):
+        with pytest.raises(kind) as error:
+            write_container(path, "kind", {}, {"x": torch.ones(2)})
+        assert error.value.filename == name
+    for path in ("", "a\0b"):
+        with pytest.raises(SixfoldError, match="path must name a file"):
+            write_container(path, "kind", {}, {"x": torch.ones(2)})
+    assert not [*tmp_path.iterdir()]
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file.*nothing"):
         read(tmp_path / "nothing")

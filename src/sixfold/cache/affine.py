@@ -28,6 +28,8 @@ MIN_TOKENS = 16  # fewer say too little about a channel's spread
 MANY = 1 / 8
 # Of the squared distance of two keys: above what bfloat16 rounds off, far below how text varies.
 REPEAT_TOLERANCE = 0.05
+# The same relative to each channel's own, which is known from as many tokens only as there are.
+RELATIVE_TOLERANCE = 0.1
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
@@ -153,12 +155,30 @@ def repeats(
 def _equal_steps(
     keys: Float[Tensor, "batch kv_heads tokens dim"], lag: int
 ) -> Bool[Tensor, "batch kv_heads later"]:
-    """Tokens, from `lag` + 1 on, as far from the one `lag` before as the token before was."""
-    step = keys.new_zeros(*keys.shape[:2], max(keys.shape[2] - lag, 1), dtype=torch.float32)
+    """Tokens, from `lag` + 1 on, as far from the one `lag` before as the token before was.
+
+    A bias that RoPE turns makes long and equal steps of any text in some channels: so they have to
+    be equal as well where every channel counts relative to its own steps.
+    """
+    total = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
+    for _, squares in _squared_steps(keys, lag):
+        # What is not finite counts for no channel, and equals nothing.
+        total += squares.where(squares.isfinite().all(3, keepdim=True), 0.0).sum(2)
+    relative = torch.where(total > 0, 1 / total, 0.0).unsqueeze(2)
+    step = keys.new_zeros(2, *keys.shape[:2], max(keys.shape[2] - lag, 1), dtype=torch.float32)
+    for block, squares in _squared_steps(keys, lag):
+        step[0, :, :, block] = squares.sum(3)
+        step[1, :, :, block] = (squares * relative).sum(3)
+    tolerance = step.new_tensor([REPEAT_TOLERANCE, RELATIVE_TOLERANCE]).view(2, 1, 1, 1)
+    return (step.diff(dim=3).abs() <= tolerance * step[..., 1:]).all(0)
+
+
+def _squared_steps(
+    keys: Float[Tensor, "batch kv_heads tokens dim"], lag: int
+) -> Iterator[tuple[slice, Float32[Tensor, "batch kv_heads block dim"]]]:
     for block in _blocks(keys.shape[2] - lag):
         later = keys[:, :, block.start + lag : block.stop + lag].float()
-        step[:, :, block] = (later - keys[:, :, block].float()).square().sum(3)
-    return step.diff(dim=2).abs() <= REPEAT_TOLERANCE * step[:, :, 1:]
+        yield block, (later - keys[:, :, block].float()).square()
 
 
 def _finite(

@@ -125,7 +125,8 @@ class StaticLayer:
             if new.shape != expected or new.dtype != held.dtype:
                 raise ShapeError(
                     f"{name}: a static layer takes one {held.dtype} token a step, "
-                    f"{list(expected)}, got {new.dtype} {list(new.shape)}."
+                    f"{list(expected)}, got {new.dtype} {list(new.shape)}. Convert the growing "
+                    "cache with .to(dtype=...) before `static`, if the model's dtype has changed."
                 )
         torch._assert_async(
             self.count < self.max_tokens,

@@ -20,6 +20,8 @@ NO_WEIGHTS = (
     'weights use TurboQuantCache(model.config, ...) and model.set_attn_implementation("eager").'
 )
 
+NO_GRADIENT = "a static cache computes no gradients: decode in it under torch.no_grad()."
+
 # What torch.compile says where it was told to allow no graph break.
 GROWS = (
     "a TurboQuantCache that grows cannot be traced: compile without fullgraph=True, or decode in "
@@ -102,7 +104,9 @@ class StaticHandle:
         # The layer knows the padding of its prefill, and causality needs no mask.
         del options["mask"]
         out = self.layer.attend(query, **options)
-        return refuse_gradient(out) if torch.is_grad_enabled() and query.requires_grad else out
+        if torch.is_grad_enabled() and query.requires_grad:
+            return refuse_gradient(out, NO_GRADIENT)
+        return out
 
 
 def register() -> None:
@@ -112,7 +116,16 @@ def register() -> None:
     padding is attended.
     """
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for `sdpa`, which leaves it out where plain causality does."""
+    shared = getattr(kwargs.get("config"), "num_kv_shared_layers", None)
+    if shared and kwargs.get("q_length") != kwargs.get("kv_length"):
+        # See `_shared_tail`: in memory of fixed size nobody could tell which queries are left.
+        kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(
@@ -149,6 +162,7 @@ def attention_forward(
     options: dict[str, Any] = {"softcap": softcap, "sink_logits": s_aux, "mask": attention_mask}
     options["scaling"] = query.shape[-1] ** -0.5 if scaling is None else scaling
     ours = not isinstance(key, Tensor) or softcap is not None or s_aux is not None
+    ours = ours or _shared_tail(module, query, key, attention_mask)
     if ours and kwargs.get("output_attentions"):
         warnings.warn(NO_WEIGHTS, stacklevel=2)
     if not isinstance(key, Tensor):
@@ -176,6 +190,19 @@ def attention_forward(
     else:
         out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _shared_tail(
+    module: torch.nn.Module, query: Tensor, key: Any, attention_mask: Tensor | None
+) -> bool:
+    """Whether the queries are the last ones of a layer that shares its keys.
+
+    Such models (Gemma 4) drop the queries whose logits nobody asked for. PyTorch's attention would
+    take those that are left for the first ones; models know that of `sdpa` by its name.
+    """
+    if attention_mask is not None or not getattr(module, "is_kv_shared_layer", False):
+        return False
+    return bool(1 < query.shape[2] < key.shape[2])
 
 
 def as_autocast(x: Tensor) -> Tensor:

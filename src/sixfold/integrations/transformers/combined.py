@@ -24,6 +24,13 @@ def held_beside(layer: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
+def replace_states(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Change every convolution and recurrent state of a layer of ours or of transformers."""
+    for kind in STATES:
+        states = getattr(layer, kind)
+        states.update({i: change(x) for i, x in states.items() if x is not None})
+
+
 class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ignore[misc]
     """Attention beside a state of fixed size (Falcon-H1, Zamba2): that stays as it is."""
 
@@ -89,32 +96,32 @@ class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ign
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        self._replace_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        replace_states(self, lambda state: state.index_select(0, beam_idx.to(state.device)))
         TurboQuantLayer.reorder_cache(self, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch."""
-        self._replace_states(lambda state: state[indices.to(state.device)])
+        replace_states(self, lambda state: state[indices.to(state.device)])
         TurboQuantLayer.batch_select_indices(self, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self._replace_states(lambda state: state.repeat_interleave(repeats, 0))
+        replace_states(self, lambda state: state.repeat_interleave(repeats, 0))
         TurboQuantLayer.batch_repeat_interleave(self, repeats)
 
     def offload(self) -> None:
         """Move everything held to the CPU."""
-        self._replace_states(lambda state: state.to("cpu"))
+        replace_states(self, lambda state: state.to("cpu"))
         TurboQuantLayer.offload(self)
 
     def prefetch(self) -> None:
         """Move everything held back to the device of the model."""
-        self._replace_states(lambda state: state.to(self.device))
+        replace_states(self, lambda state: state.to(self.device))
         TurboQuantLayer.prefetch(self)
 
     def move(self, device: torch.device | None, dtype: torch.dtype | None = None) -> None:
         """Move everything held, for good; states keep their dtype."""
-        self._replace_states(lambda state: state.to(device or state.device))
+        replace_states(self, lambda state: state.to(device or state.device))
         TurboQuantLayer.move(self, device, dtype)
 
     def tensors(self) -> list[Tensor]:
@@ -141,12 +148,8 @@ class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ign
         for name, attribute in vars(self).items():
             if isinstance(attribute, dict):
                 setattr(twin, name, dict(attribute))
-        twin._replace_states(Tensor.clone)
+        replace_states(twin, Tensor.clone)
         return twin
-
-    def _replace_states(self, change: Callable[[Tensor], Tensor]) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            states.update({i: change(x) for i, x in states.items() if x is not None})
 
 
 class IndexedTurboQuantLayer(TurboQuantLayer):

@@ -24,6 +24,7 @@ from sixfold.integrations.transformers.combined import (
     held_beside,
 )
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
+from sixfold.integrations.transformers.layers import CrossAttentionLayer
 
 _DENSE = (DynamicLayer, DynamicSlidingWindowLayer)
 # What a layer that holds more than keys and values is made from.
@@ -34,9 +35,18 @@ _COMBINED = {
 
 
 def convert_layers(
-    source: Cache, layers: Sequence[Any], attention_mask: Tensor | None
+    source: Cache,
+    layers: Sequence[Any],
+    shapes: Sequence[tuple[int, int, int] | None],
+    attention_mask: Tensor | None,
 ) -> list[Any]:
     """Layers like the empty `layers` that hold what those of `source` do.
+
+    Args:
+        source: A cache that another attention has filled.
+        layers: Empty layers of the same model.
+        shapes: KV heads, key and value dim of each, where they are known.
+        attention_mask: See `TurboQuantCache.from_cache`.
 
     Raises:
         SixfoldError: See `TurboQuantCache.from_cache`.
@@ -50,23 +60,43 @@ def convert_layers(
             f"expected a cache of this model's {len(layers)} layers, got one of "
             f"{len(source.layers)}: make it with DynamicCache(config=model.config) and prefill it."
         )
-    for layer in source.layers:
-        _check_held(layer)
-    held = [x.get_seq_length() for x in source.layers if isinstance(x, DynamicLayer)]
-    if len({n for n in held if n}) > 1:
+    for index, (layer, shape) in enumerate(zip(source.layers, shapes, strict=True)):
+        _check_held(index, layer, shape)
+    own = zip(source.layers, layers, strict=True)
+    held = [
+        layer
+        for layer, empty in own
+        if isinstance(layer, DynamicLayer) and not isinstance(empty, CrossAttentionLayer)
+    ]
+    lengths = [layer.get_seq_length() for layer in held]
+    if len({n for n in lengths if n}) > 1:
         raise SixfoldError(
-            f"expected layers that have seen the same tokens, got {held}: a forward pass was "
+            f"expected layers that have seen the same tokens, got {lengths}: a forward pass was "
             "interrupted, so prefill again."
         )
+    batches = [len(layer.keys) for layer in held if layer.keys is not None and layer.keys.numel()]
+    if len(set(batches)) > 1:
+        raise SixfoldError(f"expected layers of the same sequences, got {batches} of them.")
     return [_converted(*pair, attention_mask) for pair in zip(source.layers, layers, strict=True)]
 
 
-def _check_held(layer: Any) -> None:
+def _check_held(index: int, layer: Any, shape: tuple[int, int, int] | None) -> None:
     """Refuse what no attention leaves in a layer: a cache is open to whoever has it."""
     if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
         return
-    if not isinstance(layer.keys, Tensor) or layer.keys.numel():
-        check_tokens(layer.keys, layer.values)
+    keys: Any = layer.keys
+    values: Any = layer.values
+    if isinstance(keys, Tensor) and not keys.numel():
+        return
+    check_tokens(keys, values)
+    if keys.is_meta or values.is_meta:
+        raise SixfoldError(f"layer {index} holds tokens on the meta device: nothing to compress.")
+    found = keys.shape[1], keys.shape[3], values.shape[3]
+    if shape is not None and found != shape:
+        raise ShapeError(
+            f"layer {index}: expected the KV heads, key and value dim of this model, {shape}, got "
+            f"{found}: another model has filled this cache."
+        )
 
 
 def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
@@ -82,6 +112,9 @@ def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
             empty.adopt(_compressed(layer, empty, mask))
         if kind is not None:
             empty.adopt_extra({n: x.detach().clone() for n, x in held_beside(layer).items()})
+        return empty
+    if isinstance(empty, CrossAttentionLayer) and type(layer) is DynamicLayer:
+        empty.__dict__.update(layer.__dict__)
         return empty
     if type(layer) is type(empty):
         return forked(layer)

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from sixfold.arguments import sequence, shown, whole
 from sixfold.cache import CachePolicy, LayerShape, uncompressed_nbytes
@@ -14,10 +18,18 @@ from sixfold.integrations.transformers.combined import (
     STATES,
     HybridTurboQuantLayer,
     IndexedTurboQuantLayer,
+    replace_states,
 )
 from sixfold.integrations.transformers.config import COMPRESSED_TYPES, CROSS_ATTENTION
 from sixfold.integrations.transformers.layer import TurboQuantLayer, forked
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
+
+
+class CrossAttentionLayer(DynamicLayer):
+    """Keys and values of something else than the text, such as an image."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: the tokens that are forgotten are the text's."""
 
 
 def static_layer(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
@@ -90,7 +102,7 @@ def cache_layer(kind: str, kwargs: dict[str, Any], policy: CachePolicy | None) -
         UnsupportedModelError: Transformers knows no such type.
     """
     if kind == CROSS_ATTENTION:
-        return DynamicLayer()
+        return CrossAttentionLayer()  # type: ignore[no-untyped-call]
     if kind in COMPRESSED_TYPES and policy is not None:
         cls = _LAYERS.get(kind, TurboQuantLayer)
         return cls(policy, fused=False, **{"sliding_window": None, **kwargs})
@@ -106,6 +118,22 @@ _LAYERS = {
     "hybrid_sliding": HybridTurboQuantLayer,
     "indexed_attention": IndexedTurboQuantLayer,
 }
+
+
+def select_sequences(layer: Any, rows: Tensor) -> None:
+    """Keep, repeat or reorder sequences of the batch, in a layer of any kind."""
+    if hasattr(layer, "batch_select_indices"):
+        layer.batch_select_indices(rows)
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        replace_states(layer, lambda state: state[rows.to(state.device)])
+
+
+def repeat_sequences(layer: Any, repeats: int) -> None:
+    """Repeat every sequence of the batch, in a layer of any kind."""
+    if hasattr(layer, "batch_repeat_interleave"):
+        layer.batch_repeat_interleave(repeats)
+    elif isinstance(layer, LinearAttentionCacheLayerMixin):
+        replace_states(layer, lambda state: state.repeat_interleave(repeats, 0))
 
 
 def layer_tensors(layer: Any) -> list[Tensor]:

@@ -73,7 +73,8 @@ def maps_in_use(layers: Sequence[Any]) -> dict[int, KeyMap]:
         if key_map is None:
             raise SixfoldError(
                 f"layer {number} has no key map yet, after {layer.get_seq_length()} tokens: one is "
-                "fitted when the first page of 64 tokens leaves the recent window."
+                "fitted when the first page of 64 tokens leaves the recent window, which happens "
+                "where the tokens are attended."
             )
         found[number] = key_map
     return found

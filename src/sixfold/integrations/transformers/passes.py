@@ -101,10 +101,21 @@ class ForwardPass:
     def _next(self, layers: Sequence[Any]) -> None:
         """Begin a pass; the one before must have left no layer behind."""
         static = any(isinstance(layers[i], StaticTurboQuantLayer) for i in self.growing)
-        if (static or self.states) and not self.complete(layers):
+        if static or self.states:
+            self.check_complete(layers)
+        else:
+            self._check_lengths(layers)
+        self.restart()
+
+    def check_complete(self, layers: Sequence[Any]) -> None:
+        """Refuse layers of which a forward pass has reached some only.
+
+        Raises:
+            SixfoldError: They are such.
+        """
+        if (self.reached or self.states) and not self.complete(layers):
             raise SixfoldError(f"the last forward pass has not reached all layers: {_HOW}")
         self._check_lengths(layers)
-        self.restart()
 
     def complete(self, layers: Sequence[Any]) -> bool:
         """Whether the pass has reached every layer that had seen tokens before it."""

@@ -29,8 +29,11 @@ class StaticTurboQuantLayer(TurboQuantLayer):
                 "a static cache attends on codes: make the cache with TurboQuantCache.for_model, "
                 "for a model whose attention it replaces, and prefill it first."
             )
-        self.static = StaticLayer(layer.store, max_tokens)
-        self.device = layer.store.padding.device
+        # Tokens that `update` was given by hand have not been attended, and are no codes yet.
+        store = layer.store.fork()
+        store.compress()
+        self.static = StaticLayer(store, max_tokens)
+        self.device = store.padding.device
         self.is_initialized = True
 
     @property

@@ -22,6 +22,7 @@ from sixfold.errors import FormatError
 from sixfold.integrations.transformers.checks import expected_layers, model_layers
 from sixfold.integrations.transformers.config import config_value, decoder_config, layer_types
 from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.layers import CrossAttentionLayer
 from sixfold.integrations.transformers.weights import check_weights, weights_digest
 from sixfold.io import DTYPE_NAMES, open_container, write_container
 
@@ -182,7 +183,7 @@ def _specs(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _dense_tensors(layer: Any) -> dict[str, Tensor]:
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, CrossAttentionLayer):
         held = layer.is_initialized and layer.keys.numel()
         return {"keys": layer.keys, "values": layer.values} if held else {}
     if type(layer) is LinearAttentionLayer:

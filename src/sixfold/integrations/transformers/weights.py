@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from sixfold.errors import FormatError
 
-# Digests of this kind; one without a prefix saw the first eight numbers of every parameter.
-_ALL = "all:"
+# What a digest begins with says how it was made. Earlier versions wrote "all:", blind to an even
+# number of changed signs, and before that, without a prefix, the first numbers of every parameter.
+_ALL = "all-2:"
+_UNFOLDED = "all:"
 # 512 KiB: a block and its product stay in the cache of a processor.
 _WORDS = 1 << 16
 _ADAPTERS = ("active_adapters", "disable_adapters", "scaling")
 
 
-def weights_digest(model: nn.Module, prompt: nn.Module | None = None) -> str | None:
+def weights_digest(
+    model: nn.Module, prompt: nn.Module | None = None, kind: str = _ALL
+) -> str | None:
     """A digest of every byte of every parameter and persistent buffer, and of active adapters.
 
     Those of `prompt`, which computes tokens that are in every cache of the model, count as well.
@@ -41,10 +45,10 @@ def weights_digest(model: nn.Module, prompt: nn.Module | None = None) -> str | N
         if tensor is None:
             return None
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_block_sums(tensor))
+        digest.update(_block_sums(tensor, folded=kind == _ALL))
     for name, module in model.named_modules():
         digest.update(_adapters(name, module).encode())
-    return _ALL + digest.hexdigest()
+    return kind + digest.hexdigest()
 
 
 def check_weights(
@@ -63,8 +67,11 @@ def check_weights(
     """
     if stored is None:
         return
-    full = isinstance(stored, str) and stored.startswith(_ALL)
-    found = weights_digest(model, prompt) if full else _first_numbers_digest(model)
+    kind, separator, _ = str(stored).partition(":")
+    whole = kind + separator in (_ALL, _UNFOLDED)
+    found = (
+        weights_digest(model, prompt, kind + separator) if whole else _first_numbers_digest(model)
+    )
     if found is None:
         raise FormatError(
             f"{path} names the weights it belongs to, but some of this model's are on the meta "
@@ -123,7 +130,7 @@ def _present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     return present
 
 
-def _block_sums(tensor: Tensor) -> bytes:
+def _block_sums(tensor: Tensor, folded: bool) -> bytes:
     """A sum for every block of a tensor's bytes, read as 64-bit words; the last is filled up."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8:
@@ -133,10 +140,20 @@ def _block_sums(tensor: Tensor) -> bytes:
     factors = _factors(tensor.device)
     parts = (data[:whole].view(torch.int64), rest.view(torch.int64))
     blocks = (block for part in parts for block in part.split(_WORDS) if len(block))
-    sums = [_product(block, factors[: len(block)]) for block in blocks]
+    fold = _folded if folded else (lambda block: block)
+    sums = [_product(fold(block), factors[: len(block)]) for block in blocks]
     if not sums:
         return b""
     return torch.stack(sums).cpu().numpy().astype("<i8").tobytes()
+
+
+def _folded(block: Tensor) -> Tensor:
+    """The words, one to one, with their upper bits among the lower as well.
+
+    Times any odd number the highest bit is itself, and two of them cancel: lower bits are told
+    apart. By a number of bits that no number in a word begins at, lest its neighbour's cancel it.
+    """
+    return (block >> 29).bitwise_and_(2**35 - 1).bitwise_xor_(block)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

@@ -4,7 +4,13 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sixfold.kernels._operation import checked_scaling, checked_softcap, operation, plain_dense
+from sixfold.kernels._operation import (
+    checked_scaling,
+    checked_softcap,
+    operation,
+    plain,
+    plain_dense,
+)
 from sixfold.kernels._tables import check_columns
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
 
@@ -98,6 +104,7 @@ def exact_attention(
         sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
     """
     softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
+    query, keys, values = plain(query), plain(keys), plain(values)
     n_queries, n_tokens = query.shape[2], keys.shape[2]
     cut = mask is None and sliding_window is not None and n_tokens > sliding_window
     aligned = mask is not None or n_queries in (1, n_tokens)
