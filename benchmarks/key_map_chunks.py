@@ -1,12 +1,14 @@
 """How far the key map depends on how a prompt comes in: ``python -m benchmarks.key_map_chunks``.
 
 The same prompts, prefilled in one piece, in short chunks and token by token, into caches that fit
-their key maps and into caches with maps pinned beforehand, taken from another text. Mean KL to the
+their key maps when they have enough tokens (`fitted`, the default) or to the first there are (`at
+once`), and into caches with maps pinned beforehand, taken from another text. Mean KL to the
 uncompressed model in nats, windows and sinks as shipped, on the embedded model, plain and with
 outlier channels; ``--model`` measures a checkpoint instead.
 """
 
 import argparse
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ from sixfold.eval.perplexity import compare_caches, fill, windows_of
 
 BITS = (4, 3, 2)
 CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
+# The default of `TurboQuantCache`.
+FIT_TOKENS = inspect.signature(TurboQuantCache).parameters["fit_tokens"].default
 
 
 def maps_of(model: PreTrainedModel, text: Tensor, **options: Any) -> KeyMaps:
@@ -40,13 +44,13 @@ def codes(cache: TurboQuantCache) -> Tensor:
     return torch.cat([run.slab.pool.key_codes[run.slots] for run in runs], 1)
 
 
-def differing(model: PreTrainedModel, windows: Tensor, chunk: int, maps: KeyMaps | None) -> float:
+def differing(
+    model: PreTrainedModel, windows: Tensor, chunk: int, options: dict[str, Any]
+) -> float:
     """Share of the bytes of those codes, at 4 bits, that are not what one piece gives."""
     shares = []
     for window in windows:
-        caches = [
-            TurboQuantCache.for_model(model, 4, code="codebook", key_map=maps) for _ in range(2)
-        ]
+        caches = [TurboQuantCache.for_model(model, 4, **options) for _ in range(2)]
         fill(model, window, caches[0])
         fill(model, window, caches[1], chunk)
         one, other = map(codes, caches)
@@ -59,11 +63,13 @@ def study(
 ) -> list[dict[str, Any]]:
     """One way for prompts to come in; the last window is what pinned maps are made of."""
     scored = windows[:-1]
-    maps = {"fitted": None, "pinned": maps_of(model, windows[-1])}
+    ways: dict[str, dict[str, Any]] = {
+        "fitted": {"fit_tokens": FIT_TOKENS},
+        "at once": {"fit_tokens": 0},
+        "pinned": {"key_map": maps_of(model, windows[-1])},
+    }
     caches = {
-        (name, bits): compressed(bits, code="codebook", key_map=maps[name])
-        for name in maps
-        for bits in BITS
+        (name, bits): compressed(bits, **options) for name, options in ways.items() for bits in BITS
     }
     found = compare_caches(
         model,
@@ -77,11 +83,11 @@ def study(
         {
             "chunk": chunk,
             "map": name,
-            "differing": differing(model, scored[:, :prefill], chunk, given),
+            "differing": differing(model, scored[:, :prefill], chunk, options),
             "kl": {f"{bits}": kl[name, bits].mean for bits in BITS},
             "standard_error": {f"{bits}": kl[name, bits].standard_error for bits in BITS},
         }
-        for name, given in maps.items()
+        for name, options in ways.items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,21 @@ def unhooked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def codes_from_the_first_page(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches do not wait for tokens to fit key maps to: tests of codes have few.
+
+    Those of how caches wait are marked `waiting`.
+    """
+    if "transformers" in sys.modules and not request.node.get_closest_marker("waiting"):
+        from sixfold import TurboQuantCache
+
+        defaults = inspect.unwrap(TurboQuantCache.__init__).__kwdefaults__
+        monkeypatch.setitem(defaults, "fit_tokens", 0)
 
 
 @pytest.fixture

@@ -112,24 +112,26 @@ def test_the_same_tokens_count(dtype: torch.dtype, size: float, where: str) -> N
 
 @pytest.mark.parametrize("size", [0, 10, 60, 1000])
 @pytest.mark.parametrize("base", [1e4, 1e6])
-@pytest.mark.parametrize("pairs", [slice(0, 3), slice(12, 16), slice(28, 32), slice(None)], ids=str)
-def test_a_bias_that_rope_turns(pairs: slice, base: float, size: float) -> None:
+@pytest.mark.parametrize("part", [(0, 1), (3, 4), (7, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_a_bias_that_rope_turns(part: tuple[int, int], base: float, size: float, dim: int) -> None:
     """It makes the steps of a text long and equal in some channels: no run of one token."""
-    generator = torch.Generator().manual_seed(1)
-    bias = torch.zeros(2, 1, 2, DIM // 2, dtype=torch.float64)
-    bias[..., pairs] = torch.randn(bias[..., pairs].shape, generator=generator).double()
-    bias *= size * math.sqrt(DIM) / torch.linalg.vector_norm(bias, dim=(2, 3), keepdim=True)
-    text = torch.randn(2, TOKENS, 2, DIM // 2, generator=generator).double()
+    generator, pairs = torch.Generator().manual_seed(1), dim // 2
+    bias = torch.zeros(2, 1, 2, pairs, dtype=torch.float64)
+    where = bias[..., part[0] * pairs // 8 : part[1] * pairs // 8]
+    where += torch.randn(where.shape, generator=generator).double()
+    bias *= size * math.sqrt(dim) / torch.linalg.vector_norm(bias, dim=(2, 3), keepdim=True)
+    text = torch.randn(2, TOKENS, 2, pairs, generator=generator).double()
     text[:, 100:140] = text[:, 100:101]
-    angles = torch.arange(TOKENS)[:, None] * base ** -(torch.arange(DIM // 2).double() / (DIM // 2))
+    angles = torch.arange(TOKENS)[:, None] * base ** -(torch.arange(pairs).double() / pairs)
     left, right = (text + bias).unbind(2)
     turned = left * angles.cos() - right * angles.sin(), left * angles.sin() + right * angles.cos()
     found = repeats(torch.cat(turned, -1).float()[None])
     run = torch.zeros(TOKENS, dtype=torch.bool)
     run[103:140] = True
-    # A map is fitted to the others: that some are left out by chance costs nothing.
-    assert float(found[..., ~run].float().mean()) < (0.4 if size else 0.05)
-    assert float(found[..., run].float().mean()) > 0.85
+    # A map is fitted to the others: that many are left out by chance costs little.
+    assert float(found[..., ~run].float().mean()) < (0.75 if size else 0.1)
+    assert float(found[..., run].float().mean()) > 0.9
 
 
 @where

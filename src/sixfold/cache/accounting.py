@@ -132,7 +132,7 @@ def _layer_nbytes(shape: LayerShape, tokens: int, batch: int, element_size: int)
 
 
 def _pages(shape: LayerShape, tokens: int) -> int:
-    if shape.policy is None or tokens < shape.sinks + MIN_TOKENS:
+    if shape.policy is None or tokens < max(shape.sinks + MIN_TOKENS, shape.policy.least_tokens):
         return 0
     return max(0, shape.visible(tokens) - shape.policy.recent_window) // PAGE_TOKENS
 

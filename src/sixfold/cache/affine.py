@@ -28,8 +28,9 @@ MIN_TOKENS = 16  # fewer say too little about a channel's spread
 MANY = 1 / 8
 # Of the squared distance of two keys: above what bfloat16 rounds off, far below how text varies.
 REPEAT_TOLERANCE = 0.05
-# The same relative to each channel's own, which is known from as many tokens only as there are.
-RELATIVE_TOLERANCE = 0.1
+# The same where each channel counts alike, times the root of how many there are: their sum varies
+# the less for it.
+RELATIVE_TOLERANCE = 1.6
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
@@ -169,7 +170,8 @@ def _equal_steps(
     for block, squares in _squared_steps(keys, lag):
         step[0, :, :, block] = squares.sum(3)
         step[1, :, :, block] = (squares * relative).sum(3)
-    tolerance = step.new_tensor([REPEAT_TOLERANCE, RELATIVE_TOLERANCE]).view(2, 1, 1, 1)
+    relative_tolerance = RELATIVE_TOLERANCE * keys.shape[3] ** -0.5
+    tolerance = step.new_tensor([REPEAT_TOLERANCE, relative_tolerance]).view(2, 1, 1, 1)
     return (step.diff(dim=3).abs() <= tolerance * step[..., 1:]).all(0)
 
 

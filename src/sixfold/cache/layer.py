@@ -235,16 +235,20 @@ class CompressedLayer:
         self.prefix.overwrite(all_values, self.prefix.sinks.values)
         return all_keys, all_values
 
-    def compress(self) -> None:
+    def compress(self, now: bool = False) -> None:
         """Turn all but the recent window into codes, whole pages at a time.
 
         What is held afterwards has no history for autograd.
+
+        Args:
+            now: Also where so few tokens have been seen that the policy would wait for others to
+                fit a key map to.
         """
         self.detached |= self.window.keys.requires_grad or self.window.values.requires_grad
         if not self.record_past and self.sliding_window is not None:
             self._evict()
         pages = (self.window.keys.shape[2] - self.policy.recent_window) // PAGE_TOKENS
-        if pages > 0 and self._can_fix_prefix():
+        if pages > 0 and self._can_fix_prefix(now):
             self._compress(pages)
         else:
             if self.window.room is None:
@@ -399,15 +403,22 @@ class CompressedLayer:
     def _sinks(self) -> int:
         return self.policy.sink_tokens if self.sliding_window is None else 0
 
-    def _can_fix_prefix(self) -> bool:
-        """Whether every sequence that has begun has shown the tokens that its key map needs."""
+    def _can_fix_prefix(self, now: bool) -> bool:
+        """Whether every sequence that has begun has shown the tokens that its key map needs.
+
+        Outlier channels show in the longest, whose map the few tokens of others may do without.
+        """
         if self.prefix is not None:
             return True
         seen = self.length - self.padding
         # A row that is all padding may stay so: it must not hold up the others.
         begun = seen[seen > 0]
-        needed = self._sinks + (MIN_TOKENS if self.pinned is None else 0)
-        return len(begun) > 0 and int(begun.min()) >= needed
+        if len(begun) == 0:
+            return False
+        if self.pinned is not None:
+            return int(begun.min()) >= self._sinks
+        least, most = int(begun.min()), int(begun.max())
+        return least >= self._sinks + MIN_TOKENS and (now or most >= self.policy.least_tokens)
 
     def _fixed_prefix(self) -> Prefix:
         padding = (self.padding - self.evicted).clamp(min=0)

@@ -29,6 +29,9 @@ class CachePolicy:
             until a page is full.
         center_keys: Subtract the mean key of every head; exact (docs/key_map.md).
         equalize_keys: Scale key channels to the spread of the queries they meet; exact likewise.
+        fit_tokens: Tokens that a key map is fitted to, at least: until the longest sequence of a
+            batch has as many, all stay in the model's dtype. Where nothing is fitted, and in an
+            engine's layers, which fit a map again, none are asked for.
         seed: Seed of the rotation.
         code: `"trellis"` chooses the codes of all coordinates of a vector together, which loses
             about half as much in the same bits and takes longer to encode. It has 1, 2, 2.5, 3 and
@@ -42,12 +45,13 @@ class CachePolicy:
     recent_window: int = 64
     center_keys: bool = True
     equalize_keys: bool = True
+    fit_tokens: int = 0
     seed: int = 0
     code: CodeName = "trellis"
 
     def __post_init__(self) -> None:
         choice("code", self.code, get_args(CodeName))
-        numbers = ("sink_tokens", "recent_window", "seed")
+        numbers = ("sink_tokens", "recent_window", "fit_tokens", "seed")
         settle(
             self,
             key_bits=check_bits(self.key_bits, "key_bits"),
@@ -80,6 +84,11 @@ class CachePolicy:
         )
         key_bits, value_bits = even if chosen or larger else split
         return cls(**{"key_bits": key_bits, "value_bits": value_bits, **chosen, **fields})
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a key map is fitted to, at least; 0 where there is nothing to fit."""
+        return self.fit_tokens if self.center_keys or self.equalize_keys else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

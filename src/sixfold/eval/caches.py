@@ -14,12 +14,17 @@ MakeCache: TypeAlias = Callable[[PreTrainedModel], Cache]
 
 
 def compressed(bits: float, **options: Any) -> MakeCache:
-    """Make a `TurboQuantCache` at `bits`; the options are those of its `for_model`."""
+    """Make a `TurboQuantCache` at `bits`; the options are those of its `for_model`.
+
+    It waits for no tokens: what is measured is codes, of a short text, too.
+    """
+    options = {"fit_tokens": 0, **options}
     return lambda model: TurboQuantCache.for_model(model, bits=bits, **options)
 
 
 def dequantizing(bits: float, **options: Any) -> MakeCache:
     """Make a `TurboQuantCache` that hands out dequantized tensors, whatever the model could do."""
+    options = {"fit_tokens": 0, **options}
     return lambda model: TurboQuantCache(model.config, bits=bits, **options)
 
 

@@ -80,6 +80,10 @@ class TurboQuantCache(Cache):
             64 is full).
         center_keys: Subtract the mean key of every head; exact, estimated online.
         equalize_keys: Scale key channels to the queries they meet; exact, estimated online.
+        fit_tokens: Tokens that key maps are fitted to, at least: a cache with fewer holds them in
+            the model's dtype, and compresses all when it has as many. 0 compresses sooner, from
+            128 tokens on, and loses more ever after; maps that were given (`key_map`) wait for
+            nothing.
         skip_layers: Layers kept uncompressed; negative numbers count from the last.
         per_layer: `CachePolicy` fields that differ for some layers, such as
             ``{0: {"key_bits": 8}}``.
@@ -108,6 +112,7 @@ class TurboQuantCache(Cache):
         recent_window: int = 64,
         center_keys: bool = True,
         equalize_keys: bool = True,
+        fit_tokens: int = 512,
         skip_layers: Sequence[int] = (),
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
@@ -124,6 +129,7 @@ class TurboQuantCache(Cache):
             recent_window=recent_window,
             center_keys=center_keys,
             equalize_keys=equalize_keys,
+            fit_tokens=fit_tokens,
             seed=seed,
             code=code,
         )

@@ -17,6 +17,7 @@ class CacheOptions(TypedDict, total=False):
     recent_window: int
     center_keys: bool
     equalize_keys: bool
+    fit_tokens: int
     skip_layers: Sequence[int]
     per_layer: Mapping[int, Mapping[str, Any]] | None
     seed: int

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -151,7 +151,10 @@ def grows(layer: Any) -> bool:
 
 def _length(layer: Any) -> int:
     # A static layer's length is on the device: it counts as one of the layers a pass must reach.
-    return 1 if isinstance(layer, StaticTurboQuantLayer) else int(layer.get_seq_length())
+    if isinstance(layer, StaticTurboQuantLayer):
+        return 1
+    # A list of layers is open to whoever has the cache: what else is in it has no tokens.
+    return int(layer.get_seq_length()) if isinstance(layer, CacheLayerMixin) else 0
 
 
 def _started(layer: Any) -> bool:

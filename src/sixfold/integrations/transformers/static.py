@@ -29,9 +29,9 @@ class StaticTurboQuantLayer(TurboQuantLayer):
                 "a static cache attends on codes: make the cache with TurboQuantCache.for_model, "
                 "for a model whose attention it replaces, and prefill it first."
             )
-        # Tokens that `update` was given by hand have not been attended, and are no codes yet.
+        # Few tokens, and those that `update` was given by hand, are no codes yet.
         store = layer.store.fork()
-        store.compress()
+        store.compress(now=True)
         self.static = StaticLayer(store, max_tokens)
         self.device = store.padding.device
         self.is_initialized = True
