@@ -1,6 +1,7 @@
-"""The table of docs/architectures.md: what becomes of every architecture of transformers."""
+"""The tables of docs/architectures.md: the sweep of all, and transformers' own tests of some."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OUTCOMES = {
@@ -33,6 +34,40 @@ def architecture_table(results: dict[str, Any]) -> str:
             cells = [f"`{row['class']}`", row["status"], row["reason"].replace("|", "\\|")]
             lines.append(_joined(cells))
     return "\n".join(lines)
+
+
+def transformers_tests_table(results: dict[str, Any]) -> str:
+    """A row for every architecture: tests passed of those that count, in each setting and mode."""
+    rows = results["rows"]
+    kinds = list(dict.fromkeys((row["setting"], row["mode"]) for row in rows))
+    found = {(row["architecture"], row["setting"], row["mode"]): row for row in rows}
+    columns = ["architecture", *(f"{setting}, {mode}" for setting, mode in kinds)]
+    lines = [_joined(columns), _joined(["---", *["---:"] * len(kinds)])]
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        cells = [_passed(found[name, *kind]["counts"]) for kind in kinds]
+        lines.append(_joined([f"`{name}`", *cells]))
+    sums = [_total(rows, kind) for kind in kinds]
+    lines.append(_joined(["all", *map(_passed, sums)]))
+    on_codes = [str(x["on codes"]) if x["on codes"] else "none" for x in sums]
+    lines.append(_joined(["passed, and tokens were read from codes", *on_codes]))
+    worst = [max(row["error"] for row in rows if _kind(row) == kind) for kind in kinds]
+    lines.append(_joined(["largest error of scores", *(f"{size:.2g}" for size in worst)]))
+    return "\n".join(lines)
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, str]:
+    return row["setting"], row["mode"]
+
+
+def _total(rows: Sequence[dict[str, Any]], kind: tuple[str, str]) -> Counter[str]:
+    return sum((Counter(row["counts"]) for row in rows if _kind(row) == kind), Counter())
+
+
+def _passed(counts: Mapping[str, int]) -> str:
+    passed, lossy = counts.get("passed", 0), counts.get("lossy", 0)
+    run = passed + lossy + counts.get("failed", 0)
+    notes = [f"{counts[name]} {name}" for name in ("lossy", "failed") if counts.get(name)]
+    return ", ".join([f"{passed} of {run}", *notes])
 
 
 def _compared(row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import needles
 from tools import long_context_tables, reproduction_tables, vllm_tables
-from tools.architecture_tables import architecture_table
+from tools.architecture_tables import architecture_table, transformers_tests_table
 from tools.blocks import RESULTS, ROOT, Block
 from tools.quality_tables import (
     codes_table,
@@ -331,8 +331,10 @@ OPTIONAL_BLOCKS = (
     *(*REPRODUCTION_BLOCKS, *LONG_CONTEXT_BLOCKS, *GPU_BLOCKS, *VLLM_BLOCKS),
 )
 ARCHITECTURES = ROOT / "docs/architectures.md", RESULTS / "architectures.json"
+TRANSFORMERS_TESTS = RESULTS / "transformers_tests.json"
 BLOCKS = (
     Block(*ARCHITECTURES, "architectures", architecture_table),
+    Block(ARCHITECTURES[0], TRANSFORMERS_TESTS, "transformers_tests", transformers_tests_table),
     Block(ROOT / "README.md", RESULTS / "demo.json", "demo", demo_table),
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     *(

@@ -112,6 +112,8 @@ def test_rendering_replaces_the_block_and_nothing_else(
         assert once.count("\n|") == len(rows) / len({row["contender"] for row in rows}) + 2
     elif block.name == "architectures":  # three tables, the first one of every outcome
         assert once.count("\n|") == len(rows) + len(OUTCOMES) + 3 * 2
+    elif block.name == "transformers_tests":  # a column a setting and mode, then three sums
+        assert once.count("\n|") == len({row["architecture"] for row in rows}) + 3 + 2
     else:
         assert once.count("\n|") == len(rows) + 2
     page.write_text("no block", encoding="utf-8")
