@@ -8,7 +8,6 @@ outlier channels; ``--model`` measures a checkpoint instead.
 """
 
 import argparse
-import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.hard import with_outlier_channels
 from sixfold import KeyMaps, TurboQuantCache
+from sixfold.cache.policy import FIT_TOKENS
 from sixfold.eval import machine
 from sixfold.eval.caches import compressed
 from sixfold.eval.embedded import haystack, load_embedded
@@ -27,8 +27,6 @@ from sixfold.eval.perplexity import compare_caches, fill, windows_of
 
 BITS = (4, 3, 2)
 CHUNKS = (0, 48, 1)  # tokens a forward pass of the prompt; 0: all at once
-# The default of `TurboQuantCache`.
-FIT_TOKENS = inspect.signature(TurboQuantCache).parameters["fit_tokens"].default
 
 
 def maps_of(model: PreTrainedModel, text: Tensor, **options: Any) -> KeyMaps:
@@ -130,6 +128,8 @@ def run(arguments: argparse.Namespace, study: Callable[..., Iterable[dict[str, A
 def main() -> None:
     """Measure every way on every model; print and write the table."""
     options = parser(__doc__)
+    # Half a window is more than a cache waits for.
+    options.set_defaults(tokens=1152, windows=5)
     options.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="0: one piece")
     arguments = options.parse_args()
 

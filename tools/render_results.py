@@ -339,7 +339,7 @@ BLOCKS = (
     Block(ROOT / "docs/key_map.md", RESULTS / "key_map.json", "key_map", key_map_table),
     *(
         Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_chunks_table)
-        for name in ("key_map_chunks", "key_map_chunks_smollm2")
+        for name in ("key_map_chunks", "key_map_chunks_real")
     ),
     *(
         Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_beginnings_table)

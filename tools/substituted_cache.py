@@ -41,7 +41,7 @@ class Setting:
         return not self.long
 
 
-NO_WINDOWS = {"sink_tokens": 0, "recent_window": 0}
+NO_WINDOWS = {"sink_tokens": 0, "recent_window": 0, "fit_tokens": 0}
 SETTINGS = {
     "windows": Setting({"bits": 4}, False, 0.01),
     "8 bits": Setting({"bits": 8, **NO_WINDOWS}, True, 0.05),

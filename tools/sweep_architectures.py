@@ -32,6 +32,7 @@ from tools.tiny import VOCAB, fill, tiny_arguments
 PROMPTS = (184, 107)
 STEPS = 12
 BITS = 8
+NO_WINDOWS: dict[str, Any] = {"sink_tokens": 0, "recent_window": 0, "fit_tokens": 0}
 # Root mean square error of a vector at 8 bits (arXiv:2504.19874, theorem 1), and with it that of
 # the 8-bit arithmetic of the fused kernels.
 ERROR = (3**0.5 * torch.pi / 2 * 4**-BITS + 0.01**2) ** 0.5
@@ -148,7 +149,7 @@ def compare(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: Sixfold refuses the model.
     """
-    plain = TurboQuantCache(model.config, BITS, sink_tokens=0, recent_window=0)
+    plain = TurboQuantCache(model.config, BITS, **NO_WINDOWS)
     reference = DynamicCache(config=model.config)
     expected = decode(model, reference)
     if not any(getattr(layer, "is_initialized", True) for layer in reference.layers):
@@ -163,7 +164,7 @@ def compare(model: PreTrainedModel) -> dict[str, Any]:
     row["dequantized_error"] = missed(plain)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fused = TurboQuantCache.for_model(model, BITS, sink_tokens=0, recent_window=0)
+        fused = TurboQuantCache.for_model(model, BITS, **NO_WINDOWS)
     row["warnings"] = [str(w.message) for w in caught]
     layers = fused.compressed_layers
     row["layers"] = {"all": len(fused), "compressed": len(layers)}

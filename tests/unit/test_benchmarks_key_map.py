@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks import key_map_chunks
 from benchmarks.key_map_beginnings import study as beginnings
 from benchmarks.key_map_chunks import study
 from sixfold.eval.perplexity import fill
@@ -18,19 +19,24 @@ def windows() -> Tensor:
     return torch.randint(2, 384, (3, 220), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_map_chunks, "FIT_TOKENS", 180)
+
+
 def test_chunks_change_the_codes_of_fitted_maps_alone() -> None:
-    fitted, pinned = study(tiny_model(), windows(), 200, 48)
-    assert (fitted["map"], pinned["map"]) == ("fitted", "pinned")
-    assert pinned["differing"] < 0.01 < 0.1 < fitted["differing"]
-    assert all(0 < row["kl"]["4"] < row["kl"]["2"] for row in (fitted, pinned))
-    rows = [{"model": "tiny", **row} for row in (fitted, pinned)]
+    found = fitted, at_once, pinned = study(tiny_model(), windows(), 200, 48)
+    assert [row["map"] for row in found] == ["fitted", "at once", "pinned"]
+    assert pinned["differing"] < 0.01 < 0.1 < min(fitted["differing"], at_once["differing"])
+    assert all(0 < row["kl"]["4"] < row["kl"]["2"] for row in found)
+    rows = [{"model": "tiny", **row} for row in found]
     table = key_map_chunks_table({"windows": [2, 220], "rows": rows})
-    assert table.count("| tiny | chunks of 48 |") == 2
+    assert table.count("| tiny | chunks of 48 |") == 3
     assert "2 windows of 220 tokens" in table
 
 
 def test_one_piece_is_what_others_are_compared_with() -> None:
-    assert [row["differing"] for row in study(tiny_model(), windows(), 200, 0)] == [0, 0]
+    assert [row["differing"] for row in study(tiny_model(), windows(), 200, 0)] == [0, 0, 0]
 
 
 def test_a_map_of_one_page_is_compared_with_that_of_more() -> None:

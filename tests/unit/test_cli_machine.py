@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
 from sixfold.cli.app import app
-from sixfold.eval.caches import compressed, held_bytes
+from sixfold.eval.caches import held_bytes
 from sixfold.eval.niah import greedy
 from sixfold.kernels._dispatch import OPERATIONS
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -122,13 +123,17 @@ def test_plan_sets_a_directorys_weights_aside_and_marks_contexts_beyond_the_mode
     assert "No memory is set aside for weights" in bare.stdout
 
 
-def test_plan_of_a_config_counts_what_the_cache_holds(model_dir: Path) -> None:
-    planned = run_json("plan", str(model_dir), "--bits", "4", "--contexts", "500")["rows"][1]
-    ids = tiny_tokenizer()(" ".join(["river"] * 2000), return_tensors="pt")["input_ids"][0, :500]
+@pytest.mark.waiting
+@pytest.mark.parametrize("tokens", [500, 600])
+def test_plan_of_a_config_counts_what_the_cache_holds(tokens: int, model_dir: Path) -> None:
+    """Before it has compressed anything, and after."""
+    given = "plan", str(model_dir), "--bits", "4", "--contexts", f"{tokens}"
+    planned = run_json(*given)["rows"][1]
+    ids = tiny_tokenizer()(" ".join(["river"] * 2000), return_tensors="pt")["input_ids"][0, :tokens]
     model = copy.deepcopy(tiny_model()).bfloat16()
-    cache = compressed(4)(model)
+    cache = TurboQuantCache.for_model(model, 4)
     greedy(model, ids, cache, 1)
-    assert planned["bytes_per_user"]["500"] == held_bytes(cache)
+    assert planned["bytes_per_user"][f"{tokens}"] == held_bytes(cache)
 
 
 def test_plan_wants_one_kind_of_input(model_dir: Path) -> None:

@@ -16,6 +16,9 @@ SPLITS: dict[CodeName, dict[Bits, tuple[Bits, Bits]]] = {
     "trellis": {3.5: (4, 3), 2.5: (3, 2)},
 }
 
+# Tokens that caches which grow fit their key maps to, unless told otherwise (docs/key_map.md).
+FIT_TOKENS = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class CachePolicy:

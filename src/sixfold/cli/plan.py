@@ -10,6 +10,7 @@ import typer
 from transformers import AutoConfig, PreTrainedConfig
 
 from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
+from sixfold.cache.policy import FIT_TOKENS
 from sixfold.cli.common import JsonOption, parse_bits, parse_list, parse_size, quiet, unreadable
 from sixfold.cli.render import Output, human_bytes
 from sixfold.errors import SixfoldError
@@ -102,7 +103,7 @@ def plan(
     found = [_capacity(UNCOMPRESSED, shape.layer_shapes(None), sizes, free)]
     dims = {(one.key_dim, one.value_dim) for one in shape.layer_shapes(None)}
     for width in parse_bits(bits):
-        policy = CachePolicy.spending(width, dims)
+        policy = CachePolicy.spending(width, dims, fit_tokens=FIT_TOKENS)
         found.append(_capacity(width, shape.layer_shapes(policy), sizes, free))
     limit = shape.most_tokens
 

@@ -21,7 +21,7 @@ from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
-from sixfold.cache.policy import SPLITS
+from sixfold.cache.policy import FIT_TOKENS, SPLITS
 from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
 from sixfold.integrations.transformers.checks import model_layers
@@ -112,7 +112,7 @@ class TurboQuantCache(Cache):
         recent_window: int = 64,
         center_keys: bool = True,
         equalize_keys: bool = True,
-        fit_tokens: int = 512,
+        fit_tokens: int = FIT_TOKENS,
         skip_layers: Sequence[int] = (),
         per_layer: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
