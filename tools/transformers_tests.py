@@ -78,10 +78,9 @@ def adapted(
                 lengthen(self.model_tester)
 
         def _check_past_key_values_for_generate(
-            self, batch_size: int, past_key_values: Cache, *args: Any, **kwargs: Any
+            self, batch_size: int, cache: Cache, *args: Any, **kwargs: Any
         ) -> None:
-            held = dense(past_key_values)
-            super()._check_past_key_values_for_generate(batch_size, held, *args, **kwargs)
+            super()._check_past_key_values_for_generate(batch_size, dense(cache), *args, **kwargs)
 
         def _check_caches_are_equal(self, cache1: Cache, cache2: Cache) -> None:
             super()._check_caches_are_equal(dense(cache1), dense(cache2))

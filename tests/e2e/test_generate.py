@@ -169,7 +169,7 @@ def test_logits_of_the_last_tokens_alone(name: str, keep: int) -> None:
     expected = model(data.ids).logits[:, -keep:]
     model = tiny_model(name, "sixfold")
     for cache in (None, DynamicCache(config=model.config), fused_cache(name, 8)):
-        found = model(data.ids, past_key_values=cache, logits_to_keep=keep).logits
+        found = model(data.ids, **cache_argument(cache), logits_to_keep=keep).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

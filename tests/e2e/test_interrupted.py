@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
 from tests.e2e.models import WINDOW, fresh_model
 
@@ -168,7 +169,7 @@ def test_a_static_cache_says_that_it_computes_no_gradients() -> None:
     forward(model, cache, data, 0, SEEN)
     static = cache.static(400)
     model.requires_grad_(True)
-    logits = model(data.ids[:, SEEN : SEEN + 1], past_key_values=static).logits
+    logits = model(data.ids[:, SEEN : SEEN + 1], **cache_argument(static)).logits
     with pytest.raises(SixfoldError, match="a static cache computes no gradients"):
         logits.sum().backward()
 

@@ -30,7 +30,7 @@ halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 def cache_for(model: PreTrainedModel, fused: bool, **options: Any) -> TurboQuantCache:
-    options = {"bits": 8, "recent_window": 0, **options}
+    options = {"bits": 8, "recent_window": 0, "fit_tokens": 0, **options}
     if fused:
         return TurboQuantCache.for_model(model, **options)
     return TurboQuantCache(model.config, **options)

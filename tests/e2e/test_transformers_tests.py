@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from sixfold import TurboQuantCache
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.tiny import tiny_model
 from tools.blocks import RESULTS, ROOT
 from tools.substituted_cache import (
@@ -65,7 +66,7 @@ def test_generate_makes_our_cache(setting: str, mode: str) -> None:
 
 def test_a_cache_that_is_given_stays() -> None:
     given = DynamicCache(config=tiny_model().config)
-    assert outputs(Recorder(SETTINGS["windows"], "fused"), past_key_values=given).caches == []
+    assert outputs(Recorder(SETTINGS["windows"], "fused"), **cache_argument(given)).caches == []
     assert given.get_seq_length() == 103
 
 

@@ -310,7 +310,7 @@ def test_layers() -> None:
 
 @pytest.fixture(scope="module")
 def filled() -> TurboQuantCache:
-    cache = TurboQuantCache.for_model(tiny_model(), 4)
+    cache = TurboQuantCache.for_model(tiny_model(), 4, fit_tokens=0)
     with torch.no_grad():
         tiny_model()(prompt(), **cache_argument(cache), use_cache=True)
     return cache

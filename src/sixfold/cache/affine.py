@@ -155,7 +155,7 @@ def repeats(
 
 def _equal_steps(
     keys: Float[Tensor, "batch kv_heads tokens dim"], lag: int
-) -> Bool[Tensor, "batch kv_heads later"]:
+) -> Bool[Tensor, "batch kv_heads later_still"]:
     """Tokens, from `lag` + 1 on, as far from the one `lag` before as the token before was.
 
     A bias that RoPE turns makes long and equal steps of any text in some channels: so they have to
@@ -166,13 +166,19 @@ def _equal_steps(
         # What is not finite counts for no channel, and equals nothing.
         total += squares.where(squares.isfinite().all(3, keepdim=True), 0.0).sum(2)
     relative = torch.where(total > 0, 1 / total, 0.0).unsqueeze(2)
-    step = keys.new_zeros(2, *keys.shape[:2], max(keys.shape[2] - lag, 1), dtype=torch.float32)
+    shape = *keys.shape[:2], max(keys.shape[2] - lag, 1)
+    step, alike = (keys.new_zeros(shape, dtype=torch.float32) for _ in range(2))
     for block, squares in _squared_steps(keys, lag):
-        step[0, :, :, block] = squares.sum(3)
-        step[1, :, :, block] = (squares * relative).sum(3)
+        step[:, :, block] = squares.sum(3)
+        alike[:, :, block] = (squares * relative).sum(3)
     relative_tolerance = RELATIVE_TOLERANCE * keys.shape[3] ** -0.5
-    tolerance = step.new_tensor([REPEAT_TOLERANCE, relative_tolerance]).view(2, 1, 1, 1)
-    return (step.diff(dim=3).abs() <= tolerance * step[..., 1:]).all(0)
+    return _as_before(step, REPEAT_TOLERANCE) & _as_before(alike, relative_tolerance)
+
+
+def _as_before(
+    step: Float32[Tensor, "batch kv_heads later"], tolerance: float
+) -> Bool[Tensor, "batch kv_heads later_still"]:
+    return step.diff(dim=2).abs() <= tolerance * step[:, :, 1:]
 
 
 def _squared_steps(
