@@ -406,19 +406,23 @@ class CompressedLayer:
     def _can_fix_prefix(self, now: bool) -> bool:
         """Whether every sequence that has begun has shown the tokens that its key map needs.
 
-        Outlier channels show in the longest, whose map the few tokens of others may do without.
+        The longest decides whether there are as many as the policy asks for: a short one of the
+        batch must not hold up the others.
         """
         if self.prefix is not None:
             return True
+        waits = self.pinned is None and not now
+        # Asked in every step until there are enough: without a word from the device.
+        if waits and self.length < self.policy.least_tokens:
+            return False
         seen = self.length - self.padding
         # A row that is all padding may stay so: it must not hold up the others.
         begun = seen[seen > 0]
         if len(begun) == 0:
             return False
-        if self.pinned is not None:
-            return int(begun.min()) >= self._sinks
-        least, most = int(begun.min()), int(begun.max())
-        return least >= self._sinks + MIN_TOKENS and (now or most >= self.policy.least_tokens)
+        needed = self._sinks + (MIN_TOKENS if self.pinned is None else 0)
+        enough = int(begun.min()) >= needed
+        return enough and not (waits and int(begun.max()) < self.policy.least_tokens)
 
     def _fixed_prefix(self) -> Prefix:
         padding = (self.padding - self.evicted).clamp(min=0)
