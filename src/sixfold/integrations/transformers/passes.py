@@ -121,7 +121,9 @@ class ForwardPass:
         """Whether the pass has reached every layer that had seen tokens before it."""
         replaced = {index for index, _, _ in self.states}
         behind = any(i not in self.reached and _length(layers[i]) for i in self.growing)
-        skipped = any(i not in replaced and _started(layer) for i, layer in enumerate(layers))
+        # Layers before the last that was reached may have changed their states in place.
+        last = max(self.reached | replaced, default=-1)
+        skipped = any(map(_started, layers[last + 1 :]))
         return not behind and not (replaced and skipped)
 
     def _check_lengths(self, layers: Sequence[Any]) -> None:
