@@ -77,10 +77,11 @@ def adapted(
             if setting.long:
                 lengthen(self.model_tester)
 
-        def _check_past_key_values_for_generate(
-            self, batch_size: int, cache: Cache, *args: Any, **kwargs: Any
-        ) -> None:
-            super()._check_past_key_values_for_generate(batch_size, dense(cache), *args, **kwargs)
+        def _check_past_key_values_for_generate(self, *args: Any, **kwargs: Any) -> None:
+            # Some versions hand the cache over by name, and not all by the same.
+            held = [dense(x) if isinstance(x, Cache) else x for x in args]
+            named = {k: dense(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
+            super()._check_past_key_values_for_generate(*held, **named)
 
         def _check_caches_are_equal(self, cache1: Cache, cache2: Cache) -> None:
             super()._check_caches_are_equal(dense(cache1), dense(cache2))
