@@ -233,10 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row["outcome"] in ("failed", "fails without"):
             print(*(row[k] for k in ("architecture", "setting", "mode", "test", "outcome")))
             print(row["reason"], flush=True)
-    for line in counts(rows):
+    counted = counts(rows)
+    for line in counted:
         print(*(line[k] for k in ("architecture", "setting", "mode", "error", "counts")))
     if options.json:
-        document = {"transformers": transformers.__version__, "rows": counts(rows)}
+        document = {"transformers": transformers.__version__, "rows": counted}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if any(row["outcome"] == "failed" for row in rows):
         raise SystemExit(1)

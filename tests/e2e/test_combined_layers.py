@@ -154,6 +154,22 @@ def test_each_kind_is_there(models: dict[str, PreTrainedModel]) -> None:
     assert {type(x).__name__ for x in layers["indexed"]} == {"IndexedTurboQuantLayer"}
 
 
+@pytest.mark.parametrize("rows", [[1], [0, 0, 1, 1]], ids=["select", "repeat"])
+def test_states_of_layers_kept_as_they_are_follow_their_sequences(
+    models: dict[str, PreTrainedModel], rows: list[int]
+) -> None:
+    model, ids = models["hybrid"], tokens(2, 204)
+    cache = make(model, fused=True, skip_layers=[0])
+    step(model, cache, ids[:, :200])
+    expected = step(model, cache.fork(), ids[:, 200:])[rows]
+    if len(rows) > 2:
+        cache.batch_repeat_interleave(2)
+    else:
+        cache.batch_select_indices(torch.tensor(rows))
+    # Products of another batch round otherwise.
+    assert relative_error(step(model, cache, ids[rows, 200:]), expected) < 1e-3
+
+
 @every_kind
 @both_modes
 @pytest.mark.filterwarnings("ignore:.*dequantized for it")

@@ -1,6 +1,6 @@
 """What a cache asks of one layer, of whichever kind it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,18 +122,23 @@ _LAYERS = {
 
 def select_sequences(layer: Any, rows: Tensor) -> None:
     """Keep, repeat or reorder sequences of the batch, in a layer of any kind."""
-    if hasattr(layer, "batch_select_indices"):
+    if _select_states(layer, lambda state: state[rows.to(state.device)]):
         layer.batch_select_indices(rows)
-    elif isinstance(layer, LinearAttentionCacheLayerMixin):
-        replace_states(layer, lambda state: state[rows.to(state.device)])
 
 
 def repeat_sequences(layer: Any, repeats: int) -> None:
     """Repeat every sequence of the batch, in a layer of any kind."""
-    if hasattr(layer, "batch_repeat_interleave"):
+    if _select_states(layer, lambda state: state.repeat_interleave(repeats, 0)):
         layer.batch_repeat_interleave(repeats)
-    elif isinstance(layer, LinearAttentionCacheLayerMixin):
-        replace_states(layer, lambda state: state.repeat_interleave(repeats, 0))
+
+
+def _select_states(layer: Any, change: Callable[[Tensor], Tensor]) -> bool:
+    """Change the states of transformers' own layers, which forget them; whether that is not all."""
+    own = isinstance(layer, LinearAttentionCacheLayerMixin)
+    if not own or isinstance(layer, TurboQuantLayer):
+        return True
+    replace_states(layer, change)
+    return isinstance(layer, DynamicLayer)
 
 
 def layer_tensors(layer: Any) -> list[Tensor]:

@@ -67,11 +67,8 @@ def check_weights(
     """
     if stored is None:
         return
-    kind, separator, _ = str(stored).partition(":")
-    whole = kind + separator in (_ALL, _UNFOLDED)
-    found = (
-        weights_digest(model, prompt, kind + separator) if whole else _first_numbers_digest(model)
-    )
+    kind = next((kind for kind in (_ALL, _UNFOLDED) if str(stored).startswith(kind)), None)
+    found = weights_digest(model, prompt, kind) if kind else _first_numbers_digest(model)
     if found is None:
         raise FormatError(
             f"{path} names the weights it belongs to, but some of this model's are on the meta "
