@@ -158,6 +158,10 @@ def _record(
 ) -> dict[str, Any]:
     """A row as plain JSON values."""
     share = row.nbytes / row.seconds.median / bandwidth if row.nbytes else None
+    speeds = {
+        "tokens_per_second": 1 / row.seconds.median,
+        "tokens_per_second_of_all": 1 / row.mean,
+    }
     return {
         "operation": operation,
         **({"model": label} if label else {}),
@@ -165,7 +169,7 @@ def _record(
         "threads": threads,
         **row.to_dict(),
         "share_of_read_bandwidth": share,
-        **({"tokens_per_second": 1 / row.seconds.median} if operation == "generate" else {}),
+        **(speeds if operation == "generate" else {}),
     }
 
 

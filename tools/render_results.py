@@ -220,6 +220,7 @@ OPTIONAL_COLUMNS = {
     "nbytes": "bytes moved",
     "share_of_read_bandwidth": "of read bandwidth",
     "tokens_per_second": "tokens/s",
+    "tokens_per_second_of_all": "over all steps",
     "held_bytes": "cache holds",
 }
 
@@ -229,7 +230,7 @@ def _optional(name: str, value: Any) -> str:
         return "-"
     if name in ("nbytes", "held_bytes"):
         return f"{value / 1e6:.1f} MB"
-    if name == "tokens_per_second":
+    if name.startswith("tokens_per_second"):
         return f"{value:.2f}" if value < 10 else f"{value:.0f}"
     return f"{value:.1e}" if name == "error" else f"{value:.0%}"
 

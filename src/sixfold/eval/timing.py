@@ -78,10 +78,20 @@ class Quartiles:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender's result."""
+    """One contender's result.
+
+    Attributes:
+        name: In the table.
+        seconds: What its calls took, a step.
+        mean: Mean of the same, which a few calls that had to wait may rule.
+        error: Of what it computes.
+        nbytes: Bytes that a call has to read and write.
+        notes: Further columns.
+    """
 
     name: str
     seconds: Quartiles
+    mean: float
     error: float | None
     nbytes: int
     notes: Mapping[str, Any]
@@ -96,6 +106,7 @@ class Row:
         return {
             "contender": self.name,
             "seconds": asdict(self.seconds),
+            "mean_seconds": self.mean,
             "error": self.error,
             "nbytes": self.nbytes,
             "gigabytes_per_second": self.gigabytes_per_second if self.nbytes else None,
@@ -120,7 +131,14 @@ def measure(case: Case, *, repeats: int, settle: float = 0, warmup: int = 2) -> 
             if turn >= warmup:
                 seconds[index].append(elapsed / one.steps)
     return [
-        Row(one.name, Quartiles.of(values), error_of(one, case.exact), one.nbytes, one.notes)
+        Row(
+            one.name,
+            Quartiles.of(values),
+            statistics.fmean(values),
+            error_of(one, case.exact),
+            one.nbytes,
+            one.notes,
+        )
         for one, values in zip(case.contenders, seconds, strict=True)
     ]
 
