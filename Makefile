@@ -143,8 +143,8 @@ results-cpu: setup
 	  --json docs/results/cpu_$$op.json || exit 1; done
 	$(BENCH) --op step --json docs/results/cpu_step.json
 	$(BENCH) --op generate --steps 4 --repeats 3 --json docs/results/cpu_generate.json
-	$(BENCH) --op generate --model embedded --busy 2 --tokens 1024,2048,8192,32768 --repeats 9 \
-	  --json docs/results/cpu_busy.json
+	$(BENCH) --op generate --model embedded --busy 2 --tokens 1024,2048,8192,32768 \
+	  --steps 8 --repeats 30 --json docs/results/cpu_busy.json
 	$(BENCH) --op prefill --tokens 1024 --repeats 3 --json docs/results/cpu_prefill.json
 	$(BIN)/python -m tools.render_results
 

@@ -34,6 +34,7 @@ def test_contenders_alternate_and_only_the_call_is_timed() -> None:
     assert order == ["before a", "lead of a", "a", "before b", "lead of b", "b"] * 4
     assert [row.name for row in rows] == ["a", "b", "c"]
     assert rows[2].seconds == Quartiles(2.0, 2.0, 2.0, 3)
+    assert rows[2].mean == 2.0
     assert "SIXFOLD_TEST" not in os.environ
 
 
