@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tools.compile_kernels import TARGETS, problems
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
-pytest.importorskip("triton", reason="Triton is not installed")
+from tools.compile_kernels import TARGETS, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 
