@@ -104,7 +104,7 @@ def choice(name: str, value: Any, allowed: Sequence[T]) -> T:
         if each == wanted and isinstance(each, str) == isinstance(value, str):
             return each
     expected = ", ".join(map(repr, allowed))
-    raise SixfoldError(f"{name} must be one of ({expected}), got {shown(value)}")
+    raise SixfoldError(f"{name} must be one of {expected}, got {shown(value)}")
 
 
 def sequence(name: str, value: Any) -> list[Any]:
