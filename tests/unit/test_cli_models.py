@@ -185,6 +185,14 @@ def test_eval_perplexity(model_dir: Path, tmp_path: Path) -> None:
     assert_png(tmp_path / "out.png")
 
 
+def test_eval_perplexity_draws_what_costs_nothing(model_dir: Path, tmp_path: Path) -> None:
+    """All of so short a text is exact: a logarithm of its KL warned."""
+    options = ("--bits", 4, "--window", 64, "--windows", 1, "--plot", tmp_path / "out.svg")
+    run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json")
+    assert read(tmp_path / "out.json")["rows"]["4"]["kl"]["mean"] == 0
+    assert "<svg" in (tmp_path / "out.svg").read_text()
+
+
 def test_eval_perplexity_sorts_peers_among_the_widths(model_dir: Path, tmp_path: Path) -> None:
     options = ("--bits", 8, "--window", 256, "--windows", 1, "--against", "vllm-3bit_nc,fp8")
     files = ("--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
