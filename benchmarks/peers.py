@@ -5,12 +5,14 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, QuantizedCache
+from transformers import Cache, PreTrainedModel, QuantizedCache, cache_utils
 
 from sixfold.eval.caches import MakeCache, held_bytes
 
 # Group size and window are those of transformers' own documentation.
 _GROUPED = {"nbits": 4, "q_group_size": 64, "residual_length": 128}
+# Transformers 5.20 has none yet.
+HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
 _BACKENDS: dict[str, tuple[str, str, dict[str, int]]] = {
     "fp8": ("torch", "fp8", {}),
     "quanto": ("optimum.quanto", "quanto 4 bits", _GROUPED),
@@ -19,11 +21,11 @@ _BACKENDS: dict[str, tuple[str, str, dict[str, int]]] = {
 
 
 def installed_peers() -> dict[str, MakeCache]:
-    """`QuantizedCache` on each of its backends that can be imported."""
+    """`QuantizedCache` on each of its backends that is there and can be imported."""
     return {
         f"transformers QuantizedCache, {label}": _maker(backend, options)
         for backend, (package, label, options) in _BACKENDS.items()
-        if _installed(package)
+        if _installed(package) and (backend != "fp8" or HAS_FP8)
     }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -85,10 +85,25 @@ def _indexed(x: Tensor, index: Any, *value: Any) -> Tensor:
     return torch.ops.aten.index_put_(x, indices, new) if tensors else torch.ops.aten.copy_(x, new)
 
 
+def _moved(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A fake of it, elsewhere: torch 2.6 would move the real one, and ask a driver for that."""
+    fake = x if isinstance(x, FakeTensor) else FakeGpu.fakes.from_tensor(x)
+    return fake.to(*args, **kwargs)
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """By operators: the function asks a driver which of its kernels the GPU can run."""
+    attend = torch.ops.aten._scaled_dot_product_attention_math
+    out: Tensor = attend(query, keys, values, *args, **kwargs)[0]
+    return out
+
+
 # What Python calls asks a driver for the device first.
 OPERATORS = {
     Tensor.__getitem__: _indexed,
     Tensor.__setitem__: _indexed,
+    Tensor.to: _moved,
+    torch.nn.functional.scaled_dot_product_attention: _attended,
     Tensor.copy_: torch.ops.aten.copy_,
     Tensor.__invert__: torch.ops.aten.bitwise_not,
     Tensor.contiguous: torch.ops.aten.contiguous,

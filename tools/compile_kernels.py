@@ -48,6 +48,8 @@ SPILLS = {
     "attend_pages trellis 4 bits, dim 256, 8 rows": 5,
     "attend_pages trellis 4 and 3 bits, dim 256, 8 rows": 13,
 }
+# Those that Triton 3.8 (torch 2.14) adds, of the variants that stand for the rest; 3.9 has none.
+SPILLS_BEFORE_39 = {"attend_pages 3 bits, dim 64, 8 rows, mask i1": 2}
 
 # Strides of whole vectors, pages, heads and slots, by what their names begin with.
 _ALIGNED = ("x", "page", "scale", "key", "value")
@@ -139,9 +141,15 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def problems(row: dict[str, Any]) -> list[str]:
+def spills_allowed(triton: str) -> dict[str, int]:
+    """The budgets for a version of Triton."""
+    old = tuple(map(int, triton.split(".")[:2])) < (3, 9)
+    return SPILLS | (SPILLS_BEFORE_39 if old else {})
+
+
+def problems(row: dict[str, Any], spills: dict[str, int] = SPILLS) -> list[str]:
     """What is beyond the budget of a compiled variant."""
-    budget = SPILLS.get(row["kernel"], 0)
+    budget = spills.get(row["kernel"], 0)
     found = []
     if row["registers"] > MAX_REGISTERS:
         found.append(f"{row['registers']} registers, at most {MAX_REGISTERS}")
@@ -168,12 +176,12 @@ def main() -> None:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     targets = [int(target) for target in options.targets.split(",")]
     wanted = [v for v in variants(not options.representative) if options.only in v.name]
-    rows, wrong = [], []
+    rows, wrong, spills = [], [], spills_allowed(triton.__version__)
     for variant in wanted:
         for target in targets:
             row = compiled(variant, target)
             rows.append(row)
-            wrong += problems(row)
+            wrong += problems(row, spills)
             print(
                 f"{row['kernel']:44} {row['target']:7} {row['registers']:3} registers "
                 f"{row['shared_bytes']:6} B shared {row['spills']:3} spills "

@@ -48,8 +48,13 @@ def whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
     return number
 
 
+def _truth(value: Any) -> bool:
+    """Whether it is true or false, which Python, PyTorch and NumPy 1 take for a number."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def _index(value: Any) -> int | None:
-    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+    if _truth(value):
         return None
     try:
         return operator.index(value)
@@ -79,9 +84,7 @@ def number_of(value: Any) -> int | float | None:
     """The number that a scalar of Python, NumPy or PyTorch is, if it is one."""
     if type(value) in (int, float):
         return value  # type: ignore[no-any-return]
-    if isinstance(value, bool | str | bytes) or getattr(value, "dtype", None) is torch.bool:
-        return None
-    if type(value).__name__ in ("bool", "bool_") or getattr(value, "ndim", 0) != 0:
+    if _truth(value) or isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
         return None
     try:
         # Of complex numbers there is none.
@@ -101,7 +104,7 @@ def choice(name: str, value: Any, allowed: Sequence[T]) -> T:
         if each == wanted and isinstance(each, str) == isinstance(value, str):
             return each
     expected = ", ".join(map(repr, allowed))
-    raise SixfoldError(f"{name} must be one of ({expected}), got {shown(value)}")
+    raise SixfoldError(f"{name} must be one of {expected}, got {shown(value)}")
 
 
 def sequence(name: str, value: Any) -> list[Any]:

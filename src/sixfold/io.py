@@ -97,6 +97,11 @@ def write_container(
         temporary.replace(target)
     except SafetensorError as error:
         raise OSError(f"cannot write {target}: {error}") from error
+    except OSError as error:
+        # Of the file that was asked for, not of the one beside it.
+        if error.filename == str(temporary):
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -183,7 +183,8 @@ def encode_scale(x: Float[Tensor, "*b"]) -> Float16[Tensor, "*b"]:
     x = x.detach()
     large = -(x / _LARGE_SCALE_UNIT).clamp(max=_FLOAT16_MAX)
     stored = torch.where(x > _FLOAT16_MAX, large, x)
-    half = torch.where(x.isfinite(), stored, math.nan).to(torch.float16)
+    # Filled as float16: which NaN a conversion gives depends on torch and on the place in a tensor.
+    half = stored.to(torch.float16).masked_fill(~x.isfinite(), math.nan)
     small = (x >= _LEAST_SCALE) & (x < _LEAST_HALF)
     huge = (x > _FLOAT16_MAX * _LARGE_SCALE_UNIT) & x.isfinite()
     upper = (x.float().view(torch.int32) + (1 << 16)) >> 17

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold import TurboQuantCache
 from sixfold.kernels.cached_attention import triton as layers

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold.errors import BackendError, ShapeError
 from sixfold.kernels import attention

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold.cache import CachePolicy
 from sixfold.kernels import _tables, attention, cached_attention
@@ -126,6 +126,7 @@ def test_the_launcher_asks_no_tensor_for_its_content(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.compile
+@pytest.mark.usefixtures("unhooked")
 def test_compiles_in_one_graph() -> None:
     case = make_case(queries=2)
 

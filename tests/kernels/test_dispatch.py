@@ -1,8 +1,10 @@
 """The choice of a backend, and what is said when it cannot be had."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -90,6 +92,14 @@ def test_an_old_triton_counts_as_missing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("the kernels need Triton 3.6 or later, found 3.2.0"), done.stderr
+
+
+def test_a_triton_that_is_new_enough_is_used() -> None:
+    """Tests of kernels that cannot be imported are skipped, which nothing else would tell."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
+        pytest.skip("the kernels need Triton 3.6 or later")
+    importlib.import_module("sixfold.kernels._triton")
 
 
 def test_slow_kernels_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:

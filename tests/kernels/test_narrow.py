@@ -37,7 +37,7 @@ def filled() -> tuple[CompressedLayer, Tensor]:
 @pytest.mark.parametrize(("backend", "isa"), [*backends()])
 def test_float16_stays_finite(backend: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
+        pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
     layer, query = filled()
     expected = layer.dequantized()[1]
@@ -59,7 +59,7 @@ def test_float16_stays_finite(backend: str, isa: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("backend", "isa"), [*backends()])
 def test_what_is_not_finite_shows(backend: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
+        pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
     monkeypatch.setenv("SIXFOLD_BACKEND", backend)
     if isa:
         monkeypatch.setenv("SIXFOLD_ISA", isa)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
+
 from sixfold.errors import ShapeError
 from sixfold.kernels.decode import reference as decode_reference
 from sixfold.kernels.encode import reference as encode_reference
@@ -28,7 +30,6 @@ from tests.kernels.vector_cases import (
 from tests.kernels.vector_cases import coding_of as symbols_of
 from tests.vectors import generator
 
-pytest.importorskip("triton", reason="Triton is not installed")
 encode_triton = pytest.importorskip("sixfold.kernels.encode.triton")
 path_pages = pytest.importorskip("sixfold.kernels._triton.path_pages")
 decode_triton = pytest.importorskip("sixfold.kernels.decode.triton")

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
+
 from sixfold.kernels import _dispatch
-from sixfold.rotation import Rotation
-
-pytest.importorskip("triton")
-
 from sixfold.kernels._triton import operators
 from sixfold.kernels.rotate import rotate
+from sixfold.rotation import Rotation
 
 KERNELS = Path(_dispatch.__file__).parent
 CPU = torch.device("cpu")

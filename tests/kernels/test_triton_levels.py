@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold.codebooks import centroids
 from sixfold.kernels._triton.levels import lookup_ptx

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold import TurboQuantMSE
 from sixfold.cache import CachePolicy

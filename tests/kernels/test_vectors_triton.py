@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
+
 from sixfold.codebooks import centroids
 from sixfold.errors import ShapeError
 from sixfold.kernels.decode import reference as decode_reference
@@ -36,7 +38,6 @@ from tests.kernels.vector_cases import (
 )
 from tests.vectors import gaussian
 
-pytest.importorskip("triton", reason="Triton is not installed")
 rotate_triton = pytest.importorskip("sixfold.kernels.rotate.triton")
 encode_triton = pytest.importorskip("sixfold.kernels.encode.triton")
 decode_triton = pytest.importorskip("sixfold.kernels.decode.triton")

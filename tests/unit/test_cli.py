@@ -1,6 +1,7 @@
 """The command line as a whole: help, errors in one line, exit codes, what it needs."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 import sixfold
 from sixfold.cli.app import app
 from sixfold.cli.common import parse_bits, parse_list, parse_size
-from sixfold.cli.render import Output, progress_bar
+from sixfold.cli.render import Output, progress_bar, waiting
 from sixfold.errors import SixfoldError
 
 COMMANDS = (
@@ -19,6 +20,7 @@ COMMANDS = (
     *(["eval", "distortion"], ["eval", "perplexity"], ["eval", "niah"]),
 )
 
+MAIN = "from sixfold.cli import main; main()"
 NUMBERS = ("--layers", "2", "--kv-heads", "2", "--head-dim", "8")
 
 
@@ -46,6 +48,13 @@ def test_version() -> None:
         (["eval", "distortion", "--dims", ","], "--dims: expected at least one number"),
         (["eval", "niah", "--plot", "out.doc"], "its name must end in .png"),
         (["plan"], "give either MODEL, or all of"),
+        (["plan", *NUMBERS, "--bits", "16"], "16 is the uncompressed cache, which is always shown"),
+        (["plan", *NUMBERS, "--bits", "3.7"], "one of 1, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, got 3.7"),
+        (["plan", *NUMBERS, "--json", "/proc/no.json"], "cannot write /proc/no.json: "),
+        (
+            ["generate", "embedded", "--prompt", "x", "--device", "tpu"],
+            "device 'tpu' cannot be used",
+        ),
         (["plan", *NUMBERS, "--memory", "big"], "expected a size such as 80GB"),
         (["plan", *NUMBERS, "--memory", "8"], "did you mean 8GB?"),
         (["demo", "--file", "/nowhere"], "No such file or directory: '/nowhere'"),
@@ -96,6 +105,36 @@ def test_errors_of_the_system_show_no_numbers() -> None:
     assert result.stderr == "sixfold: No such file or directory: '/nowhere'\n"
 
 
+def test_an_output_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    """It is tried before the work, which fails here."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    for path in (old, new):
+        CliRunner().invoke(app, ["plan", "--json", str(path)])
+    assert (old.read_text(), new.exists()) == ("{}", False)
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_word() -> None:
+    command = f"import sys; sys.argv[0] = 'sixfold'; {MAIN}"
+    arguments = [sys.executable, "-c", command, "plan", *NUMBERS]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_what_is_waited_for_is_said_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for terminal in ("0", "1"):
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        monkeypatch.setenv("TTY_INTERACTIVE", terminal)
+        with waiting("reading 3 tokens") as stop:
+            stop()
+        assert ("reading 3 tokens" in capsys.readouterr().err) == (terminal == "1")
+
+
 def test_sizes() -> None:
     assert parse_size("80GB") == 80 * 10**9
     assert parse_size("1.5 GiB") == 3 * 2**29
@@ -137,7 +176,7 @@ def test_lists() -> None:
 
 
 def test_without_its_packages_it_says_what_to_install() -> None:
-    code = "import sys; sys.modules['typer'] = None; from sixfold.cli import main; main()"
+    code = "import sys; sys.modules['typer'] = None; " + MAIN
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "sixfold: the command line needs typer: pip install 'sixfold[cli]'\n"

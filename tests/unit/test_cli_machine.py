@@ -13,6 +13,7 @@ from sixfold import TurboQuantCache
 from sixfold.cache import CachePolicy, LayerShape, cache_nbytes, uncompressed_nbytes
 from sixfold.cli.app import app
 from sixfold.eval.caches import held_bytes
+from sixfold.eval.embedded import folder
 from sixfold.eval.niah import greedy
 from sixfold.kernels._dispatch import OPERATIONS
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -111,7 +112,8 @@ def test_plan_sets_a_directorys_weights_aside_and_marks_contexts_beyond_the_mode
     limit = tiny_model().config.max_position_embeddings
     assert (found["free_bytes"], found["most_tokens"]) == (10**8 - size, limit)
     said = CliRunner().invoke(app, ["plan", str(model_dir), *options]).stdout
-    assert "set aside for this directory's weights" in said
+    assert "set aside for this model's weights" in said
+    assert run_json("plan", str(model_dir / "config.json"), *options)["free_bytes"] == 10**8 - size
     assert "1,000,000*" in said
     assert "64*" not in said
     assert f"* beyond the {limit:,} tokens" in said
@@ -121,6 +123,15 @@ def test_plan_sets_a_directorys_weights_aside_and_marks_contexts_beyond_the_mode
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     bare = CliRunner().invoke(app, ["plan", str(tmp_path), "--memory", "100MB"])
     assert "No memory is set aside for weights" in bare.stdout
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(bytes(1000))
+    old = run_json("plan", str(tmp_path), "--memory", "100MB")
+    assert old["free_bytes"] == 10**8 - 1000
+
+
+def test_plan_sets_the_embedded_models_weights_aside() -> None:
+    with folder() as path:
+        size = (path / "model.safetensors").stat().st_size
+    assert run_json("plan", "embedded", "--memory", "100MB")["free_bytes"] == 10**8 - size
 
 
 @pytest.mark.waiting

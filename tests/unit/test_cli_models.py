@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
 from sixfold.cli import demo as demo_command
+from sixfold.cli import generate as generate_command
 from sixfold.cli.app import app
 from sixfold.eval.embedded import haystack
 from sixfold.eval.peers import PEERS
@@ -67,6 +70,35 @@ def test_generate_asks_about_a_document(model_dir: Path, tmp_path: Path) -> None
     tokens = tiny_tokenizer()(f"{document}\n\n{question}")["input_ids"]
     assert one["prompt_tokens"] == len(tokens)
     assert one["long_ratio"] > one["compression_ratio"]
+
+
+def test_generate_samples(model_dir: Path, tmp_path: Path) -> None:
+    """Of a random model, whose probabilities are nearly equal: seeds give other texts."""
+    texts = []
+    for seed in (0, 1, 0):
+        options = ("--temperature", 1, "--seed", seed, "--max-new-tokens", 8, "--dtype", "float32")
+        files = ("--device", "cpu", "--json", tmp_path / "out.json")
+        run("generate", model_dir, "--prompt", "Once", *options, *files)
+        texts.append(read(tmp_path / "out.json")["runs"][0]["text"])
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_generate_says_that_it_reads_until_the_first_token(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(words: str) -> Iterator[Callable[[], None]]:
+        said.append(words)
+        yield lambda: said.append("stopped")
+        said.append("done")
+
+    monkeypatch.setattr(generate_command, "waiting", waiting)
+    prompt = haystack()[:300]
+    run("generate", model_dir, "--prompt", prompt, "--max-new-tokens", 3)
+    count = len(tiny_tokenizer()(prompt)["input_ids"])
+    assert said == [f"reading {count} tokens", "stopped", "done"]
 
 
 def test_generate_without_a_chat_template(model_dir: Path) -> None:
@@ -151,6 +183,14 @@ def test_eval_perplexity(model_dir: Path, tmp_path: Path) -> None:
     assert rows["2"]["scored_tokens"] == 2 * 105
     assert f"{rows['2']['perplexity']:.3f}" in result.stdout
     assert_png(tmp_path / "out.png")
+
+
+def test_eval_perplexity_draws_what_costs_nothing(model_dir: Path, tmp_path: Path) -> None:
+    """All of so short a text is exact: a logarithm of its KL warned."""
+    options = ("--bits", 4, "--window", 64, "--windows", 1, "--plot", tmp_path / "out.svg")
+    run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json")
+    assert read(tmp_path / "out.json")["rows"]["4"]["kl"]["mean"] == 0
+    assert "<svg" in (tmp_path / "out.svg").read_text()
 
 
 def test_eval_perplexity_sorts_peers_among_the_widths(model_dir: Path, tmp_path: Path) -> None:
@@ -245,6 +285,7 @@ def test_eval_longbench(model_dir: Path, tmp_path: Path) -> None:
     assert list(document["rows"]["passage_count"]) == ["16", "4", "q4_0"]
     assert document["mean"]["4"] == document["rows"]["passage_count"]["4"]["score"]
     assert "passage_count" in result.stdout
+    assert "Points: by each dataset's own metric" in result.stdout
     assert_png(tmp_path / "out.png")
 
 
@@ -254,6 +295,7 @@ def test_eval_distortion(tmp_path: Path) -> None:
     rows = read(tmp_path / "out.json")["rows"]
     assert [row["bits"] for row in rows] == [1] * 5 + [2] * 5
     assert "prod-gaussian" in result.stdout
+    assert "Bias: by how much they are too large" in " ".join(result.stdout.split())
     assert_png(tmp_path / "out.png")
 
 

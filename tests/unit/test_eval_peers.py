@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import Fp8QuantizedLayer, HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers import cache_utils
+from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
 from sixfold.codebooks import lloyd_max
 from sixfold.errors import SixfoldError
@@ -48,9 +49,11 @@ def test_e4m3_has_eight_steps_an_octave_and_saturates() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fp8_is_that_of_transformers(dtype: torch.dtype) -> None:
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("transformers 5.20 has no cache of fp8")
     first, later = random_vectors(2, 3, 20, 16, dtype=dtype), random_vectors(2, 3, 9, 16, seed=1)
     later = 0.5 * later.clamp(-2, 2).to(dtype)
-    layer, scheme = Fp8QuantizedLayer(), Fp8()
+    layer, scheme = cache_utils.Fp8QuantizedLayer(), Fp8()
     layer.update(first, first)
     keys, _ = layer.update(later, later)
     scale = scheme.calibrate(first)

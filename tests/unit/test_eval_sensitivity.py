@@ -53,6 +53,19 @@ def test_a_layer_without_influence_costs_nothing(windows: torch.Tensor) -> None:
     assert cost[1, "keys"] < 0.05 * cost[1, "values"]
 
 
+def test_progress_names_the_layer_and_the_side(windows: torch.Tensor) -> None:
+    said: list[str] = []
+    measure_sensitivity(
+        tiny_model(),
+        windows,
+        [2],
+        prefill=200,
+        progress=lambda done, total, name: said.append(name),
+    )
+    assert "keys of layer 0 at 2 bits" in said
+    assert not any(name.startswith("(") for name in said)
+
+
 def test_layers_not_measured_hold_no_codes() -> None:
     made = _only(1, "values", 3, 2, {"recent_window": 0})(tiny_model())
     first, second = made.layers

@@ -178,6 +178,20 @@ def test_a_failed_save_leaves_the_old_file(
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_a_failed_save_names_the_file_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is written first has a name of its own."""
+
+    def closed(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(PermissionError) as caught:
+        write_container(tmp_path / "cache.sixfold", KIND, {}, tensors())
+    assert caught.value.filename == str(tmp_path / "cache.sixfold")
+
+
 def test_a_description_that_is_no_json_writes_nothing(saved: Path) -> None:
     before = saved.read_bytes()
     for description in ({"x": float("nan")}, {"x": object()}):

@@ -26,6 +26,9 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt as error:
             print("sixfold: interrupted", file=sys.stderr)
             raise typer.Exit(130) from error
+        except BrokenPipeError:
+            # Whoever reads has enough, such as `head`: click ends without a word.
+            raise
         except (SixfoldError, OSError) as error:
             print(f"sixfold: {' '.join(_words(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from error
@@ -33,8 +36,9 @@ class OneLineErrors(TyperGroup):
 
 def _words(error: Exception) -> str:
     """What went wrong, without the number that the system gives it."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {str(error.filename)!r}"
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f": {str(error.filename)!r}"
+        return f"{error.strerror}{named}"
     return str(error)
 
 

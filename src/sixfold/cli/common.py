@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -18,12 +19,29 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sixfold.arguments import device as checked_device
 from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
-from sixfold.packing import check_bits
+from sixfold.packing import BITS, check_bits
 
 T = TypeVar("T")
 
+
+class Dtype(StrEnum):
+    """Floating-point types that weights may be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The same as PyTorch names it."""
+        found: torch.dtype = getattr(torch, self.value)
+        return found
+
+
+UNCOMPRESSED_BITS = 16
 PICTURES = (".png", ".svg", ".pdf")
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -34,10 +52,20 @@ def _in_a_folder(path: Path | None) -> Path | None:
     """Refuse an output path before the work is done rather than after.
 
     Raises:
-        SixfoldError: Its folder does not exist.
+        SixfoldError: Its folder does not exist, or no file can be written there.
     """
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None or path == Path("-"):
+        return path
+    if not path.absolute().parent.is_dir():
         raise SixfoldError(f"cannot write {path}: the folder {path.parent} does not exist")
+    new = not path.exists()
+    if new or path.is_file():
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise SixfoldError(f"cannot write {path}: {error.strerror}") from error
+    if new:
+        path.unlink()
     return path
 
 
@@ -75,6 +103,9 @@ BitsOption = Annotated[
 ModelArgument = Annotated[
     str, typer.Argument(help="A local directory, a hub name, or `embedded`.", metavar="MODEL")
 ]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Of the weights; as they were saved by default.")
+]
 TextOption = Annotated[
     Path | None, typer.Option("--file", metavar="FILE", help="A text of your own (UTF-8).")
 ]
@@ -99,6 +130,11 @@ def parse_bits(text: str) -> list[float]:
     """Read bit widths separated by commas, and check each."""
     widths = parse_list(text, float, "--bits")
     for bits in widths:
+        if bits == UNCOMPRESSED_BITS:
+            raise SixfoldError(
+                "--bits: 16 is the uncompressed cache, which is always shown; expected any of "
+                f"{', '.join(map(str, BITS))}"
+            )
         check_bits(bits)
     return widths
 
@@ -132,19 +168,21 @@ def read_text(path: Path | None) -> str:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | None = None
+    name: str, dtype: torch.dtype | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; onto the GPU if there is one.
+    """Load a model and its tokenizer.
 
     Args:
         name: A directory, the name of a model on a hub, or that of the embedded model.
         dtype: Of the weights; without one that in which they were saved (the embedded model's:
             bfloat16).
+        device: Such as "cpu" or "cuda:1"; without one the GPU, if there is one.
 
     Raises:
-        SixfoldError: There is no such model, or it is not a language model.
+        SixfoldError: There is no such model or device, or it is not a language model.
     """
     quiet()
+    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if name == embedded.NAME:
         model, tokenizer = embedded.load_embedded(dtype or torch.bfloat16)
     else:
@@ -154,7 +192,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(name)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: torch.nn.Module = model
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(place)
     return model, tokenizer
 
 

@@ -204,4 +204,4 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     plot.bars(axes[3], "tokens/s", speed, "{:.0f}")
     for axis in axes:
         axis.set_xlabel("bits a value (16: uncompressed)")
-    plot.save(figure, path)
+    plot.save(figure, path, "the model inside the package")

@@ -1,6 +1,7 @@
 """`sixfold generate`: text from any model through a compressed cache."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from sixfold.cli.common import JsonOption, ModelArgument, TextOption, load_model, read_text
-from sixfold.cli.render import Output, human_bytes
+from sixfold.cli.common import (
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    load_model,
+    read_text,
+)
+from sixfold.cli.render import Output, human_bytes, waiting
 from sixfold.errors import SixfoldError
 from sixfold.eval import machine
 from sixfold.eval.caches import (
@@ -26,18 +34,24 @@ from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
+GREEDY = {"do_sample": False}
+
 
 class TimedStreamer(TextStreamer):
     """Streams text as it comes, or only notes when it came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, visible: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, visible: bool, on_first: Callable[[], None]
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True)
-        self.visible = visible
+        self.visible, self.on_first = visible, on_first
         self.arrivals: list[float] = []
 
     def put(self, value: Any) -> None:
         """Take the prompt first, then one token at a time."""
         self.arrivals.append(time.perf_counter())
+        if len(self.arrivals) == 2:
+            self.on_first()
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -75,17 +89,25 @@ def generate(
     key_bits: Annotated[float | None, typer.Option(help="Bits of the keys, if other.")] = None,
     value_bits: Annotated[float | None, typer.Option(help="Bits of the values, if other.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling, the same for every cache.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1; by default the GPU, if there is one.")
+    ] = None,
+    dtype: DtypeOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also run uncompressed.")] = False,
     json: JsonOption = None,
 ) -> None:
-    """Continue a prompt greedily and say how many bytes the cache took.
+    """Continue a prompt and say how many bytes the cache took.
 
     With both --file and --prompt the prompt follows the text of the file. A chat model gets both as
     one message of its user with --chat.
     """
     output, text = Output(json), _prompt(prompt, file)
-    model, tokenizer = load_model(model_name)
+    model, tokenizer = load_model(model_name, None if dtype is None else dtype.torch, device)
     ids = _ids(tokenizer, text, chat).to(model.device)
     caches: dict[str, MakeCache] = {
         f"{bits:g} bits": compressed(bits, key_bits=key_bits, value_bits=value_bits)
@@ -97,7 +119,9 @@ def generate(
     for name, make in caches.items():
         if compare:
             output.say(f"--- {name}")
-        runs.append(_run(model, tokenizer, ids, name, make, max_new_tokens, visible))
+        torch.manual_seed(seed)
+        run = _run(model, tokenizer, ids, name, make, max_new_tokens, visible, temperature)
+        runs.append(run)
     output.table(
         f"{model_name}, {runs[0].prompt_tokens} prompt tokens",
         ["cache", "tokens held", "bytes held", "smaller", "at 32k", "tokens/s"],
@@ -142,17 +166,18 @@ def _run(
     make_cache: MakeCache,
     max_new_tokens: int,
     visible: bool,
+    temperature: float,
 ) -> Run:
-    cache = make_cache(model)
-    streamer = TimedStreamer(tokenizer, visible)
-    size = ids.shape[1]
-    with torch.no_grad():
+    cache, size = make_cache(model), ids.shape[1]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else GREEDY
+    with torch.no_grad(), waiting(f"reading {size:,} tokens") as stop:
+        streamer = TimedStreamer(tokenizer, visible, stop)
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             **cache_argument(cache),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **sampling,
             streamer=streamer,
         )
     new = out[0, size:]

@@ -73,10 +73,13 @@ def plan(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="For weights and activations; by default a directory's weights, with --vllm 0."
+            help="For weights and activations; by default the weights that lie on this machine, "
+            "with --vllm 0."
         ),
     ] = None,
-    bits: Annotated[str, typer.Option(help="Bits per value, separated by commas.")] = "4,3,2.5,2",
+    bits: Annotated[
+        str, typer.Option(help="Bits per value, separated by commas; 16 is always shown.")
+    ] = "4,3,2.5,2",
     contexts: Annotated[
         str, typer.Option(help="Tokens a user, separated by commas.")
     ] = "4096,8192,16384,32768,65536,131072",
@@ -127,9 +130,19 @@ def plan(
 
 
 def _weights_of(model: str | None) -> int:
-    """Bytes of a directory's weights; 0 where there is none."""
-    files = Path(model).glob("*.safetensors") if model is not None else ()
-    return sum(file.stat().st_size for file in files)
+    """Bytes of the weights beside a config, or of those in the package; 0 where there are none."""
+    if model is None:
+        return 0
+    if model == embedded.NAME:
+        with embedded.folder() as path:
+            return _weights_of(str(path))
+    given = Path(model)
+    folder = given.parent if given.is_file() else given
+    sizes = (
+        sum(file.stat().st_size for file in folder.glob(name))
+        for name in ("*.safetensors", "pytorch_model*.bin")
+    )
+    return next(filter(None, sizes), 0)
 
 
 def _about_weights(taken: int, *, asked: bool) -> str:
@@ -137,7 +150,7 @@ def _about_weights(taken: int, *, asked: bool) -> str:
         return "No memory is set aside for weights and activations: give --weights."
     if asked:
         return f"{human_bytes(taken)} are set aside for weights and activations."
-    return f"{human_bytes(taken)} are set aside for this directory's weights, none for activations."
+    return f"{human_bytes(taken)} are set aside for this model's weights, none for activations."
 
 
 def _memory(text: str) -> int:

@@ -1,7 +1,7 @@
 """Tables, progress bars and JSON."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -94,6 +94,21 @@ def progress_bar(label: str) -> Iterator[ReportProgress]:
             bar.update(task, completed=done, total=total, description=f"{label}: {name}")
 
         yield report
+
+
+@contextmanager
+def waiting(words: str) -> Iterator[Callable[[], None]]:
+    """Say in a terminal what is being waited for, until what it yields is called."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    status = console.status(words)
+    status.start()
+    try:
+        yield status.stop
+    finally:
+        status.stop()
 
 
 class _Lines:

@@ -25,8 +25,10 @@ def new_figure(count: int, width: float = 4.2, height: float = 3.6) -> "tuple[Fi
     return figure, axes
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write the figure in the format its name asks for."""
+def save(figure: "Figure", path: Path, title: str = "") -> None:
+    """Write the figure, under a title that names its model, in the format its name asks for."""
+    if title:
+        figure.suptitle(title, fontsize=10, color=INK)
     figure.savefig(path, dpi=150)
 
 

@@ -76,9 +76,13 @@ def measure_sensitivity(
         for bits in widths
     ]
     fixed = {"sink_tokens": 0, "recent_window": 0} if options is None else dict(options)
-    caches = {str(case): _only(*case, len(types), fixed) for case in cases}
+    caches = {_name(*case): _only(*case, len(types), fixed) for case in cases}
     found = compare_caches(model, windows, caches, prefill=prefill, chunk=chunk, progress=progress)
-    return [Sensitivity(*case, found[str(case)].kl) for case in cases]
+    return [Sensitivity(*case, found[_name(*case)].kl) for case in cases]
+
+
+def _name(layer: int, side: Side, bits: Bits) -> str:
+    return f"{side} of layer {layer} at {bits:g} bits"
 
 
 def _only(layer: int, side: Side, bits: Bits, layers: int, fixed: dict[str, Any]) -> MakeCache:

@@ -64,6 +64,10 @@ def longbench(
         ["dataset", "questions", *map(label, caches)],
         [*lines, ["mean", "", *(f"{one:.2f}" for one in mean.values())]],
     )
+    output.say(
+        "Points: by each dataset's own metric, 100 if every answer is right. Names of Sixfold's "
+        "caches give their bits per value."
+    )
     rows = {task: {n: one.to_dict() for n, one in scores.items()} for task, scores in found.items()}
     document = {"model": model_name, "machine": machine.describe(), "mean": mean, "rows": rows}
     output.json(document)
@@ -71,4 +75,4 @@ def longbench(
         figure, axes = plot.new_figure(1, width=2 + 1.2 * len(mean))
         points = {label(name): one for name, one in mean.items()}
         plot.bars(axes[0], "LongBench-E, mean of datasets", points, "{:.1f}")
-        plot.save(figure, plot_file)
+        plot.save(figure, plot_file, Path(model_name).name)

@@ -76,7 +76,7 @@ def niah(
     rows = {name: {"bits_long": bits_long[name], **one.to_dict()} for name, one in found.items()}
     output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
     if plot_file is not None:
-        _draw(found, sizes, places, plot_file)
+        _draw(model_name, found, sizes, places, plot_file)
 
 
 def _cells(name: str, one: Retrieval, sizes: Sequence[int], bits_long: float) -> list[str]:
@@ -86,7 +86,11 @@ def _cells(name: str, one: Retrieval, sizes: Sequence[int], bits_long: float) ->
 
 
 def _draw(
-    found: Mapping[str, Retrieval], sizes: Sequence[int], depths: Sequence[float], path: Path
+    model_name: str,
+    found: Mapping[str, Retrieval],
+    sizes: Sequence[int],
+    depths: Sequence[float],
+    path: Path,
 ) -> None:
     figure, axes = plot.new_figure(len(found), width=3, height=3)
     for axis, (name, one) in zip(axes, found.items(), strict=True):
@@ -95,4 +99,4 @@ def _draw(
         labels = [f"{depth:g}" for depth in depths], [str(size) for size in sizes]
         plot.heatmap(axis, label(name), grid, *labels)
         axis.set(xlabel="tokens", ylabel="depth")
-    plot.save(figure, path)
+    plot.save(figure, path, f"{Path(model_name).name}: needles found exactly")

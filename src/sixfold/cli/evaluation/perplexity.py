@@ -1,15 +1,14 @@
 """`sixfold eval perplexity`."""
 
 from collections.abc import Iterator, Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from sixfold.cli.common import (
     BitsOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     PlotOption,
@@ -26,21 +25,6 @@ from sixfold.eval.long_context import WHY_TWO_NUMBERS, bits_per_value
 from sixfold.eval.perplexity import CacheComparison, compare_caches, windows_of
 from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
-
-class Dtype(StrEnum):
-    """Floating-point types that weights may be loaded in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        """The same as PyTorch names it."""
-        found: torch.dtype = getattr(torch, self.value)
-        return found
-
-
 _COLUMNS = ("cache", "bits (here)", "ppl", "change", "mean KL", "99% KL", "top-1")
 FEW_WINDOWS = 4
 
@@ -56,9 +40,7 @@ def perplexity(
         int | None, typer.Option(min=1, help="Tokens not scored; half a window by default.")
     ] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass after that.")] = 64,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights; as they were saved by default.")
-    ] = None,
+    dtype: DtypeOption = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Attend on dequantized tensors, not on the codes.")
     ] = False,

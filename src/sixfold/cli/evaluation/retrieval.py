@@ -1,5 +1,6 @@
 """`sixfold eval retrieval`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,7 +86,7 @@ def retrieval(
         figure, axes = plot.new_figure(1, width=3 + len(chosen), height=2 + 0.3 * len(names))
         grid = [[found[task][name].recall for task in chosen] for name in names]
         plot.heatmap(axes[0], "answers found", grid, [label(name) for name in names], chosen)
-        plot.save(figure, plot_file)
+        plot.save(figure, plot_file, Path(model_name).name)
 
 
 def _cell(score: Score) -> str:

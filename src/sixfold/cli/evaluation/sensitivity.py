@@ -60,7 +60,7 @@ def sensitivity(
     rows = [one.to_dict() for one in found]
     output.json({"model": model_name, "machine": machine.describe(), "rows": rows})
     if plot_file is not None:
-        _draw(found, widths, plot_file)
+        _draw(model_name, found, widths, plot_file)
 
 
 def _reading(found: Sequence[Sensitivity], width: float) -> str:
@@ -80,7 +80,9 @@ def _reading(found: Sequence[Sensitivity], width: float) -> str:
     )
 
 
-def _draw(found: Sequence[Sensitivity], widths: Sequence[float], path: Path) -> None:
+def _draw(
+    model_name: str, found: Sequence[Sensitivity], widths: Sequence[float], path: Path
+) -> None:
     figure, axes = plot.new_figure(len(SIDES))
     for axis, side in zip(axes, SIDES, strict=True):
         for width in widths:
@@ -89,5 +91,8 @@ def _draw(found: Sequence[Sensitivity], widths: Sequence[float], path: Path) -> 
                 [one.layer for one in line], [one.kl.mean for one in line], ".-", label=f"{width:g}"
             )
         axis.set(title=f"KL, nats: {side} of one layer", xlabel="layer", yscale="log")
+    # What the sides cost is to be compared.
+    axes[1].sharey(axes[0])
+    axes[0].autoscale()
     axes[0].legend(title="bits", fontsize=8, frameon=False)
-    plot.save(figure, path)
+    plot.save(figure, path, Path(model_name).name)

@@ -127,7 +127,8 @@ def layer_shapes(
         One shape for every layer that caches keys and values.
     """
     types, kwargs = layer_types(config)
-    configs = list(decoder_config(config).per_layer_config)
+    # Old versions of transformers leave out layers at the end that read the keys of others.
+    configs = list(decoder_config(config).per_layer_config)[: len(types)]
     shapes = []
     for kind, options, layer, policy in zip(types, kwargs, configs, policies, strict=True):
         if kind not in COMPRESSED_TYPES:
