@@ -42,7 +42,8 @@ def whole(name: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
     """
     number = value if type(value) is int else _index(value)
     if number is None or not least <= number <= most:
-        bounds = f"at least {least}" if most == 2**63 - 1 else f"{least} to {most}"
+        open_end = most == 2**63 - 1 and (number is None or number <= most)
+        bounds = f"at least {least}" if open_end else f"{least} to {most}"
         kind = "" if type(value) is int else ", a whole number"
         raise SixfoldError(f"{name} must be {bounds}{kind}, got {shown(value)}")
     return number
@@ -227,7 +228,8 @@ def rows(name: str, value: Any, count: int) -> Tensor:
             f"{name} must be at least {-count} and below {count}, the number of sequences held, "
             f"got {numbers.tolist()}"
         )
-    return numbers
+    # Not every operation that takes rows counts from the end.
+    return numbers.remainder(count) if count else numbers
 
 
 def floating(name: str, x: Any) -> None:

@@ -111,6 +111,43 @@ def test_what_is_done_to_the_text_leaves_the_image(mllama: PreTrainedModel, fuse
     assert relative_error(after, step(mllama, dense, ids[:, 200:])) < TOLERANCE
 
 
+@both_modes
+def test_an_image_goes_with_the_text_that_brought_it(mllama: PreTrainedModel, fused: bool) -> None:
+    """Whether the text is cropped, or a pass was interrupted after it had stored the image."""
+    ids, patches = tokens(2, 204), torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+    image = {"cross_attention_states": patches}
+
+    def lengths(cache: Cache) -> list[int]:
+        return [layer.get_seq_length() for layer in cache.layers]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    cache = make(mllama, fused)
+    step(mllama, cache, ids[:, :180])
+    without = step(mllama, cache.fork(), ids[:, 180:200])
+    expected = step(mllama, cache.fork(), ids[:, 180:200], **image)
+    hook = mllama.model.layers[2].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        step(mllama, cache, ids[:, 180:200], **image)
+    hook.remove()
+    assert lengths(cache) == [200, 9, 180]
+    assert cache.recover() == 180
+    assert lengths(cache) == [180, 0, 180]
+    assert relative_error(step(mllama, cache, ids[:, 180:200], **image), expected) < TOLERANCE
+    for layer in (cache, twin := cache.fork()):
+        layer.crop(-19)
+        assert lengths(layer) == [181, 9, 181]
+        layer.crop(-1)
+        assert lengths(layer) == [180, 0, 180]
+    assert relative_error(without, expected) > 2 * TOLERANCE
+    assert relative_error(step(mllama, twin, ids[:, 180:200]), without) < TOLERANCE
+    cache.reset()
+    step(mllama, cache, ids[:, :20], **image)
+    cache.crop(-20)
+    assert lengths(cache) == [0, 0, 0]
+
+
 # States and indexers
 
 

@@ -1,5 +1,6 @@
 """What any attention has prefilled, compressed: `TurboQuantCache.from_cache`."""
 
+import math
 from typing import Any
 
 import pytest
@@ -127,4 +128,8 @@ def test_what_cannot_be_read_says_so() -> None:
         refused(match, wrong)
     with pytest.raises(ShapeError, match=r"expected \[2, 20\].*got \[2, 19\]"):
         TurboQuantCache.from_cache(source, model, attention_mask=data.mask[:, 1:])
+    numbers = torch.ones(2, 20)
+    numbers[1, :5] = 0
+    for mask in ((1 - numbers) * torch.finfo(torch.float32).min, numbers / 2, numbers * math.nan):
+        refused("expected 1 for every token and 0 for padding", attention_mask=mask)
     assert isinstance(source, Cache)

@@ -1,18 +1,20 @@
 """A forward pass that stops between layers: the cache refuses to go on wrongly, and recovers."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.keyword import cache_argument
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
-from tests.e2e.models import WINDOW, fresh_model
+from tests.e2e.models import ARCHITECTURES, WINDOW, fresh_model
+from tools.sweep_architectures import architectures, build
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
 
@@ -25,6 +27,10 @@ class Stopped(Exception):
     """What interrupts: a signal, a lack of memory, somebody's hook."""
 
 
+def stop(*_: Any) -> None:
+    raise Stopped
+
+
 def cache_for(model: PreTrainedModel, fused: bool, **options: Any) -> TurboQuantCache:
     if fused:
         return TurboQuantCache.for_model(model, bits=8, **options)
@@ -34,10 +40,6 @@ def cache_for(model: PreTrainedModel, fused: bool, **options: Any) -> TurboQuant
 
 def interrupted(model: PreTrainedModel, layer: int, *run: Any) -> None:
     """A forward pass that `layer` never begins."""
-
-    def stop(*_: Any) -> None:
-        raise Stopped
-
     hook = model.model.layers[layer].register_forward_pre_hook(stop)
     with pytest.raises(Stopped):
         forward(model, *run)
@@ -136,6 +138,121 @@ def test_states_that_cannot_go_back(name: str, layer: int, seen: int, fused: boo
         assert cache.recover() == 0
     again, fresh = forward(model, cache, data, 0, 248), cache_for(model, fused)
     assert torch.equal(again, forward(model, fresh, data, 0, 248))
+
+
+HYBRIDS = {
+    # States of layers of their own, before and after attention; or beside it in one layer.
+    "lfm2": 2,
+    "qwen3-next": 1,
+    "BambaForCausalLM": 3,
+    "Zamba2ForCausalLM": 3,
+    "FalconH1ForCausalLM": 1,
+}
+
+
+def hybrid(name: str) -> PreTrainedModel:
+    if name in ARCHITECTURES:
+        return fresh_model(name)
+    model_type = architectures().get(name)
+    if model_type is None:
+        pytest.skip(f"{name} is younger than this transformers")
+    return build(model_type, name, 1.0)
+
+
+@torch.no_grad()
+def steps_of(model: PreTrainedModel, cache: Cache, *steps: Tensor) -> Tensor:
+    """Logits of the last."""
+    return [model(ids, **cache_argument(cache)).logits for ids in steps][-1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("name", "layer"), [(name, layer) for name, count in HYBRIDS.items() for layer in range(count)]
+)
+def test_states_that_a_step_changes_in_place(name: str, layer: int, mode: Any) -> None:
+    """Nobody tells the cache: with one token a model writes to the states that it was given."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    two, one, cache = ids[:, 7:9], ids[:, 9:10], cache_for(model, True)
+
+    with mode():
+        steps_of(model, cache, ids, *two.split(1, 1))
+        hook = model.get_decoder().layers[layer].register_forward_hook(stop)
+        with pytest.raises(Stopped):
+            steps_of(model, cache, one)
+        hook.remove()
+        for attempt in (steps_of, lambda *_: cache.save("never")):
+            with pytest.raises(SixfoldError, match="interrupted"):
+                attempt(model, cache, one)
+        with pytest.raises(SixfoldError, match=r"reset the cache|a state beside its attention"):
+            cache.recover()
+        cache.reset()
+        again, fresh = steps_of(model, cache, ids, *two.split(1, 1)), cache_for(model, True)
+        assert torch.equal(again, steps_of(model, fresh, ids, *two.split(1, 1)))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_second_turn_after_decoding(name: str, mode: Any) -> None:
+    """Passes of one token, which change states in place, and of several, which replace them."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    one, cache, other = ids[:, :1], cache_for(model, True), DynamicCache(config=model.config)
+    turns = (ids, one, one, ids[:, :7], one, ids[:, :2], one)
+    with mode():
+        found = steps_of(model, cache, *turns)
+        assert cache.recover() == sum(turn.shape[1] for turn in turns)
+        expected = steps_of(model, other, *turns)
+    assert relative_error(found, expected) < 0.1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_that_are_looked_at_between_steps(name: str, mode: Any) -> None:
+    """By a user, while sequences are reordered, and by copies that go on from there."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    one, cache = ids[:, :1], cache_for(model, True)
+    with mode():
+        steps_of(model, cache, ids, one)
+        expected = steps_of(model, cache.fork(), one, one)
+        copied = pickle.loads(pickle.dumps(cache))
+        assert relative_error(steps_of(model, copied, one, one), expected) < 1e-5
+        for _ in range(2):
+            for index, layer in enumerate(cache.layers):
+                for number in getattr(layer, "has_previous_state", {}):
+                    cache.get_conv_state(index, number)
+                    cache.get_recurrent_state(index, number)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            found = steps_of(model, cache, one)
+    assert cache.recover() == ids.shape[1] + 3
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [slice(None), slice(1)], ids=["all", "first"])
+@pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "DeepseekV32ForCausalLM"])
+def test_layers_kept_uncompressed_that_hold_more_count(name: str, kept: slice) -> None:
+    """Transformers' own layers with states or an indexer beside keys and values."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    model.set_attn_implementation("eager")
+    layers = range(len(TurboQuantCache(model.config, 8).layers))
+    cache = TurboQuantCache(model.config, 8, skip_layers=layers[kept])
+    steps_of(model, cache, ids)
+    assert cache.recover() == ids.shape[1]
+    assert lengths(cache) == [ids.shape[1]] * len(layers)
+    hook = model.get_decoder().layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        steps_of(model, cache, ids)
+    hook.remove()
+    with pytest.raises(SixfoldError, match="interrupted"):
+        steps_of(model, cache, ids)
+    try:
+        assert cache.recover() == ids.shape[1]
+    except SixfoldError:
+        assert name.startswith("Falcon")
+        cache.reset()
+    fresh = TurboQuantCache(model.config, 8, skip_layers=layers[kept])
+    for one in (fresh,) if cache.get_seq_length() else (fresh, cache):
+        steps_of(model, one, ids)
+    found, expected = (steps_of(model, one, ids[:, :1]) for one in (cache, fresh))
+    assert relative_error(found, expected) < 1e-5
 
 
 @both_modes

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.arguments import shown, whole
+from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
@@ -53,7 +54,8 @@ class StaticLayer:
             raise SixfoldError(
                 f"a static cache is made of codes, and this layer's {layer.held} tokens are still "
                 "too few: prefill a page and the recent window first, "
-                f"{layer.policy.recent_window + PAGE_TOKENS} tokens or more."
+                f"{layer.policy.recent_window + PAGE_TOKENS} tokens or more, of every sequence "
+                f"{layer.policy.sink_tokens + MIN_TOKENS} or more beside its padding."
             )
         if max_tokens < layer.held:
             raise SixfoldError(

@@ -35,6 +35,7 @@ from sixfold.integrations.transformers.convert import convert_layers
 from sixfold.integrations.transformers.devices import execution_device, layer_devices
 from sixfold.integrations.transformers.layer import MOST_REPEATS, TurboQuantLayer, forked
 from sixfold.integrations.transformers.layers import (
+    CrossAttentionLayer,
     cache_layer,
     check_crop,
     check_dtype,
@@ -43,6 +44,7 @@ from sixfold.integrations.transformers.layers import (
     move_layer,
     repeat_sequences,
     select_sequences,
+    sequences,
     static_layer,
     uncompressed_bytes,
 )
@@ -250,6 +252,9 @@ class TurboQuantCache(Cache):
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
+        if isinstance(layer, CrossAttentionLayer):
+            before = self._pass.before
+            layer.arrived(self._text if before is None else before, key_states.shape[2])
         return updated
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
@@ -288,6 +293,29 @@ class TurboQuantCache(Cache):
             self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A convolution state, which a model may change in place; None of a layer without tokens.
+
+        Raises:
+            SixfoldError: A forward pass was interrupted after it had changed states in place.
+        """
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return self._lent(layer_idx, "conv", state_idx, state)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """A recurrent state, which a model may change in place; None of a layer without tokens.
+
+        Raises:
+            SixfoldError: A forward pass was interrupted after it had changed states in place.
+        """
+        state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return self._lent(layer_idx, "recurrent", state_idx, state)
+
+    def _lent(self, layer: int, kind: str, number: int, state: Tensor | None) -> Tensor | None:
+        if not torch.compiler.is_compiling():
+            self._pass.lend(self.layers, self._number(layer), kind, number, state)
+        return state
+
     def recover(self) -> int:
         """Forget what an interrupted forward pass has added, and only that.
 
@@ -305,21 +333,32 @@ class TurboQuantCache(Cache):
                 replaced the one before): `reset`, and prefill again. Nothing is changed.
         """
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
-        if not (length := common_length(growing)):
+        if not (length := self._text):
             self.reset()
             return 0
         ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
-        if self._pass.states and not self._pass.complete(self.layers):
+        if self._pass.spoiled(self.layers):
             raise SixfoldError(
                 "convolution and recurrent states that a forward pass has replaced are gone: "
                 "reset the cache, and prefill again."
             )
         for layer, surplus in ahead:
             layer.crop(-surplus)
+        self._keep_text(length)
         self._pass.restart()
         return length
+
+    @property
+    def _text(self) -> int:
+        """Tokens of the text that every layer can have seen."""
+        return common_length([self.layers[i] for i in self._pass.growing])
+
+    def _keep_text(self, tokens: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, CrossAttentionLayer):
+                layer.keep_text(tokens)
 
     def reset(self) -> None:
         """Forget every token."""
@@ -473,6 +512,7 @@ class TurboQuantCache(Cache):
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
         super().crop(tokens_to_remove)
+        self._keep_text(self._text)
         self._pass.restart()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -505,10 +545,9 @@ class TurboQuantCache(Cache):
             repeat_sequences(layer, repeats)
 
     def _rows(self, name: str, value: Any) -> Tensor:
-        stores = [layer.store for layer in self.compressed_layers]
-        batches = [len(store.padding) for store in stores if store is not None]
+        batch = next(filter(None, map(sequences, self.layers)), None)
         # A cache without tokens has no sequences that could be missed.
-        return checked_rows(name, value, batches[0]) if batches else value
+        return value if batch is None else checked_rows(name, value, batch)
 
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied.
@@ -519,7 +558,7 @@ class TurboQuantCache(Cache):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [forked(layer) for layer in self.layers]
-        twin._pass = self._pass.copy()
+        twin._pass = self._pass.copy(self.layers)
         return twin
 
     def static(self, max_tokens: int) -> "TurboQuantCache":
@@ -639,7 +678,9 @@ class TurboQuantCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
-        return {**self.__dict__, "_model": None, "_prompt": None}
+        # Nor can states that it has read be told from its copies.
+        own = {"_model": None, "_prompt": None, "_pass": self._pass.copy(self.layers)}
+        return {**self.__dict__, **own}
 
 
 @untraced

@@ -145,4 +145,9 @@ def _padding(mask: Tensor, batch: int, tokens: int) -> Tensor:
             f"attention_mask: expected [{batch}, {tokens}], a row for every sequence and a column "
             f"for every token of the cache, got {list(mask.shape)} on {mask.device}."
         )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise SixfoldError(
+            "attention_mask: expected 1 for every token and 0 for padding, as tokenizers give it, "
+            "got other numbers: pass the mask of two axes, not the additive one of attention."
+        )
     return (mask.to(torch.int64).cumsum(1) == 0).sum(1)

@@ -26,10 +26,30 @@ from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 
 
 class CrossAttentionLayer(DynamicLayer):
-    """Keys and values of something else than the text, such as an image."""
+    """Keys and values of something else than the text, such as an image.
+
+    Attributes:
+        parts: After how many tokens of the text each arrived, and how many keys it has. What a
+            file or another cache has brought is not among them.
+    """
+
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def arrived(self, after: int, keys: int) -> None:
+        """Note that `update` has added `keys` keys after so many tokens of the text."""
+        self.parts = (*self.parts, (after, keys))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing: the tokens that are forgotten are the text's."""
+
+    def keep_text(self, tokens: int) -> None:
+        """Forget what arrived after the first `tokens` tokens of the text."""
+        gone = sum(keys for after, keys in self.parts if after >= tokens)
+        self.parts = tuple(part for part in self.parts if part[0] < tokens)
+        if not tokens or gone == self.get_seq_length():
+            self.reset()
+        else:
+            super().crop(-gone)
 
 
 def static_layer(layer: Any, max_tokens: int) -> StaticTurboQuantLayer:
@@ -183,6 +203,15 @@ def check_dtype(layer: Any, keys: Tensor) -> None:
             f"this layer holds keys of {held.dtype}, got {keys.dtype}: convert what it holds, as "
             f"cache.to(dtype={keys.dtype}) does, when the dtype of the model changes."
         )
+
+
+def sequences(layer: Any) -> int:
+    """How many sequences a layer holds; 0 of an empty one."""
+    if isinstance(layer, TurboQuantLayer):
+        return len(layer.store.padding) if layer.store is not None else 0
+    states = (x for kind in STATES for x in getattr(layer, kind, {}).values())
+    held = (getattr(layer, "keys", None), *states)
+    return next((len(x) for x in held if isinstance(x, Tensor) and x.numel()), 0)
 
 
 def check_crop(layer: Any, tokens_to_remove: int) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sixfold.arguments import shown
-from sixfold.cache import KeyMaps
+from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.integrations.transformers.checks import model_layers
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.kernels.types import KeyMap
+from sixfold.packing import PAGE_TOKENS
 
 
 def pin(layers: Sequence[Any], maps: Any) -> None:
@@ -73,11 +74,14 @@ def maps_in_use(layers: Sequence[Any]) -> dict[int, KeyMap]:
         if key_map is None:
             raise SixfoldError(
                 f"layer {number} has no key map yet, after {layer.get_seq_length()} tokens: one is "
-                "fitted when the first page of 64 tokens leaves the recent window, which happens "
-                "where the tokens are attended."
+                f"fitted when {_needed(layer.policy)} tokens have been attended."
             )
         found[number] = key_map
     return found
+
+
+def _needed(policy: CachePolicy) -> int:
+    return max(policy.recent_window + PAGE_TOKENS, policy.least_tokens)
 
 
 def _numbers(layers: Sequence[Any]) -> set[int]:

@@ -3,12 +3,17 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.layers import CrossAttentionLayer
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 
+# Numbers of a state that are compared where nothing else tells that it was changed.
+_SAMPLE = 64
 _HOW = (
     "a forward pass was interrupted between layers. Call cache.recover() to forget what it added, "
     "then repeat it; or cache.reset(), and prefill again."
@@ -24,7 +29,8 @@ class ForwardPass:
     Attributes:
         growing: Layers that hold every token of the text, or the last ones of it.
         reached: Layers of those that the pass has added its tokens to.
-        states: Convolution and recurrent states that it has replaced.
+        states: Convolution and recurrent states that it has replaced, or changed in place.
+        lent: States that a model has read and may change in place, and what tells if it did.
         before: Tokens that layers held before the pass; None until it reaches one that counts them.
         tokens: Tokens that the pass adds to each; None likewise.
         started: Whether there were states to continue, as far as is known.
@@ -36,14 +42,23 @@ class ForwardPass:
 
     def restart(self) -> None:
         """Take what the layers hold as it is: the next update begins a pass."""
+        self.lent: dict[tuple[int, str, int], tuple[Tensor, int | Tensor]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self.reached: set[int] = set()
         self.states: set[tuple[int, str, int]] = set()
         self.before: int | None = None
         self.tokens: int | None = None
         self.started: bool | None = None
 
-    def copy(self) -> "ForwardPass":
-        """Another of the same state, for a fork of the cache."""
+    def copy(self, layers: Sequence[Any]) -> "ForwardPass":
+        """Another of the same state, for a fork of the cache, whose states are tensors of its own.
+
+        Raises:
+            SixfoldError: A pass has begun after one that was interrupted.
+        """
+        self._settle(layers)
         twin = ForwardPass(self.growing)
         twin.reached, twin.states = set(self.reached), set(self.states)
         twin.before, twin.tokens, twin.started = self.before, self.tokens, self.started
@@ -55,6 +70,7 @@ class ForwardPass:
         Raises:
             SixfoldError: Layers differ in what they have seen.
         """
+        self._settle(layers)
         if index not in self.growing:
             return
         if index in self.reached:
@@ -87,6 +103,34 @@ class ForwardPass:
         Raises:
             SixfoldError: Layers differ in what they have seen.
         """
+        # However often a pass changes it, it counts once.
+        self.lent.pop((index, kind, number), None)
+        self._settle(layers)
+        self._enter_state(layers, index, kind, number)
+
+    def lend(
+        self, layers: Sequence[Any], index: int, kind: str, number: int, state: Tensor | None
+    ) -> None:
+        """Note that a model reads a state: in a step of one token many change it in place.
+
+        Raises:
+            SixfoldError: One was changed in place for a second time, and the pass that changed it
+                for the first time was interrupted.
+        """
+        self._settle(layers)
+        if state is not None:
+            self.lent[index, kind, number] = state, _mark(state)
+
+    def _settle(self, layers: Sequence[Any]) -> None:
+        """Count states that have been changed in place."""
+        for key in self._changed():
+            self._enter_state(layers, *key)
+            self.lent.pop(key, None)
+
+    def _changed(self) -> list[tuple[int, str, int]]:
+        return [key for key, (state, mark) in self.lent.items() if not _unchanged(state, mark)]
+
+    def _enter_state(self, layers: Sequence[Any], index: int, kind: str, number: int) -> None:
         if (index, kind, number) in self.states:
             self._next(layers)
         # Only the convolution says whether it has seen tokens.
@@ -102,10 +146,10 @@ class ForwardPass:
         """Begin a pass; the one before must have left no layer behind."""
         static = any(isinstance(layers[i], StaticTurboQuantLayer) for i in self.growing)
         if static or self.states:
-            self.check_complete(layers)
+            self._check_complete(layers)
         else:
             self._check_lengths(layers)
-        self.restart()
+        self._begin()
 
     def check_complete(self, layers: Sequence[Any]) -> None:
         """Refuse layers of which a forward pass has reached some only.
@@ -113,13 +157,25 @@ class ForwardPass:
         Raises:
             SixfoldError: They are such.
         """
-        if (self.reached or self.states) and not self.complete(layers):
+        self._settle(layers)
+        self._check_complete(layers)
+
+    def _check_complete(self, layers: Sequence[Any]) -> None:
+        if (self.reached or self.states) and not self._complete(layers):
             raise SixfoldError(f"the last forward pass has not reached all layers: {_HOW}")
         self._check_lengths(layers)
 
-    def complete(self, layers: Sequence[Any]) -> bool:
+    def spoiled(self, layers: Sequence[Any]) -> bool:
+        """Whether states were replaced, or changed, by a pass that has not reached all layers."""
+        changed = set(self._changed())
+        # Those of a pass that is complete were counted when the next one began.
+        return bool(changed & self.states) or (
+            bool(changed | self.states) and not self._complete(layers)
+        )
+
+    def _complete(self, layers: Sequence[Any]) -> bool:
         """Whether the pass has reached every layer that had seen tokens before it."""
-        replaced = {index for index, _, _ in self.states}
+        replaced = {index for index, _, _ in (*self.states, *self._changed())}
         behind = any(i not in self.reached and _length(layers[i]) for i in self.growing)
         # Layers before the last that was reached may have changed their states in place.
         last = max(self.reached | replaced, default=-1)
@@ -147,7 +203,7 @@ def common_length(layers: Sequence[Any]) -> int:
 
 def grows(layer: Any) -> bool:
     """Whether a layer counts the tokens of the text."""
-    plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = isinstance(layer, DynamicLayer) and not isinstance(layer, CrossAttentionLayer)
     return isinstance(layer, TurboQuantLayer) or plain
 
 
@@ -161,3 +217,19 @@ def _length(layer: Any) -> int:
 
 def _started(layer: Any) -> bool:
     return any(getattr(layer, "has_previous_state", {}).values())
+
+
+def _mark(state: Tensor) -> int | Tensor:
+    """What tells whether a tensor was changed since: how often PyTorch has seen it change."""
+    if not state.is_inference():
+        return state._version
+    # Inference mode does not count. A step changes nearly all numbers of a state.
+    step = max(1, state.numel() // _SAMPLE)
+    return state.detach().reshape(-1)[::step].clone()
+
+
+def _unchanged(state: Tensor, mark: int | Tensor) -> bool:
+    found = _mark(state)
+    if isinstance(mark, Tensor) and isinstance(found, Tensor):
+        return torch.equal(found, mark)
+    return found is mark or found == mark

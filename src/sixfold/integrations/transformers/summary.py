@@ -9,6 +9,7 @@ from sixfold.cache import cache_nbytes, uncompressed_nbytes
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.config import layer_shapes
 from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.passes import grows
 
 LONG_CONTEXT = 32768
 """Tokens of a long context: windows in full precision and tables hardly count there."""
@@ -31,9 +32,8 @@ def long_ratio(
 
 def summary(cache: Any) -> str:
     """Widths, layers, tokens and bytes of a `TurboQuantCache` in one line."""
-    held = cache.compressed_layers
-    tokens = int(held[0].get_seq_length()) if held else 0
-    parts = [_widths(held), f"{len(cache.layers)} layers"]
+    tokens = max((int(x.get_seq_length()) for x in cache.layers if grows(x)), default=0)
+    parts = [_widths(cache.compressed_layers), f"{len(cache.layers)} layers"]
     parts.append(
         f"{tokens:,} tokens in {cache.nbytes / 1e6:.1f} MB "
         f"instead of {cache.uncompressed_nbytes / 1e6:.1f} MB"
