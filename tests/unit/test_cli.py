@@ -127,12 +127,16 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_word() -> None:
 def test_what_is_waited_for_is_said_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for terminal in ("0", "1"):
-        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
-        monkeypatch.setenv("TTY_INTERACTIVE", terminal)
-        with waiting("reading 3 tokens") as stop:
-            stop()
-        assert ("reading 3 tokens" in capsys.readouterr().err) == (terminal == "1")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with waiting("reading 3 tokens") as stop:
+        stop()
+    assert capsys.readouterr().err == ""
+    # Which rich takes for a terminal as well.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with waiting("reading 3 tokens") as stop:
+        stop()
+    assert "reading 3 tokens" in capsys.readouterr().err
 
 
 def test_sizes() -> None:

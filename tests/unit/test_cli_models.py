@@ -131,7 +131,12 @@ def test_generate_applies_the_chat_template(model_dir: Path, tmp_path: Path) -> 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     """The message ended where a list began."""
     tiny_model().save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "hi"])
+    arguments = ["generate", str(tmp_path), "--prompt", "hi"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("expected tokenizer.json\n")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "cannot read the tokenizer of" in result.stderr
     assert not result.stderr.rstrip().endswith(":")
@@ -189,7 +194,7 @@ def test_eval_perplexity_draws_what_costs_nothing(model_dir: Path, tmp_path: Pat
     """All of so short a text is exact: a logarithm of its KL warned."""
     options = ("--bits", 4, "--window", 64, "--windows", 1, "--plot", tmp_path / "out.svg")
     run("eval", "perplexity", model_dir, *options, "--json", tmp_path / "out.json")
-    assert read(tmp_path / "out.json")["rows"]["4"]["kl"]["mean"] == 0
+    assert read(tmp_path / "out.json")["rows"]["4"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert "<svg" in (tmp_path / "out.svg").read_text()
 
 

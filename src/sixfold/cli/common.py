@@ -188,12 +188,24 @@ def load_model(
     else:
         with unreadable("the model", name):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto").eval()
+        _check_tokenizer(Path(name))
         with unreadable("the tokenizer of", name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     # As a plain module: transformers wraps `to` in a type that hides its argument.
     module: torch.nn.Module = model
     module.to(place)
     return model, tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Say what is missing; transformers says what it could convert if it were there.
+
+    Raises:
+        SixfoldError: The folder has none of the files that a tokenizer is read from.
+    """
+    names = ("*token*", "vocab*", "*.model")
+    if folder.is_dir() and not any(next(folder.glob(name), None) for name in names):
+        raise SixfoldError(f"there is no tokenizer in {str(folder)!r}: expected tokenizer.json")
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def _draw(
                 [one.layer for one in line], [one.kl.mean for one in line], ".-", label=f"{width:g}"
             )
         axis.set(title=f"KL, nats: {side} of one layer", xlabel="layer", yscale="log")
+        axis.locator_params(axis="x", integer=True)
     # What the sides cost is to be compared.
     axes[1].sharey(axes[0])
     axes[0].autoscale()
