@@ -35,6 +35,7 @@ from sixfold.eval import machine
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "src" / "sixfold" / "eval" / "embedded"
 CONTENDERS = ("auto", "fp8", "SIXFOLD_4BIT", "SIXFOLD_3BIT")
+CODED = ("SIXFOLD_4BIT:trellis", "SIXFOLD_3BIT:trellis")
 # Attention has the shapes of Llama 3 8B, all else is small: what is measured is the cache.
 SHAPE = {
     "vocab_size": 1024,
@@ -57,18 +58,21 @@ DIMS = [64, 128, 256]
 
 
 def options_of(contender: str) -> dict[str, Any]:
-    """What vLLM is told."""
-    if contender.startswith("SIXFOLD"):
-        return {"attention_backend": contender}
-    return {"kv_cache_dtype": contender}
+    """What vLLM is told: a backend, with a code after a colon, or a dtype of its own cache."""
+    backend, _, code = contender.partition(":")
+    if not backend.startswith("SIXFOLD"):
+        return {"kv_cache_dtype": backend}
+    options: dict[str, Any] = {"attention_backend": backend}
+    return options | ({"additional_config": {"sixfold": {"code": code}}} if code else {})
 
 
 def bytes_a_token(contender: str, dim: int) -> float:
     """Of a key and a value of one head, scales included."""
     from sixfold.integrations.vllm.names import WIDTHS, token_nbytes
 
-    if contender in WIDTHS:
-        return token_nbytes(WIDTHS[contender], dim, dim)
+    backend = contender.partition(":")[0]
+    if backend in WIDTHS:
+        return token_nbytes(WIDTHS[backend], dim, dim)
     return {"auto": 4.0, "fp8": 2.0}[contender] * dim
 
 
@@ -112,7 +116,8 @@ def server(
     command += ["--max-model-len", "8192", "--max-num-seqs", "64", "--block-size", "64"]
     command += ["--no-enable-prefix-caching"]
     for name, value in options_of(contender).items():
-        command += [f"--{name.replace('_', '-')}", value]
+        text = value if isinstance(value, str) else json.dumps(value)
+        command += [f"--{name.replace('_', '-')}", text]
     if blocks is not None:
         command += ["--num-gpu-blocks-override", str(blocks)]
     environment = {
@@ -334,7 +339,8 @@ def _parsed() -> argparse.Namespace:
     three.add_argument("--json", type=Path, required=True)
     for kind in (one, two):
         kind.add_argument("--json", type=Path)
-        kind.add_argument("--contenders", type=lambda x: x.split(","), default=list(CONTENDERS))
+        names = CONTENDERS if kind is one else (*CONTENDERS, *CODED)
+        kind.add_argument("--contenders", type=lambda x: x.split(","), default=list(names))
     return parser.parse_args()
 
 

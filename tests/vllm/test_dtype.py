@@ -46,7 +46,7 @@ def test_a_dtype_is_the_same_as_the_backend_that_it_names(
     run = {"prompts": [text[:n] for n in (60, 300)], "max_tokens": 20, "logprobs": -1}
     dtype = job(run, max_logprobs=-1, kv_cache_dtype="sixfold_3_5bit")
     backend = job(run, max_logprobs=-1, attention_backend="SIXFOLD_3_5BIT")
-    assert "Sixfold: 4 layers at 3.5 bits" in dtype["log"]
+    assert "Sixfold: 4 layers at 3.5 bits (codebook)" in dtype["log"]
     assert "was tested with vLLM" not in dtype["log"]
     assert (dtype["blocks"], dtype["block_size"]) == (backend["blocks"], backend["block_size"])
     for x, y in zip(dtype["runs"][0], backend["runs"][0], strict=True):
@@ -101,7 +101,7 @@ def test_a_server_answers_with_no_other_switch(newer: None, mode: str, tmp_path:
     said = (tmp_path / "log").read_text()
     assert answer is not None, said[-3000:]
     assert answer["usage"]["completion_tokens"] == 90
-    assert "Sixfold: 4 layers at 4 bits" in said
+    assert "Sixfold: 4 layers at 4 bits (codebook)" in said
 
 
 def _asked(address: str, process: "subprocess.Popen[bytes]") -> Any:

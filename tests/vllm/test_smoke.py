@@ -60,7 +60,8 @@ def test_capacity_is_the_ratio_of_bytes_to_one_block(base: Any, ours: Any) -> No
 
 def test_the_log_says_what_is_served(ours: Any) -> None:
     assert (
-        "Sixfold: 4 layers at 4 bits, 68 bytes a token and KV head (bfloat16: 256)" in ours["log"]
+        "Sixfold: 4 layers at 4 bits (codebook), 68 bytes a token and KV head (bfloat16: 256)"
+        in ours["log"]
     )
 
 

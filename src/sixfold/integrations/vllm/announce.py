@@ -34,11 +34,12 @@ def announce(
     most = sum(x.nbytes for x in (*layer.copies, *layer.sinks)) * layers
     gpu = device.type != "cpu"
     logger.info(
-        "Sixfold: %d layers at %g bits, %d bytes a token and KV head (%s: %d), %.2f times the "
+        "Sixfold: %d layers at %g bits (%s), %d bytes a token and KV head (%s: %d), %.2f times the "
         "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request, %s "
         "%s MiB in all (--max-num-seqs).",
         layers,
         impl.bits,
+        " and ".join(sorted({layer.code.keys.code, layer.code.values.code})),
         content,
         str(dtype).removeprefix("torch."),
         raw,

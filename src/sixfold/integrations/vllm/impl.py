@@ -12,9 +12,9 @@ from sixfold.cache.engine import EngineLayer
 from sixfold.cache.step import Step
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.beside import Beside, scratch_blocks
-from sixfold.integrations.vllm.names import Options, policy
+from sixfold.integrations.vllm.names import CODE, Options, policy
 from sixfold.integrations.vllm.sharing import overlap
-from sixfold.kernels.types import KeyMap, Pool
+from sixfold.kernels.types import CodeName, KeyMap, Pool
 from sixfold.packing import Bits
 
 
@@ -75,6 +75,7 @@ class SixfoldImpl(AttentionImpl):
         device: torch.device,
         key_map: KeyMap | None,
         *,
+        code: CodeName = CODE,
         refit: bool = True,
     ) -> None:
         """Begin without any sequence, in the memory of before where there is some."""
@@ -85,7 +86,7 @@ class SixfoldImpl(AttentionImpl):
                 f"of {self.head_size} on GPUs: serve this model without --attention-backend."
             )
         self.layer = EngineLayer(
-            policy(self.bits, self.head_size, value_dim, beside.sink_tokens),
+            policy(self.bits, self.head_size, value_dim, beside.sink_tokens, code),
             self.num_kv_heads,
             self.head_size,
             value_dim,
@@ -178,8 +179,9 @@ def reserve(impl: SixfoldImpl, vllm_config: Any, device: torch.device) -> None:
     from sixfold.integrations.vllm.prefill_cuda import scratch
 
     dtype = vllm_config.model_config.dtype
-    beside = Beside.of(vllm_config, Options.read(vllm_config.additional_config), gpu=True)
+    options = Options.read(vllm_config.additional_config)
+    beside = Beside.of(vllm_config, options, gpu=True)
     # Tables of codes are made on the host, whatever the device of the model that is loaded.
     with torch.device("cpu"):
-        impl.open(impl.head_size, beside, dtype, device, None)
+        impl.open(impl.head_size, beside, dtype, device, None, code=options.code)
     scratch(scratch_blocks(vllm_config), impl.num_kv_heads, impl.head_size, dtype, device)

@@ -64,11 +64,11 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
         self.sinks = SinkRows(requests, beside.sink_rows) if options.sink_tokens else None
         self.sink_tokens = options.sink_tokens
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        refit = not uncompressed(vllm_config)
-        dtype = vllm_config.model_config.dtype
+        dtype, value_dim = vllm_config.model_config.dtype, kv_cache_spec.head_size_v
+        how = {"code": options.code, "refit": not uncompressed(vllm_config)}
         for name, layer in layers.items():
             found = _map_of(maps, name, layer.impl.num_kv_heads, vllm_config)
-            layer.impl.open(kv_cache_spec.head_size_v, beside, dtype, device, found, refit=refit)
+            layer.impl.open(value_dim, beside, dtype, device, found, **how)
         impls = [layer.impl for layer in layers.values()]
         everyone = get_layers_from_vllm_config(vllm_config, Attention)
         ours = [x.impl for x in everyone.values() if isinstance(x.impl, SixfoldImpl)]

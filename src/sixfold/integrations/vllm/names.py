@@ -4,13 +4,14 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from sixfold.arguments import shown, whole
+from sixfold.arguments import choice, shown, whole
 from sixfold.cache.code import page_code
 from sixfold.cache.engine import page_nbytes
 from sixfold.cache.policy import CachePolicy
 from sixfold.errors import SixfoldError
+from sixfold.kernels.types import CodeName
 from sixfold.packing import PAGE_TOKENS, Bits
 
 # vLLM groups layers by the class of their backend, so each width is one of its own.
@@ -23,6 +24,8 @@ WIDTHS: dict[str, Bits] = {
     "SIXFOLD_2BIT": 2,
 }
 SECTION = "sixfold"
+# A prompt waits until its pages are encoded, and a trellis takes longer (docs/vllm.md).
+CODE: CodeName = "codebook"
 # Minor versions of vLLM that the tests run with.
 TESTED = ("0.32", "0.33")
 
@@ -32,20 +35,28 @@ def cache_dtype(name: str) -> str:
     return name.lower()
 
 
-def policy(bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0) -> CachePolicy:
-    """How a layer of vLLM is coded."""
-    dims = [(key_dim, value_dim)]
-    # What was measured under load; a trellis takes longer to encode, and no server has been timed.
-    return CachePolicy.spending(
-        bits, dims, sink_tokens=sink_tokens, recent_window=0, code="codebook"
+def policy(
+    bits: Bits, key_dim: int, value_dim: int, sink_tokens: int = 0, code: CodeName = CODE
+) -> CachePolicy:
+    """How a layer of vLLM is coded: in as many bytes with one code as with the other.
+
+    vLLM asks how large a block is before there are options. Heads of an odd multiple of 8
+    coordinates, of which pages of a trellis are smaller, have a codebook in either case.
+    """
+    dims = key_dim, value_dim
+    chosen, usual = (
+        CachePolicy.spending(bits, [dims], sink_tokens=sink_tokens, recent_window=0, code=each)
+        for each in (code, CODE)
     )
+    same = page_nbytes(page_code(chosen, *dims)) == page_nbytes(page_code(usual, *dims))
+    return chosen if same else usual
 
 
 def token_nbytes(bits: Bits, key_dim: int, value_dim: int) -> int:
     """Bytes of a key and a value of one head in a block, scales included."""
-    code = page_code(policy(bits, key_dim, value_dim), key_dim, value_dim)
-    content, rest = divmod(page_nbytes(code), PAGE_TOKENS)
-    assert not rest, (bits, key_dim, value_dim)
+    dims = key_dim, value_dim
+    content, rest = divmod(page_nbytes(page_code(policy(bits, *dims), *dims)), PAGE_TOKENS)
+    assert not rest, (bits, *dims)
     return content
 
 
@@ -58,11 +69,13 @@ class Options:
             each layer fits its own to the first tokens that the engine sees.
         sink_tokens: First tokens of every sequence that are kept uncompressed beside their codes.
         recent_window: 64: so is the last full page of every running request. 0: it is not.
+        code: See `sixfold.CachePolicy`.
     """
 
     key_map: str | None = None
     sink_tokens: int = 4
     recent_window: int = PAGE_TOKENS
+    code: CodeName = CODE
 
     @classmethod
     def read(cls, additional_config: Any) -> Self:
@@ -107,4 +120,9 @@ class Options:
                 f'additional_config["{SECTION}"]["recent_window"]: expected 0 or {PAGE_TOKENS} '
                 f"tokens, got {shown(recent)}"
             )
-        return cls(key_map, sinks, recent)
+        code = choice(
+            f'additional_config["{SECTION}"]["code"]',
+            given.get("code", cls.code),
+            get_args(CodeName),
+        )
+        return cls(key_map, sinks, recent, code)
