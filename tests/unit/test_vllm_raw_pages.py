@@ -204,7 +204,7 @@ class TestOptions:
             ({"sink_tokens": 65}, "sink_tokens"),
             ({"recent_window": 32}, "expected 0 or 64 tokens, got 32"),
             ({"recent_window": False}, "expected 0 or 64"),
-            ({"code": "trelis"}, r"code.* must be one of \('codebook', 'trellis'\), got 'trelis'"),
+            ({"code": "trelis"}, r"code.* must be one of 'codebook', 'trellis', got 'trelis'"),
             ({"code": None}, "must be one of"),
         ],
         ids=str,

@@ -50,6 +50,32 @@ def ours(job: Job, prompts: list[list[int]], text: list[int]) -> Any:
     )
 
 
+def test_blocks_of_trellis_codes(
+    job: Job, base: Any, ours: Any, prompts: list[list[int]], text: list[int]
+) -> None:
+    """As many of them, and less is lost."""
+    scored = {"prompts": prompts, "max_tokens": 4, "prompt_logprobs": -1}
+    decoded = {"prompts": [text[:n] for n in (70, 300)], "max_tokens": 70, "logprobs": -1}
+    found = job(
+        scored,
+        decoded,
+        attention_backend="SIXFOLD_4BIT",
+        additional_config={"sixfold": {"code": "trellis"}},
+        max_num_batched_tokens=64,
+        **EVERYTHING,
+    )
+    assert "Sixfold: 4 layers at 4 bits (trellis), 68 bytes a token" in found["log"]
+    assert found["capacity"] == ours["capacity"]
+
+    def lost(served: Any) -> float:
+        pairs = zip(base["runs"][0], served["runs"][0], strict=True)
+        return sum(float(divergence(*(one["prompt_logprobs"] for one in pair))) for pair in pairs)
+
+    assert lost(found) < 0.9 * lost(ours)
+    for one, other in zip(found["runs"][1], ours["runs"][1], strict=False):
+        assert divergence_of_answers(one, other) < 5e-3
+
+
 def test_capacity_is_the_ratio_of_bytes_to_one_block(base: Any, ours: Any) -> None:
     block = ours["block_size"]
     layer = page_nbytes(page_code(policy(4, DIM, DIM), DIM, DIM)) * KV_HEADS * (block // 64)
