@@ -96,9 +96,9 @@ def test_a_layer_beside_a_cache_that_is_not_ours_keeps_its_first_map(
     for impl in engine.impls:
         opened = impl.open
 
-        def opening(*given: Any, refit: bool, opened: Any = opened) -> None:
-            asked.append(refit)
-            opened(*given, refit=refit)
+        def opening(*given: Any, opened: Any = opened, **how: Any) -> None:
+            asked.append(how["refit"])
+            opened(*given, **how)
 
         monkeypatch.setattr(impl, "open", opening)
     monkeypatch.setattr(metadata, "uncompressed", lambda config: ["mamba"])
