@@ -232,4 +232,4 @@ def _unchanged(state: Tensor, mark: int | Tensor) -> bool:
     found = _mark(state)
     if isinstance(mark, Tensor) and isinstance(found, Tensor):
         return torch.equal(found, mark)
-    return found is mark or found == mark
+    return type(found) is type(mark) is int and found == mark
