@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sixfold import TurboQuantCache
@@ -277,3 +277,37 @@ def test_weights_that_are_nowhere(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TurboQuantCache.load(tmp_path / "again", fresh_model("llama-64"))
+
+
+class Packed(nn.Module):
+    """A layer that keeps its weights where neither parameters nor buffers are."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            # Newer versions of torch would have such tensors come from elsewhere.
+            warnings.simplefilter("ignore")
+            self.packed = (torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self.packed
+
+
+class Scaled(nn.Module):
+    """One that says in words of its own what else it keeps."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scales = weight
+
+    def get_extra_state(self) -> Any:
+        return {"scales": [self.scales], "bits": 4}
+
+
+@pytest.mark.parametrize("kind", [Packed, Scaled])
+def test_weights_that_are_no_parameters_count(kind: type[nn.Module]) -> None:
+    weight = torch.linspace(-5, 5, 64)
+    model, same, other = kind(weight), kind(weight.clone()), kind(-weight)
+    assert weights_digest(model) == weights_digest(same)
+    assert weights_digest(model) != weights_digest(other)

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,8 @@ def weights_digest(
     model: nn.Module, prompt: nn.Module | None = None, kind: str = _ALL
 ) -> str | None:
     """A digest of every byte of every parameter and persistent buffer, and of active adapters.
+
+    Tensors that modules save beside those (packed weights, scales of quantized ones) count too.
 
     Those of `prompt`, which computes tokens that are in every cache of the model, count as well.
 
@@ -99,10 +101,10 @@ def _first_numbers_digest(model: nn.Module) -> str | None:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Name and value of every parameter and persistent buffer; None where there is no value."""
+    """Name and value of every tensor of a model's state; None where there is no value."""
     for prefix, module in model.named_modules():
         with _present(module):
-            for name, tensor in _own_weights(module):
+            for name, tensor in (*_own_weights(module), *_packed_weights(module)):
                 readable = tensor.device.type != "meta"
                 yield f"{prefix}.{name}" if prefix else name, tensor.detach() if readable else None
 
@@ -113,6 +115,29 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in sorted({**module._parameters, **buffers}.items()):
         if tensor is not None:
             yield name, tensor
+
+
+def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a module keeps in a form of its own, as quantized ones do."""
+    own = type(module)
+    plain = own._save_to_state_dict is nn.Module._save_to_state_dict
+    if plain and own.get_extra_state is nn.Module.get_extra_state:
+        return
+    saved: dict[str, Any] = {}
+    # What `state_dict` asks of each module.
+    module._save_to_state_dict(saved, "", False)
+    known = {name for name, _ in _own_weights(module)}
+    for name in sorted(saved.keys() - known):
+        for index, tensor in enumerate(_tensors(saved[name])):
+            yield f"{name}[{index}]", tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(one)
 
 
 def _present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
