@@ -166,6 +166,18 @@ def device(value: Any) -> torch.device:
     raise SixfoldError(f"device must be a torch.device or its name, got {shown(value)}")
 
 
+def float_dtype(value: Any) -> torch.dtype:
+    """A dtype that tokens may have.
+
+    Raises:
+        SixfoldError: It is none of them.
+    """
+    if isinstance(value, torch.dtype) and value in FLOATS:
+        return value
+    expected = ", ".join(map(str, FLOATS))
+    raise SixfoldError(f"dtype must be one of {expected}, got {shown(value)}")
+
+
 def dense(name: str, x: Any) -> None:
     """Refuse what is no plain tensor: another type, or one whose numbers lie otherwise.
 

@@ -155,6 +155,9 @@ def test_another_dtype() -> None:
     forward(model, cache, data, 0, 200)
     with pytest.raises(ShapeError, match=r"torch\.float32.*torch\.bfloat16"):
         forward(model.bfloat16(), cache, data, 200, data.prompt)
+    for dtype in (torch.int8, torch.complex64):
+        with pytest.raises(SixfoldError, match=r"one of torch\.float16, torch\.bf.*, got torch\."):
+            cache.to(dtype=dtype)
 
 
 def test_attention_that_computes_with_cached_tensors() -> None:

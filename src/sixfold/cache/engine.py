@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, MOST_COORDINATES, dense, floating, shown, whole
+from sixfold.arguments import MOST_COORDINATES, dense, float_dtype, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.cache.code import Code, page_code
 from sixfold.cache.fill import Fill
@@ -161,8 +161,7 @@ class EngineLayer:
             key_map = key_map.to(device)
         if sliding_window is not None:
             sliding_window = whole("sliding_window", sliding_window, 1)
-        if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
-            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
+        dtype = float_dtype(dtype)
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = page_code(policy, key_dim, value_dim)
         with torch.inference_mode(False):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, floating, shown, whole
+from sixfold.arguments import FLOATS, float_dtype, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
@@ -348,8 +348,8 @@ class CompressedLayer:
             dtype: Of tokens that are not compressed; as it is by default.
         """
         device = checked_device(device)
-        if dtype is not None and dtype not in FLOATS:
-            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
+        if dtype is not None:
+            dtype = float_dtype(dtype)
         moved = self.fork()
         moved.window, moved.padding = self.window.to(device, dtype), self.padding.to(device)
         if self.query_energy is not None:

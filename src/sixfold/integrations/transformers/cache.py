@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold.arguments import FLOATS, dense, flag, shown, whole
+from sixfold.arguments import dense, flag, float_dtype, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import path as checked_path
 from sixfold.arguments import rows as checked_rows
@@ -670,8 +670,8 @@ class TurboQuantCache(Cache):
             non_blocking: Ignored; hosts pass it.
         """
         target = None if device is None else checked_device(device)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
-            raise SixfoldError(f"dtype must be one of {FLOATS}, got {shown(dtype)}")
+        if dtype is not None:
+            dtype = float_dtype(dtype)
         for layer in self.layers:
             move_layer(layer, target, dtype)
         return self
