@@ -1,6 +1,7 @@
 """Notices a forward pass that was interrupted between layers, before it makes anything wrong."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sixfold.integrations.transformers.layers import CrossAttentionLayer
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 
 # Numbers of a state that are compared where nothing else tells that it was changed.
-_SAMPLE = 64
+_SAMPLE = 256
 _HOW = (
     "a forward pass was interrupted between layers. Call cache.recover() to forget what it added, "
     "then repeat it; or cache.reset(), and prefill again."
@@ -223,9 +224,22 @@ def _mark(state: Tensor) -> int | Tensor:
     """What tells whether a tensor was changed since: how often PyTorch has seen it change."""
     if not state.is_inference():
         return state._version
-    # Inference mode does not count. A step changes nearly all numbers of a state.
-    step = max(1, state.numel() // _SAMPLE)
-    return state.detach().reshape(-1)[::step].clone()
+    # Inference mode does not count.
+    return state.detach().take(_places(state.numel(), state.device))
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, device: torch.device) -> Tensor:
+    """Where a state of so many numbers is looked at: at no steps that an axis could share.
+
+    A step may change one column of each channel only, as a window over the last tokens moves on,
+    and equal tokens leave the others as they are.
+    """
+    if count <= _SAMPLE:
+        return torch.arange(count, device=device)
+    golden = (5**0.5 - 1) / 2
+    turns = torch.arange(_SAMPLE, dtype=torch.float64) * golden % 1
+    return (turns * count).long().to(device)
 
 
 def _unchanged(state: Tensor, mark: int | Tensor) -> bool:
