@@ -11,10 +11,10 @@ import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
-from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.storage import KIND
-from sixfold.io import open_container
+from sixfold.io import open_container, write_container
 from tests.e2e.decoding import batch, decode, forward, fused_cache, relative_error
 from tests.e2e.models import fresh_model, tiny_model
 from tools.sweep_architectures import ERROR, MARGIN, PerturbedCache, architectures, build
@@ -112,7 +112,9 @@ def test_what_is_done_to_the_text_leaves_the_image(mllama: PreTrainedModel, fuse
 
 
 @both_modes
-def test_an_image_goes_with_the_text_that_brought_it(mllama: PreTrainedModel, fused: bool) -> None:
+def test_an_image_goes_with_the_text_that_brought_it(
+    mllama: PreTrainedModel, fused: bool, tmp_path: Path
+) -> None:
     """Whether the text is cropped, or a pass was interrupted after it had stored the image."""
     ids, patches = tokens(2, 204), torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
     image = {"cross_attention_states": patches}
@@ -135,7 +137,9 @@ def test_an_image_goes_with_the_text_that_brought_it(mllama: PreTrainedModel, fu
     assert cache.recover() == 180
     assert lengths(cache) == [180, 0, 180]
     assert relative_error(step(mllama, cache, ids[:, 180:200], **image), expected) < TOLERANCE
-    for layer in (cache, twin := cache.fork()):
+    cache.save(tmp_path / "image.sixfold")
+    loaded = TurboQuantCache.load(tmp_path / "image.sixfold", mllama)
+    for layer in (cache, twin := cache.fork(), loaded):
         layer.crop(-19)
         assert lengths(layer) == [181, 9, 181]
         layer.crop(-1)
@@ -146,6 +150,29 @@ def test_an_image_goes_with_the_text_that_brought_it(mllama: PreTrainedModel, fu
     step(mllama, cache, ids[:, :20], **image)
     cache.crop(-20)
     assert lengths(cache) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [None, 9, [[180]], [[180, 10]], [[200, 9]], [[-1, 9]], [["1", 9]], [[180, 5], [100, 4]]],
+    ids=str,
+)
+def test_an_image_that_cannot_have_arrived_so(
+    mllama: PreTrainedModel, parts: Any, tmp_path: Path
+) -> None:
+    ids, path = tokens(2, 200), tmp_path / "image.sixfold"
+    patches = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+    cache = make(mllama, fused=True)
+    step(mllama, cache, ids[:, :180])
+    step(mllama, cache, ids[:, 180:], cross_attention_states=patches)
+    cache.save(path)
+    with open_container(path, KIND) as container:
+        description, tensors = container.description, container.read()
+    assert description["layers"][1]["parts"] == [[180, 9]]
+    description["layers"][1]["parts"] = parts
+    write_container(path, KIND, description, tensors)
+    with pytest.raises(FormatError, match="its description is wrong"):
+        TurboQuantCache.load(path, mllama)
 
 
 # States and indexers

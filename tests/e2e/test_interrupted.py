@@ -1,6 +1,10 @@
 """A forward pass that stops between layers: the cache refuses to go on wrongly, and recovers."""
 
+import os
 import pickle
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.combined import held_beside
 from sixfold.integrations.transformers.keyword import cache_argument
+from sixfold.integrations.transformers.layer import TurboQuantLayer
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
 from tests.e2e.models import ARCHITECTURES, WINDOW, fresh_model
+from tests.versions import traces_models
 from tools.sweep_architectures import architectures, build
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
@@ -185,8 +192,15 @@ def test_states_that_a_step_changes_in_place(
         with pytest.raises(Stopped):
             steps_of(model, cache, one)
         hook.remove()
-        for attempt in (steps_of, lambda *_: cache.save("never")):
-            with pytest.raises(SixfoldError, match="interrupted"):
+        # What recorded its past can be cropped, but to what nobody knows.
+        cache.activate_past_recording()
+        for attempt in (
+            steps_of,
+            lambda *_: cache.save("never"),
+            lambda *_: cache.crop(0),
+            lambda *_: cache.crop(-1),
+        ):
+            with pytest.raises(SixfoldError, match=r"interrupted|crop|a state beside|recurrent"):
                 attempt(model, cache, one)
         with pytest.raises(SixfoldError, match=r"reset the cache|a state beside its attention"):
             cache.recover()
@@ -207,6 +221,104 @@ def test_a_second_turn_after_decoding(name: str, mode: Any) -> None:
         assert cache.recover() == sum(turn.shape[1] for turn in turns)
         expected = steps_of(model, other, *turns)
     assert relative_error(found, expected) < 0.1
+
+
+@pytest.mark.parametrize("then", ["again", "recover"])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "name",
+    ["lfm2", *(pytest.param(x, marks=pytest.mark.slow) for x in [*HYBRIDS, "JambaForCausalLM"])],
+)
+def test_a_pass_that_stops_anywhere(name: str, mode: Any, tokens: int, then: str) -> None:
+    """Before or after any module: it cannot be repeated, or rightly so, or was over."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    new = ids[:, 9 : 9 + tokens]
+    with mode():
+        begun = cache_for(model, True)
+        steps_of(model, begun, ids, *ids[:, 7:9].split(1, 1))
+        expected, outcomes = steps_of(model, done := begun.fork(), new), Counter[str]()
+        for module in list(model.modules())[1:]:
+            for register in (module.register_forward_pre_hook, module.register_forward_hook):
+                cache, hook = begun.fork(), register(stop)
+                stopped = stops(model, cache, new)
+                hook.remove()
+                if stopped and not same_contents(cache, done):
+                    untouched = same_contents(cache, begun)
+                    found = repeated(model, cache, new, expected, then == "recover")
+                    outcomes[f"untouched, {found}" if untouched else found] += 1
+    assert outcomes.keys() == {"untouched, right", "refused"}, outcomes
+
+
+def stops(model: PreTrainedModel, cache: TurboQuantCache, ids: Tensor) -> bool:
+    try:
+        steps_of(model, cache, ids)
+    except Stopped:
+        return True
+    return False
+
+
+def same_contents(a: TurboQuantCache, b: TurboQuantCache) -> bool:
+    """Whether both have seen as many tokens, and have the same states."""
+    return all(
+        held.keys() == other.keys() and all(torch.equal(held[name], other[name]) for name in held)
+        for held, other in zip(map(held_of, a.layers), map(held_of, b.layers), strict=True)
+    )
+
+
+def held_of(layer: Any) -> dict[str, Tensor]:
+    counted = isinstance(layer, TurboQuantLayer)
+    return {"tokens": torch.tensor(layer.get_seq_length() if counted else 0), **held_beside(layer)}
+
+
+def repeated(
+    model: PreTrainedModel, cache: TurboQuantCache, ids: Tensor, expected: Tensor, recover: bool
+) -> str:
+    """What comes of a pass that has stopped and is called again."""
+    try:
+        if recover:
+            cache.recover()
+        found = steps_of(model, cache, ids)
+    except SixfoldError:
+        return "refused"
+    return "right" if relative_error(found, expected) < 1e-5 else "wrong"
+
+
+@torch.no_grad()
+def compiled_and_not(name: str) -> str:
+    """Passes of which some are compiled, and one of those that is interrupted."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 2)
+    compiled = torch.compile(model, backend="eager")
+    cache, plain, seen = cache_for(model, True), cache_for(model, True), 0
+    for run, count in ((compiled, 20), (model, 1), (model, 3), (compiled, 1), (compiled, 5)):
+        new = ids[:, seen : seen + count]
+        if relative_error(steps_of(run, cache, new), steps_of(model, plain, new)) > 1e-4:
+            return f"wrong after {seen} tokens"
+        seen += count
+    cache.compressed_layers[0].update = stop
+    if not stops(compiled, cache, new):
+        return "not interrupted"
+    del cache.compressed_layers[0].update
+    return repeated(compiled, cache, new, new, recover=False)
+
+
+@traces_models
+@pytest.mark.parametrize(
+    "name", ["lfm2", pytest.param("Zamba2ForCausalLM", marks=pytest.mark.slow)]
+)
+def test_states_of_compiled_passes(name: str) -> None:
+    # A process of its own: shape checks and what torch compiles do not mix.
+    code = f"from tests.e2e.test_interrupted import compiled_and_not as c; print(c({name!r}))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAXTYPING_DISABLE": "1"},
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["refused"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

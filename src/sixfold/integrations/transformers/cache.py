@@ -274,9 +274,7 @@ class TurboQuantCache(Cache):
             SixfoldError: A forward pass was interrupted, the layer has no such state, or it is no
                 dense tensor.
         """
-        if not torch.compiler.is_compiling():
-            layer_idx = self._with_states(layer_idx, state_idx, conv_states)
-            self._pass.enter_state(self.layers, layer_idx, "conv", state_idx)
+        self._enter_state(layer_idx, "conv", state_idx, conv_states)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def update_recurrent_state(
@@ -288,9 +286,7 @@ class TurboQuantCache(Cache):
             SixfoldError: A forward pass was interrupted, the layer has no such state, or it is no
                 dense tensor.
         """
-        if not torch.compiler.is_compiling():
-            layer_idx = self._with_states(layer_idx, state_idx, recurrent_states)
-            self._pass.enter_state(self.layers, layer_idx, "recurrent", state_idx)
+        self._enter_state(layer_idx, "recurrent", state_idx, recurrent_states)
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -300,7 +296,8 @@ class TurboQuantCache(Cache):
             SixfoldError: A forward pass was interrupted after it had changed states in place.
         """
         state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
-        return self._lent(layer_idx, "conv", state_idx, state)
+        self._lend(layer_idx, "conv", state_idx, state)
+        return state
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """A recurrent state, which a model may change in place; None of a layer without tokens.
@@ -309,12 +306,18 @@ class TurboQuantCache(Cache):
             SixfoldError: A forward pass was interrupted after it had changed states in place.
         """
         state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
-        return self._lent(layer_idx, "recurrent", state_idx, state)
-
-    def _lent(self, layer: int, kind: str, number: int, state: Tensor | None) -> Tensor | None:
-        if not torch.compiler.is_compiling():
-            self._pass.lend(self.layers, self._number(layer), kind, number, state)
+        self._lend(layer_idx, "recurrent", state_idx, state)
         return state
+
+    # What a pass has done is Python's business, also where a model is compiled.
+    @untraced
+    def _enter_state(self, layer: int, kind: str, number: int, state: Tensor) -> None:
+        layer = self._with_states(layer, number, state)
+        self._pass.enter_state(self.layers, layer, kind, number)
+
+    @untraced
+    def _lend(self, layer: int, kind: str, number: int, state: Tensor | None) -> None:
+        self._pass.lend(self.layers, self._number(layer), kind, number, state)
 
     def recover(self) -> int:
         """Forget what an interrupted forward pass has added, and only that.
@@ -339,16 +342,19 @@ class TurboQuantCache(Cache):
         ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
-        if self._pass.spoiled(self.layers):
-            raise SixfoldError(
-                "convolution and recurrent states that a forward pass has replaced are gone: "
-                "reset the cache, and prefill again."
-            )
+        self._check_states()
         for layer, surplus in ahead:
             layer.crop(-surplus)
         self._keep_text(length)
         self._pass.restart()
         return length
+
+    def _check_states(self) -> None:
+        if self._pass.spoiled(self.layers):
+            raise SixfoldError(
+                "convolution and recurrent states that an interrupted forward pass has replaced "
+                "are gone: reset the cache, and prefill again."
+            )
 
     @property
     def _text(self) -> int:
@@ -504,13 +510,18 @@ class TurboQuantCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens in every layer, or in none.
 
+        An image goes with the tokens that brought it. One that `from_cache` has taken over counts
+        as the first token's.
+
         Raises:
-            SixfoldError: The number is positive, a sliding window or a convolution has moved on, or
-                a layer's recurrent state cannot be taken back.
+            SixfoldError: The number is positive, a sliding window or a convolution has moved on, a
+                layer's recurrent state cannot be taken back, or a forward pass that was interrupted
+                has changed states.
         """
         tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -(2**63))
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
+        self._check_states()
         super().crop(tokens_to_remove)
         self._keep_text(self._text)
         self._pass.restart()

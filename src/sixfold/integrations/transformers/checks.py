@@ -73,6 +73,7 @@ def expected_layers(
     """
     expected: dict[str, TensorSpec] = {}
     sizes: dict[str, set[int]] = {"sequences": set(), "tokens": set()}
+    arrivals: list[int] = []
     for index, (layer, policy, own) in enumerate(zip(layers, policies, model, strict=True)):
         try:
             specs, batch, tokens = _layer(layer, policy, own)
@@ -81,10 +82,13 @@ def expected_layers(
         if specs:
             sizes["sequences"].add(batch)
             sizes["tokens"] |= {tokens} if own.attends else set()
+            arrivals += [after for after, _ in layer.get("parts", [])] if own.cross else []
         expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
     for name, found in sizes.items():
         if len(found) > 1:
             raise ValueError(f"its layers hold different numbers of {name}: {sorted(found)}")
+    if arrivals and max(arrivals) >= max(sizes["tokens"], default=0):
+        raise ValueError(f"something arrived after {max(arrivals)} tokens of fewer")
     return expected
 
 
@@ -132,11 +136,23 @@ def _check_dense(
         raise ValueError(f"expected a value for every key, alike, got {dict(specs)}")
     _check_shape((keys.shape[1], keys.shape[3], values.shape[3]), own.shape)
     if own.cross:
+        _check_parts(layer.get("parts", []), keys.shape[2])
         return
     window = length if own.sliding_window is None else min(length, own.sliding_window - 1)
     least = length if own.sliding_window is None else window
     if not least <= keys.shape[2] <= length:
         raise ValueError(f"it has seen {length} tokens and holds {keys.shape[2]}")
+
+
+def _check_parts(parts: Any, held: int) -> None:
+    """Refuse what is no list of [tokens of the text before, keys], in order, of `held` keys."""
+    if type(parts) is not list or not all(type(x) is list and len(x) == 2 for x in parts):
+        raise TypeError(f"expected pairs, got parts {parts!r}")
+    numbers = [n for part in parts for n in part]
+    after = numbers[::2]
+    valid = all(type(n) is int and 0 <= n <= MOST for n in numbers) and after == sorted(after)
+    if not valid or sum(numbers[1::2]) > held:
+        raise ValueError(f"parts {parts} do not fit {held} keys")
 
 
 def _check_states(

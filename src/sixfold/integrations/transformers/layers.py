@@ -29,8 +29,8 @@ class CrossAttentionLayer(DynamicLayer):
     """Keys and values of something else than the text, such as an image.
 
     Attributes:
-        parts: After how many tokens of the text each arrived, and how many keys it has. What a
-            file or another cache has brought is not among them.
+        parts: After how many tokens of the text each arrived, and how many keys it has. What
+            another cache has brought is not among them.
     """
 
     parts: tuple[tuple[int, int], ...] = ()

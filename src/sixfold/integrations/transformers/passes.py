@@ -176,12 +176,14 @@ class ForwardPass:
 
     def _complete(self, layers: Sequence[Any]) -> bool:
         """Whether the pass has reached every layer that had seen tokens before it."""
-        replaced = {index for index, _, _ in (*self.states, *self._changed())}
+        replaced = self.states.union(self._changed())
         behind = any(i not in self.reached and _length(layers[i]) for i in self.growing)
+        if not replaced:
+            return not behind
         # Layers before the last that was reached may have changed their states in place.
-        last = max(self.reached | replaced, default=-1)
+        last = max(self.reached.union(index for index, _, _ in replaced))
         skipped = any(map(_started, layers[last + 1 :]))
-        return not behind and not (replaced and skipped)
+        return not behind and not skipped and _states_due(layers, last) <= replaced
 
     def _check_lengths(self, layers: Sequence[Any]) -> None:
         # What a pass has reached, every length checked on the way, needs no second look.
@@ -218,6 +220,25 @@ def _length(layer: Any) -> int:
 
 def _started(layer: Any) -> bool:
     return any(getattr(layer, "has_previous_state", {}).values())
+
+
+def _states_due(layers: Sequence[Any], index: int) -> set[tuple[int, str, int]]:
+    """States that a pass gives a layer: those it has, and those that all others of its kind have.
+
+    In its first pass it has none before it gets them.
+    """
+    held = [(i, _states(layer)) for i, layer in enumerate(layers) if _started(layer)]
+    others = [states for i, states in held if i != index]
+    due = dict(held).get(index)
+    if due is None:
+        return set()
+    due = due | set.intersection(*others) if others else due
+    return {(index, *state) for state in due}
+
+
+def _states(layer: Any) -> set[tuple[str, int]]:
+    kinds = {"conv": layer.conv_states, "recurrent": layer.recurrent_states}
+    return {(kind, i) for kind, states in kinds.items() for i, x in states.items() if x is not None}
 
 
 def _mark(state: Tensor) -> int | Tensor:

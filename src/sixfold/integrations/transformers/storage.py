@@ -112,6 +112,8 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
     elif tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
         layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if isinstance(layer, CrossAttentionLayer):
+            layer.parts = tuple((after, keys) for after, keys in description.get("parts", []))
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = description["length"]
 
@@ -173,7 +175,10 @@ def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, tensor in tensors.items():
         check_finite(name, tensor)
     length = layer.get_seq_length() if isinstance(layer, DynamicLayer) else 0
-    return {"policy": None, "tensors": _specs(tensors), "length": length}, tensors
+    described = {"policy": None, "tensors": _specs(tensors), "length": length}
+    if isinstance(layer, CrossAttentionLayer):
+        described["parts"] = [list(part) for part in layer.parts]
+    return described, tensors
 
 
 def _specs(tensors: dict[str, Tensor]) -> dict[str, Any]:

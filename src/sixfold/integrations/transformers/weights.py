@@ -25,7 +25,9 @@ _ADAPTERS = ("active_adapters", "disable_adapters", "scaling")
 def weights_digest(
     model: nn.Module, prompt: nn.Module | None = None, kind: str = _ALL
 ) -> str | None:
-    """A digest of every byte of every parameter and persistent buffer, and of active adapters.
+    """A digest of every byte of every parameter and persistent buffer, and of adapters.
+
+    All adapters that a model holds count, and which of them are active.
 
     Tensors that modules save beside those (packed weights, scales of quantized ones) count too.
 
