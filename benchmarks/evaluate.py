@@ -3,7 +3,7 @@
     python -m benchmarks.evaluate --directory DIR --file TEXT    # on a model of your own
 
 Perplexity, KL to the uncompressed model, true bytes and needles found of every cache, as tables for
-docs/evaluation.md. Where bytes are counted the models run in float16, in which KV caches are kept,
+docs/evaluation.md. Where bytes are counted the models run in 16 bits, in which KV caches are kept,
 so that scales and windows have the bytes they have in practice.
 """
 
@@ -42,6 +42,7 @@ from sixfold.integrations.transformers.summary import LONG_CONTEXT
 
 BITS = (4, 3.5, 3, 2.5, 2)
 PARTS = ("caches", "needles")
+DTYPES = ("float16", "bfloat16")
 CHUNK = 64
 DETECTION_TOKENS = 1500
 # Everything in codes, as in peers that keep no tokens in full precision.
@@ -92,12 +93,12 @@ MODELS = {
 }
 
 
-def directory(path: Path, text: Path) -> Subject:
-    """A model saved by transformers, in float16, and a file that it reads."""
+def directory(path: Path, text: Path, dtype: torch.dtype = torch.float16) -> Subject:
+    """A model saved by transformers, and a file that it reads."""
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         # Not cast afterwards: rotary frequencies stay in float32 so.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(path)
 
     return Subject(path.name, load, partial(text.read_text, encoding="utf-8"))
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--directory", type=Path, help="a model saved by transformers, instead")
     parser.add_argument("--file", type=Path, help="text for it")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of that model")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--tokens", type=int, default=768, help="of a window")
@@ -182,7 +184,9 @@ def main() -> None:
     logging.disable_progress_bar()
     subjects = {name: MODELS[name] for name in arguments.models}
     if arguments.directory is not None:
-        subjects = {arguments.directory.name: directory(arguments.directory, arguments.file)}
+        dtype = getattr(torch, arguments.dtype)
+        own = directory(arguments.directory, arguments.file, dtype)
+        subjects = {arguments.directory.name: own}
     for name, subject in subjects.items():
         print(subject.title)
         if "caches" in arguments.parts:

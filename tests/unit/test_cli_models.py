@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, Cache, DynamicCache, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from sixfold.cli import demo as demo_command
@@ -161,6 +161,25 @@ def test_eval_perplexity_says_what_few_windows_are_worth(model_dir: Path, tmp_pa
     windows = read(tmp_path / "out.json")["rows"]["4"]["windows"]
     assert f"The text holds {windows} of the 8 windows" in said
     assert "Intervals of fewer than 4 windows say little" in said
+
+
+def test_eval_perplexity_that_is_stopped(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def uncompressed(model: PreTrainedModel) -> Cache:
+        made.append(model)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return DynamicCache(config=model.config)
+
+    monkeypatch.setattr("sixfold.eval.perplexity.uncompressed", uncompressed)
+    options = ("--bits", 4, "--window", 256, "--windows", 2, "--json", tmp_path / "out.json")
+    result = CliRunner().invoke(app, [str(x) for x in ("eval", "perplexity", model_dir, *options)])
+    assert result.exit_code == 130
+    assert "Stopped after 1 of 2 windows." in result.stdout
+    assert read(tmp_path / "out.json")["rows"]["4"]["windows"] == 1
 
 
 def test_eval_perplexity_shows_bits_of_long_contexts(model_dir: Path, tmp_path: Path) -> None:

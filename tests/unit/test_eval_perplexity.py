@@ -69,6 +69,27 @@ def test_perplexity_and_loss_increase_agree(found: dict[str, CacheComparison]) -
     assert two.perplexity_change.mean == pytest.approx(math.expm1(ratio), rel=0.1)
 
 
+@pytest.mark.parametrize("partial", [True, False])
+def test_an_interrupt_leaves_what_was_measured(
+    windows: torch.Tensor, found: dict[str, CacheComparison], partial: bool
+) -> None:
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done > total * 0.8:
+            raise KeyboardInterrupt
+
+    def read(count: int) -> CacheComparison:
+        caches = {"2": compressed(2)}
+        options = {"prefill": PREFILL, "progress": interrupt, "partial": partial}
+        return compare_caches(tiny_model(), windows[:count], caches, **options)["2"]
+
+    if partial:
+        assert read(2).windows == 1
+        assert read(2).kl_by_window == found["2"].kl_by_window[:1]
+    for count in (1,) if partial else (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            read(count)
+
+
 def test_progress_counts_up_to_the_total(windows: torch.Tensor) -> None:
     seen: list[tuple[int, int, str]] = []
     compare_caches(

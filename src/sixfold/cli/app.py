@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from sixfold import __version__
 from sixfold.cli.bench import bench
+from sixfold.cli.common import INTERRUPTED
 from sixfold.cli.demo import demo
 from sixfold.cli.doctor import doctor
 from sixfold.cli.evaluation import app as evaluation
@@ -25,7 +26,7 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             print("sixfold: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from error
+            raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError:
             # Whoever reads has enough, such as `head`: click ends without a word.
             raise

@@ -42,6 +42,8 @@ class Dtype(StrEnum):
 
 
 UNCOMPRESSED_BITS = 16
+# What shells give a command that Ctrl-C has ended.
+INTERRUPTED = 130
 PICTURES = (".png", ".svg", ".pdf")
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -123,8 +123,9 @@ class _Lines:
         if now - self.said < SECONDS_BETWEEN_LINES:
             return
         self.said = now
-        spent = timedelta(seconds=round(now - self.begun))
-        line = f"{self.label}: {done:,} of {total:,} steps in {spent}, the last of {name}"
+        spent = now - self.begun
+        took, left = (timedelta(seconds=round(s)) for s in (spent, spent * (total - done) / done))
+        line = f"{self.label}: {done:,} of {total:,} steps in {took}, {left} left; at {name}"
         self.console.print(line, markup=False, soft_wrap=True)
 
 

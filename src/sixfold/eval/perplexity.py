@@ -7,7 +7,7 @@ uncompressed cache takes the same chunks, and the two next-token distributions a
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ def compare_caches(
     prefill_chunk: int | None = None,
     chunk: int = 64,
     progress: Progress = no_progress,
+    partial: bool = False,
 ) -> dict[str, CacheComparison]:
     """Measure several caches against the uncompressed model on the same text.
 
@@ -123,12 +124,14 @@ def compare_caches(
         prefill_chunk: Tokens a forward pass of those; all at once by default.
         chunk: Tokens a forward pass after that. Those of one chunk see each other exactly.
         progress: Called after every prefill and chunk of every cache.
+        partial: Whether an interrupt (Ctrl-C) gives what windows before it have shown.
 
     Returns:
         The comparison for every name.
 
     Raises:
         SixfoldError: Nothing is left to score after the prefill.
+        KeyboardInterrupt: As always, or in the first window.
     """
     if not 0 < prefill < windows.shape[1] - 1:
         raise SixfoldError(
@@ -138,7 +141,9 @@ def compare_caches(
     tallies = {name: _Tally() for name in caches}
     starts = range(prefill, windows.shape[1] - 1, chunk)
     steps = Steps(progress, len(windows) * (1 + len(starts)) * (1 + len(caches)))
-    for window in windows:
+
+    def read(window: Int[Tensor, " tokens"]) -> dict[str, _Tally]:
+        found = {name: _Tally(windows=1) for name in caches}
         exact, held = uncompressed(model), {name: make(model) for name, make in caches.items()}
         for name, cache in ((UNCOMPRESSED, exact), *held.items()):
             fill(model, window[:prefill], cache, prefill_chunk)
@@ -148,16 +153,28 @@ def compare_caches(
             reference = _log_probabilities(model, ids, exact)
             steps.done(UNCOMPRESSED)
             for name, cache in held.items():
-                tallies[name].add(reference, _log_probabilities(model, ids, cache), targets)
+                found[name].add(reference, _log_probabilities(model, ids, cache), targets)
                 steps.done(name)
         for name, cache in held.items():
-            tallies[name].close_window(held_bytes(cache), half_precision_bytes(exact))
+            found[name].nbytes = held_bytes(cache)
+            found[name].plain_bytes = half_precision_bytes(exact)
+        return found
+
+    for number, window in enumerate(windows):
+        try:
+            found = read(window)
+        except KeyboardInterrupt:
+            if partial and number:
+                break
+            raise
+        for name, tally in tallies.items():
+            tally.extend(found[name])
     return {name: tally.summary() for name, tally in tallies.items()}
 
 
 @dataclass
 class _Tally:
-    """Per-token values of the window under way, and those of the windows before it."""
+    """Per-token values of windows, one after the other."""
 
     loss: list[Tensor] = field(default_factory=list)
     reference_loss: list[Tensor] = field(default_factory=list)
@@ -179,10 +196,9 @@ class _Tally:
         self.kl.append((reference.exp() * (reference - candidate)).sum(1))
         self.agrees.append((reference.argmax(1) == candidate.argmax(1)).float())
 
-    def close_window(self, nbytes: int, plain_bytes: int) -> None:
-        self.nbytes += nbytes
-        self.plain_bytes += plain_bytes
-        self.windows += 1
+    def extend(self, other: "_Tally") -> None:
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def _by_window(self, values: list[Tensor]) -> Float[Tensor, "windows tokens"]:
         return torch.cat(values).view(self.windows, -1).double().cpu()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sixfold.cli.common import (
+    INTERRUPTED,
     BitsOption,
     DtypeOption,
     JsonOption,
@@ -50,7 +51,8 @@ def perplexity(
     """Perplexity and KL to the uncompressed model, with the history read from codes.
 
     Rows are sorted by the bits held per value of 32,768 tokens, windows and scales included; ± is
-    half a 95% interval of the mean over windows, and changes are paired window by window.
+    half a 95% interval of the mean over windows, and changes are paired window by window. Ctrl-C
+    ends it with the windows that are complete.
     """
     output, text = Output(json), read_text(file)
     caches = contenders(parse_bits(bits), against, fused=not dequantize)
@@ -58,7 +60,13 @@ def perplexity(
     ids = windows_of(tokenizer, text, window, windows)
     with progress_bar("reading text") as progress:
         found = compare_caches(
-            model, ids, caches, prefill=prefill or window // 2, chunk=chunk, progress=progress
+            model,
+            ids,
+            caches,
+            prefill=prefill or window // 2,
+            chunk=chunk,
+            progress=progress,
+            partial=True,
         )
     bits_long = {name: bits_per_value(model.config, make(model)) for name, make in caches.items()}
     ranked = sorted(found.items(), key=lambda row: -bits_long[row[0]])
@@ -70,7 +78,7 @@ def perplexity(
         [[*exact, *["-"] * 4], *(_cells(name, one, bits_long[name]) for name, one in ranked)],
     )
     output.say(f"Bits: per value of {LONG_CONTEXT:,} tokens (of this run). {WHY_TWO_NUMBERS}")
-    for note in _doubts(len(ids), windows):
+    for note in _doubts(first.windows, len(ids), windows):
         output.say(note)
     asked = {
         "window": window,
@@ -84,13 +92,17 @@ def perplexity(
     output.json({**described, "machine": machine.describe(), "asked": asked, "rows": rows})
     if plot_file is not None:
         _draw(model_name, found, bits_long, plot_file)
+    if first.windows < len(ids):
+        raise typer.Exit(INTERRUPTED)
 
 
-def _doubts(found: int, asked: int) -> Iterator[str]:
+def _doubts(read: int, found: int, asked: int) -> Iterator[str]:
     """What a reader of few windows should know."""
+    if read < found:
+        yield f"Stopped after {read} of {found} windows."
     if found < asked:
         yield f"The text holds {found} of the {asked} windows asked for: give a longer --file."
-    if found < FEW_WINDOWS:
+    if read < FEW_WINDOWS:
         yield f"Intervals of fewer than {FEW_WINDOWS} windows say little."
 
 
