@@ -34,7 +34,8 @@ class CompressedLayer:
     Tokens arrive by `append` in full precision and wait in the window. `attend` (or `dequantized`)
     reads everything held; `compress` turns what exceeds the recent window into pages of 64 tokens.
     Positions count from the oldest token still held. Window, prefix and runs are values, replaced
-    and never changed in place, so that forks can share them.
+    and never changed in place, so that forks can share them; and all that an operation replaces
+    changes in one step at its end, so that an interrupt leaves the layer as it was before or after.
 
     Attributes:
         policy: What is kept and at how many bits.
@@ -263,12 +264,18 @@ class CompressedLayer:
             part = self.window.slice(stop - run.tokens, stop)
             self.code.store(part.keys, part.values, run.slots, run.slab.pool, prefix.key_map)
         rest = self.window.copy_slice(pages * PAGE_TOKENS, self.window.tokens)
-        # Nothing above changed the history: an error on the way loses no token.
+        history = copy.copy(self.history)
         for run in runs:
-            self.history.push(run)
-        self.window, self.prefix, self.query_energy = rest.unmasked(), prefix, None
+            history.push(run)
         # Its tables at hand from now on, and counted as held.
-        self.code = self.code.on(self.padding.device)
+        code = self.code.on(self.padding.device)
+        self._become(
+            window=rest.unmasked(), history=history, prefix=prefix, query_energy=None, code=code
+        )
+
+    def _become(self, **held: Any) -> None:
+        """Hold these values instead, all of them in one step, which nothing can interrupt."""
+        self.__dict__.update(held)
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens; codes that stay are not touched.
@@ -282,12 +289,14 @@ class CompressedLayer:
             self.reset()
             return
         remaining = max(self.held - count, 0)
-        self.window = self.window.copy_slice(0, max(remaining - self.history.tokens, 0))
-        self.history.keep_first(remaining)
-        self.padding = self.padding.clamp(max=self.length)
-        if self.prefix is not None:
-            self.prefix = self.prefix.crop(remaining)
-        self._evict()
+        left, history = copy.copy(self), copy.copy(self.history)
+        history.keep_first(remaining)
+        left.window = self.window.copy_slice(0, max(remaining - self.history.tokens, 0))
+        left.history = history
+        left.padding = self.padding.clamp(max=self.evicted + remaining)
+        left.prefix = self.prefix and self.prefix.crop(remaining)
+        left._evict()
+        self._become(**left.__dict__)
 
     def check_crop(self, count: int) -> None:
         """Refuse what `crop` would; changes nothing.
@@ -306,11 +315,18 @@ class CompressedLayer:
 
     def reset(self) -> None:
         """Forget every token, and with them the sinks and a key map that was fitted to them."""
-        self.window = self.window.copy_slice(0, 0)
-        self.history.keep_first(0)
-        self.padding = torch.zeros_like(self.padding)
-        self.prefix, self.query_energy, self.evicted, self.detached = None, None, 0, False
-        self.code = self._new_code()
+        history = copy.copy(self.history)
+        history.keep_first(0)
+        self._become(
+            window=self.window.copy_slice(0, 0),
+            history=history,
+            padding=torch.zeros_like(self.padding),
+            prefix=None,
+            query_energy=None,
+            evicted=0,
+            detached=False,
+            code=self._new_code(),
+        )
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep, repeat or reorder sequences of the batch: codes are shared, not copied.
@@ -320,16 +336,21 @@ class CompressedLayer:
             OutOfRangeError: There is no such sequence.
         """
         rows = checked_rows("rows", rows, len(self.padding)).to(self.padding.device)
+        energy, history = self.query_energy, copy.copy(self.history)
+        history.select(rows)
         shrinks = len(rows) < len(self.padding)
-        self.window = self.window.select(rows)
-        self.padding = self.padding[rows]
-        if self.query_energy is not None:
-            self.query_energy = QueryEnergy(self.query_energy.squares[rows])
-        if self.prefix is not None:
-            self.prefix = self.prefix.select(rows)
-        self.history.select(rows)
+        self._become(
+            window=self.window.select(rows),
+            history=history,
+            padding=self.padding[rows],
+            prefix=self.prefix and self.prefix.select(rows),
+            query_energy=energy and QueryEnergy(energy.squares[rows]),
+        )
         if shrinks:
-            self.history.compact()
+            # Now that nobody but forks holds the pages of the others.
+            history = copy.copy(history)
+            history.compact()
+            self._become(history=history)
 
     def fork(self) -> "CompressedLayer":
         """A second history that starts from this one's tokens and shares its pages.
@@ -364,7 +385,7 @@ class CompressedLayer:
                 moved.prefix = dataclasses.replace(moved.prefix, key_map=key_map)
         moved.history.to(device)
         moved.code = self._new_code()
-        self.__dict__.update(moved.__dict__)
+        self._become(**moved.__dict__)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, shared coding tables included."""
@@ -440,13 +461,19 @@ class CompressedLayer:
         expired = self.held - self.visible
         if expired == 0:
             return
-        gone = self.history.drop_first(expired)
-        if self.history.tokens == 0 and expired > gone:
-            self.window = self.window.without_first(expired - gone)
+        window, history = self.window, copy.copy(self.history)
+        gone = history.drop_first(expired)
+        if history.tokens == 0 and expired > gone:
+            window = window.without_first(expired - gone)
             gone = expired
-        self.evicted += gone
-        if self.prefix is not None:
-            self.prefix = self.prefix.evict(gone)
+        if gone == 0:
+            return
+        self._become(
+            window=window,
+            history=history,
+            prefix=self.prefix and self.prefix.evict(gone),
+            evicted=self.evicted + gone,
+        )
 
 
 def _check_query(query: Any, keys: Tensor, held: int) -> None:

@@ -1,6 +1,7 @@
 """Who uses which slot of a slab: the one place that hands slots out."""
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -11,15 +12,12 @@ from torch import Tensor
 class Lease:
     """A table of slots in use: for as long as it lives, nobody else is given any of them."""
 
-    __slots__ = ("_owner", "slots")
+    __slots__ = ("__weakref__", "slots")
 
     def __init__(self, owner: "Slots", slots: Int64[Tensor, "batch pages"]) -> None:
-        self._owner = owner
         self.slots = slots
-        owner.tables[id(self)] = slots
-
-    def __del__(self) -> None:
-        self._owner.tables.pop(id(self), None)
+        # No `__del__`: a signal may interrupt one, and slots would stay in use for ever.
+        owner.leases.add(weakref.ref(self, owner.leases.discard))
 
 
 class Slots:
@@ -31,13 +29,13 @@ class Slots:
     the slab busy gets no slot of it, and takes a slab of its own.
 
     Attributes:
-        tables: Of the leases that live. Single steps of a dictionary need no lock.
+        leases: Those that live. Single steps of a set need no lock.
     """
 
     def __init__(self, capacity: int, used: int = 0) -> None:
         """`capacity` slots, the first `used` of which somebody holds already."""
         self.capacity = capacity
-        self.tables: dict[int, Tensor] = {}
+        self.leases: set[weakref.ref[Lease]] = set()
         self._used = used
         self._claiming = threading.Lock()
 
@@ -66,7 +64,7 @@ class Slots:
 
     def shared(self, lease: Lease) -> bool:
         """Whether there are other leases."""
-        return any(key != id(lease) for key in list(self.tables))
+        return any(x is not lease for x in self._living())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, whose memory others may write to, hands nothing out."""
@@ -79,6 +77,9 @@ class Slots:
             return torch.arange(self._used - count, self._used, device=device)
         self._used = self.capacity
         free = torch.ones(self.capacity, dtype=torch.bool, device=device)
-        for slots in list(self.tables.values()):
-            free[slots.flatten()] = False
+        for lease in self._living():
+            free[lease.slots.flatten()] = False
         return free.nonzero().flatten()[:count]
+
+    def _living(self) -> list[Lease]:
+        return [lease for x in list(self.leases) if (lease := x()) is not None]
