@@ -145,7 +145,7 @@ class Container:
         return tensors
 
     def _read(self, name: str, spec: TensorSpec) -> Tensor:
-        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cpu")
         # Read, not mapped: of a file that is cut meanwhile the mapped rest would kill the process.
         if self._handle.readinto(_bytes(tensor)) < spec.nbytes:
             raise FormatError(f"{self._path} was cut short while it was read: {name} is not whole.")

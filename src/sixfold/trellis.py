@@ -167,7 +167,7 @@ def quantile_codebook(states: int, multiplier: int, spread: float) -> Float32[Te
     normal, steps = NormalDist(0, spread), range(1, 2 * states, 2)
     quantiles = [multiplier * step % (2 * states) / (2 * states) for step in steps]
     levels = [round(normal.inv_cdf(quantile), _DIGITS) for quantile in quantiles]
-    return torch.tensor(levels, dtype=torch.float32)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(typed=True)

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
-from sixfold.errors import SixfoldError
+from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.combined import held_beside
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -341,6 +342,104 @@ def test_states_that_are_looked_at_between_steps(name: str, mode: Any) -> None:
             found = steps_of(model, cache, one)
     assert cache.recover() == ids.shape[1] + 3
     assert relative_error(found, expected) < 1e-5
+
+
+OPERATIONS = {
+    "batch_select_indices": torch.tensor([1, 0]),
+    "reorder_cache": torch.tensor([1, 0]),
+    "batch_repeat_interleave": 2,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", ["llama-64", "lfm2"])
+def test_an_operation_that_stops_between_layers(
+    name: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of equally many sequences look alike, in whatever order these are."""
+    model, ids = fresh_model(name), torch.arange(2, 42).repeat(2, 1)
+    cache = cache_for(model, True)
+    steps_of(model, cache, ids)
+    attention = cache.compressed_layers[-1]
+    monkeypatch.setattr(attention, operation, stop)
+    with pytest.raises(Stopped):
+        getattr(cache, operation)(OPERATIONS[operation])
+    monkeypatch.undo()
+    for attempt in (
+        lambda: steps_of(model, cache, ids[:, :1]),
+        lambda: cache.save("never"),
+        lambda: cache.crop(-1) if name == "llama-64" else cache.fork(),
+        cache.fork,
+        cache.recover,
+        lambda: getattr(cache, operation)(OPERATIONS[operation]),
+    ):
+        with pytest.raises(SixfoldError, match=f"{operation} was interrupted"):
+            attempt()
+    cache.reset()
+    fresh = cache_for(model, True)
+    assert torch.equal(steps_of(model, cache, ids), steps_of(model, fresh, ids))
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "FalconH1ForCausalLM"])
+@pytest.mark.parametrize("how", ["load", "pickle", "fork", "select", "reorder", "repeat", "from"])
+def test_states_copied_in_inference_mode(name: str, how: str, tmp_path: Path) -> None:
+    """Such copies may be changed in place outside of it."""
+    model, ids = hybrid(name), torch.arange(2, 42).repeat(2, 1)
+    one, cache = ids[:, :1], cache_for(model, True)
+    steps_of(model, cache, ids)
+    expected = steps_of(model, cache.fork(), one, one)
+    with torch.inference_mode():
+        if how == "load":
+            cache.save(tmp_path / "x")
+            cache = TurboQuantCache.load(tmp_path / "x", model)
+        elif how == "pickle":
+            cache = pickle.loads(pickle.dumps(cache))
+        elif how == "fork":
+            cache = cache.fork()
+        elif how == "select":
+            cache.batch_select_indices(torch.tensor([0, 1]))
+        elif how == "reorder":
+            cache.reorder_cache(torch.tensor([0, 1]))
+        elif how == "repeat":
+            cache.batch_repeat_interleave(1)
+        else:
+            dense = DynamicCache(config=model.config)
+            model.set_attn_implementation("eager")
+            steps_of(model, dense, ids)
+            cache = TurboQuantCache.from_cache(dense, model, 8)
+    assert relative_error(steps_of(model, cache, one, one), expected) < 1e-4
+    cache.reset()
+    steps_of(model, cache, ids, one)
+    assert cache.get_seq_length() == ids.shape[1] + 1
+
+
+def test_a_cache_filled_in_inference_mode_is_used_again() -> None:
+    model, ids = fresh_model("lfm2"), torch.arange(2, 42).repeat(2, 1)
+    cache, fresh = cache_for(model, True), cache_for(model, True)
+    with torch.inference_mode():
+        steps_of(model, cache, ids)
+    cache.reset()
+    both = [steps_of(model, one, ids, ids[:, :1]) for one in (cache, fresh)]
+    assert torch.equal(*both)
+
+
+def test_states_that_a_model_keeps_in_itself(tmp_path: Path) -> None:
+    model, ids = hybrid("RecurrentGemmaForCausalLM"), torch.arange(2, 42).repeat(2, 1)
+    cache = cache_for(model, True)
+    steps_of(model, cache, ids)
+    for operation in (
+        cache.fork,
+        cache.recover,
+        lambda: cache.crop(-1),
+        lambda: cache.save(tmp_path / "x"),
+        lambda: pickle.dumps(cache),
+        *(partial(getattr(cache, name), value) for name, value in OPERATIONS.items()),
+    ):
+        with pytest.raises(UnsupportedModelError, match="'recurrent_gemma' keep the states"):
+            operation()
+    cache.reset()
+    again, fresh = steps_of(model, cache, ids, ids[:, :1]), cache_for(model, True)
+    assert torch.equal(again, steps_of(model, fresh, ids, ids[:, :1]))
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(1)], ids=["all", "first"])

@@ -1,5 +1,6 @@
 """A file belongs to weights: all of them, wherever they lie, and to nothing else."""
 
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -305,7 +306,37 @@ class Scaled(nn.Module):
         return {"scales": [self.scales], "bits": 4}
 
 
-@pytest.mark.parametrize("kind", [Packed, Scaled])
+class Noted(Scaled):
+    """What it keeps is a number, within something that holds itself."""
+
+    def get_extra_state(self) -> Any:
+        found: list[Any] = [float(self.scales[0])]
+        found.append(found)
+        return found
+
+
+class Array(Scaled):
+    """What it keeps is none of PyTorch's tensors."""
+
+    def get_extra_state(self) -> Any:
+        return self.scales.numpy()
+
+
+class Written(Scaled):
+    """It is written to a buffer, as some libraries do."""
+
+    def get_extra_state(self) -> Any:
+        return io.BytesIO(self.scales.numpy().tobytes())
+
+
+class Sparse(Scaled):
+    """Most of it is zero."""
+
+    def get_extra_state(self) -> Any:
+        return self.scales.diag().to_sparse()
+
+
+@pytest.mark.parametrize("kind", [Packed, Scaled, Noted, Array, Written, Sparse])
 def test_weights_that_are_no_parameters_count(kind: type[nn.Module]) -> None:
     weight = torch.linspace(-5, 5, 64)
     model, same, other = kind(weight), kind(weight.clone()), kind(-weight)

@@ -169,7 +169,7 @@ def _checked(layer: int, pair: Any) -> tuple[Tensor, Tensor]:
 def _own(x: Float[Tensor, "heads dim"]) -> Float32[Tensor, "heads dim"]:
     # What inference mode makes cannot be used outside of it by autograd.
     with torch.inference_mode(False), torch.no_grad():
-        own = torch.empty(x.shape, dtype=torch.float32)
+        own = torch.empty(x.shape, dtype=torch.float32, device="cpu")
         return own.copy_(x.detach())
 
 

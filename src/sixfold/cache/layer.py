@@ -177,7 +177,7 @@ class CompressedLayer:
         dtype, held = query.dtype, self.window.keys.dtype
         query = query if dtype is held else query.to(held)
         if mask is not None:
-            check_mask(mask, self.held, self.length, self.sliding_window)
+            check_mask(mask, self.held, self.length, self.sliding_window, self.window.keys.device)
             mask = fit_mask(mask, self.held)
         if self.prefix is None:
             self._observe(query, mask)

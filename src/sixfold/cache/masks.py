@@ -5,11 +5,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sixfold.arguments import dense
-from sixfold.errors import ShapeError
+from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels.types import Mask
 
 
-def check_mask(mask: Mask, held: int, length: int, sliding_window: int | None) -> None:
+def check_mask(
+    mask: Mask, held: int, length: int, sliding_window: int | None, device: torch.device
+) -> None:
     """Columns must be tokens held; only a sliding layer may hold more than is asked for.
 
     Args:
@@ -17,9 +19,10 @@ def check_mask(mask: Mask, held: int, length: int, sliding_window: int | None) -
         held: Tokens that can still be attended.
         length: Tokens ever seen.
         sliding_window: Tokens a query sees, itself included; None for all.
+        device: Where the tokens are.
 
     Raises:
-        SixfoldError: It is no dense tensor.
+        SixfoldError: It is no dense tensor, or on another device.
         ShapeError: It is no mask, or for another number of tokens.
     """
     dense("mask", mask)
@@ -28,6 +31,8 @@ def check_mask(mask: Mask, held: int, length: int, sliding_window: int | None) -
             "mask: expected bool or floating point, [batch or 1, heads or 1, queries, tokens], "
             f"got {mask.dtype} {list(mask.shape)}."
         )
+    if mask.device != device:
+        raise SixfoldError(f"mask is on {mask.device}, this layer on {device}: move it.")
     visible = held if sliding_window is None else min(held, sliding_window - 1 + mask.shape[2])
     if not visible <= mask.shape[3] <= length:
         raise ShapeError(

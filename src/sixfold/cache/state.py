@@ -132,7 +132,7 @@ def restore_layer(
             tensors["padding"] + tensors["sinks.count"],
             _once(KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]), layer.pinned),
         )
-    lengths = torch.tensor(description["page_lengths"], dtype=torch.int64)
+    lengths = torch.tensor(description["page_lengths"], dtype=torch.int64, device="cpu")
     if len(lengths):
         layer.history.runs = [_run(tensors, lengths)]
     return layer
@@ -148,7 +148,7 @@ def _once(stored: KeyMap, pinned: KeyMap | None) -> KeyMap:
 def _run(tensors: Mapping[str, Tensor], lengths: Tensor) -> Run:
     batch, pages = tensors["key_codes"].shape[:2]
     slab = Slab.full([tensors[name].flatten(0, 1) for name in _PAGE_TENSORS])
-    slots = torch.arange(batch * pages).view(batch, pages)
+    slots = torch.arange(batch * pages, device=lengths.device).view(batch, pages)
     return Run.of(slab, slots, lengths)
 
 

@@ -137,7 +137,7 @@ class Step:
 
     @cached_property
     def _all_sinks(self) -> Tensor:
-        none = torch.full((len(self.new),), -1, dtype=torch.int64)
+        none = torch.full((len(self.new),), -1, dtype=torch.int64, device="cpu")
         return none if self.sinks is None else self.sinks
 
     @cached_property

@@ -166,7 +166,7 @@ def _pairs(
 ) -> tuple[Float[Tensor, "vectors dim"], Float[Tensor, "vectors dim"]]:
     """Random unit vectors, and for each a unit query at 60 degrees to it."""
     generator = torch.Generator().manual_seed(seed)
-    x, other = torch.randn(2, vectors, dim, generator=generator, dtype=torch.float64)
+    x, other = torch.randn(2, vectors, dim, generator=generator, dtype=torch.float64, device="cpu")
     x /= x.norm(dim=1, keepdim=True)
     other -= (other * x).sum(1, keepdim=True) * x
     other /= other.norm(dim=1, keepdim=True)

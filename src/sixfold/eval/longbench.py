@@ -208,8 +208,10 @@ def _prompt_ids(
     if chat and DATASETS[name].chat:
         message = [{"role": "user", "content": prompt}]
         asked = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return torch.tensor(tokenizer(asked, verbose=False, add_special_tokens=False)["input_ids"])
-    return torch.tensor(tokenizer(prompt, verbose=False)["input_ids"])
+        return torch.tensor(
+            tokenizer(asked, verbose=False, add_special_tokens=False)["input_ids"], device="cpu"
+        )
+    return torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], device="cpu")
 
 
 @torch.no_grad()

@@ -123,8 +123,8 @@ def build_questions(
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(plain, *questions, strict=False))
     shared = sum(1 for _ in alike)
     return Questions(
-        context=torch.tensor(plain[:shared]),
-        tails=tuple(torch.tensor(ids[shared:]) for ids in questions),
+        context=torch.tensor(plain[:shared], device="cpu"),
+        tails=tuple(torch.tensor(ids[shared:], device="cpu") for ids in questions),
         needles=tuple(needles),
     )
 
@@ -243,7 +243,9 @@ def _ask_all(
     model.base_model(input_ids=context, **cache_argument(cache), use_cache=True)
     answers = []
     for needle, tail in zip(questions.needles, questions.tails, strict=True):
-        answer = torch.tensor(tokenizer(needle.answer, add_special_tokens=False)["input_ids"])
+        answer = torch.tensor(
+            tokenizer(needle.answer, add_special_tokens=False)["input_ids"], device="cpu"
+        )
         if forced:
             ids = _would_choose(model, torch.cat((tail, answer)), fork(cache), len(answer) + 1)
         else:

@@ -72,7 +72,10 @@ class CacheComparison:
         Raises:
             SixfoldError: They were not measured on the same number of windows.
         """
-        mine, theirs = torch.tensor(self.kl_by_window), torch.tensor(other.kl_by_window)
+        mine, theirs = (
+            torch.tensor(self.kl_by_window, device="cpu"),
+            torch.tensor(other.kl_by_window, device="cpu"),
+        )
         if len(mine) != len(theirs):
             raise SixfoldError(
                 "expected comparisons on the same windows, "
@@ -93,7 +96,7 @@ def windows_of(
     Raises:
         SixfoldError: The text is shorter than one window.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device="cpu")
     whole = len(ids) // tokens
     if whole == 0:
         raise SixfoldError(

@@ -177,7 +177,7 @@ def _document(
     shared = next(
         (i for i, (a, b) in enumerate(zip(ids, plain, strict=False)) if a != b), len(plain)
     )
-    return torch.tensor(ids[:shared]), torch.tensor(ids[shared:])
+    return torch.tensor(ids[:shared], device="cpu"), torch.tensor(ids[shared:], device="cpu")
 
 
 @torch.no_grad()

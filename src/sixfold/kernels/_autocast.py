@@ -1,4 +1,4 @@
-"""What Sixfold computes does not depend on the caller's autocast."""
+"""What Sixfold computes does not depend on the caller's autocast, nor on inference mode."""
 
 import functools
 from collections.abc import Callable
@@ -27,5 +27,18 @@ def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
                     with torch.autocast(device_type, enabled=False):
                         return run(*args, **kwargs)
         return function(*args, **kwargs)
+
+    return run
+
+
+def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, run without inference mode: what that makes cannot be changed outside of it."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
 
     return run

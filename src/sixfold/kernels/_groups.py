@@ -57,11 +57,17 @@ def address(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def memory(name: str, x: Tensor) -> int:
-    """Where the elements of a tensor start.
+    """Where the elements of a tensor on the CPU start.
 
     Raises:
-        ShapeError: It has elements, and nowhere (fake, lazy, or its storage was freed).
+        ShapeError: It is on another device, or it has elements, and nowhere (fake, lazy, or its
+            storage was freed).
     """
+    if not x.is_cpu:
+        raise ShapeError(
+            f"{name}: expected a tensor on the cpu, as the others are, got one on {x.device}: move "
+            "it there."
+        )
     start = x.data_ptr()
     if not start and x.numel():
         raise ShapeError(

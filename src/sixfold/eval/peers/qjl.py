@@ -18,7 +18,7 @@ def _projection(dim: int, bits: int) -> Float32[Tensor, "{bits} {dim}"]:
     """Rows of length sqrt(dim), orthogonal within each block of `dim` of them."""
     blocks = [haar(dim, 0, dim, block) for block in range(-(-bits // dim))]
     rows = math.sqrt(dim) * np.concatenate(blocks)[:bits]
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def gaussian_levels(dim: int, bits: int) -> Float32[Tensor, " levels"]:
         if converged:
             break
         levels = found
-    return torch.tensor(levels, dtype=torch.float32)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")
 
 
 def _integral(y: npt.NDArray[np.float64], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -22,12 +22,15 @@ from sixfold.arguments import rows as checked_rows
 from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import FIT_TOKENS, SPLITS
-from sixfold.errors import FormatError, OutOfRangeError, SixfoldError
+from sixfold.errors import FormatError, OutOfRangeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
 from sixfold.integrations.transformers.checks import model_layers
+from sixfold.integrations.transformers.combined import forget_states, replace_states
 from sixfold.integrations.transformers.config import (
+    STATES_IN_MODULES,
     check_decoder,
     coded_dims,
+    decoder_config,
     fusable_layers,
     layer_types,
 )
@@ -59,6 +62,7 @@ from sixfold.integrations.transformers.storage import (
 )
 from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
+from sixfold.kernels._autocast import outside_inference_mode
 from sixfold.kernels._dispatch import slow_kernels
 from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits, check_bits
@@ -186,6 +190,7 @@ class TurboQuantCache(Cache):
         return cache
 
     @classmethod
+    @outside_inference_mode
     def from_cache(
         cls,
         source: Cache,
@@ -335,10 +340,12 @@ class TurboQuantCache(Cache):
             SixfoldError: A layer cannot go back (a sliding window has let go of tokens, a state has
                 replaced the one before): `reset`, and prefill again. Nothing is changed.
         """
+        self._pass.check_finished()
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         if not (length := self._text):
             self.reset()
             return 0
+        self._check_carried("recover")
         ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
@@ -350,6 +357,7 @@ class TurboQuantCache(Cache):
         return length
 
     def _check_states(self) -> None:
+        self._pass.check_finished()
         if self._pass.spoiled(self.layers):
             raise SixfoldError(
                 "convolution and recurrent states that an interrupted forward pass has replaced "
@@ -367,7 +375,9 @@ class TurboQuantCache(Cache):
                 layer.keep_text(tokens)
 
     def reset(self) -> None:
-        """Forget every token."""
+        """Forget every token, and with it how many sequences there were."""
+        for layer in self.layers:
+            forget_states(layer)
         super().reset()  # type: ignore[no-untyped-call]
         self._pass.restart()
 
@@ -412,7 +422,7 @@ class TurboQuantCache(Cache):
         """Keys, values and sliding window of every layer, dequantized, as of a `DynamicCache`."""
         for index, layer in enumerate(self.layers):
             window = getattr(layer, "sliding_window", None)
-            yield *self[index], None if window is None else torch.tensor(window)
+            yield *self[index], None if window is None else torch.tensor(window, device="cpu")
 
     def __getitem__(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values of one layer, dequantized; None where there are none."""
@@ -519,6 +529,7 @@ class TurboQuantCache(Cache):
                 has changed states.
         """
         tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -(2**63))
+        self._check_carried("crop")
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
         self._check_states()
@@ -526,6 +537,7 @@ class TurboQuantCache(Cache):
         self._keep_text(self._text)
         self._pass.restart()
 
+    @outside_inference_mode
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams; in every layer, or in none.
 
@@ -533,8 +545,12 @@ class TurboQuantCache(Cache):
             SixfoldError: `beam_idx` are no numbers of sequences held.
         """
         rows: Any = self._rows("beam_idx", beam_idx)
-        super().reorder_cache(rows)
+        self._check_carried("reorder_cache")
+        self._refuse_static()
+        with self._pass.through_all("reorder_cache"):
+            super().reorder_cache(rows)
 
+    @outside_inference_mode
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch; in every layer, or in none.
 
@@ -542,9 +558,13 @@ class TurboQuantCache(Cache):
             SixfoldError: `indices` are no numbers of sequences held, nor a mask over them.
         """
         rows = self._rows("indices", indices)
-        for layer in self.layers:
-            select_sequences(layer, rows)
+        self._check_carried("batch_select_indices")
+        self._refuse_static()
+        with self._pass.through_all("batch_select_indices"):
+            for layer in self.layers:
+                select_sequences(layer, rows)
 
+    @outside_inference_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence; in every layer, or in none.
 
@@ -552,20 +572,44 @@ class TurboQuantCache(Cache):
             SixfoldError: `repeats` is not a positive whole number.
         """
         repeats = whole("repeats", repeats, 1, MOST_REPEATS)
+        self._check_carried("batch_repeat_interleave")
+        self._refuse_static()
+        with self._pass.through_all("batch_repeat_interleave"):
+            for layer in self.layers:
+                repeat_sequences(layer, repeats)
+
+    def _check_carried(self, operation: str) -> None:
+        """Refuse what would leave states behind that a model keeps elsewhere.
+
+        Raises:
+            UnsupportedModelError: It is such a model.
+        """
+        kind = decoder_config(self.config).model_type
+        if kind in STATES_IN_MODULES:
+            raise UnsupportedModelError(
+                f"models of the type {kind!r} keep the states of their recurrent layers in "
+                f"themselves, not in a cache: {operation} would leave those as they are. Use one "
+                "cache at a time, and prefill again instead."
+            )
+
+    def _refuse_static(self) -> None:
         for layer in self.layers:
-            repeat_sequences(layer, repeats)
+            if isinstance(layer, StaticTurboQuantLayer):
+                layer.refuse()
 
     def _rows(self, name: str, value: Any) -> Tensor:
         batch = next(filter(None, map(sequences, self.layers)), None)
         # A cache without tokens has no sequences that could be missed.
         return value if batch is None else checked_rows(name, value, batch)
 
+    @outside_inference_mode
     def fork(self) -> Self:
         """A cache that continues from the same tokens; pages are shared, not copied.
 
         Different forks may be used in different threads at the same time. One cache, and that
         includes forking it, is for one thread at a time.
         """
+        self._check_carried("fork")
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [forked(layer) for layer in self.layers]
@@ -613,15 +657,15 @@ class TurboQuantCache(Cache):
             OSError: The file cannot be written.
         """
         path = checked_path(path)
+        self._check_carried("save")
         self._pass.check_complete(self.layers)
-        for layer in self.layers:
-            if isinstance(layer, StaticTurboQuantLayer):
-                layer.refuse()
+        self._refuse_static()
         model = self._model() if self._model else None
         prompt = self._prompt() if self._prompt else None
         save_cache(self.layers, self.config, model, path, prompt)
 
     @classmethod
+    @outside_inference_mode
     def load(
         cls,
         path: str | PathLike[str],
@@ -664,6 +708,7 @@ class TurboQuantCache(Cache):
             move_layer(layer, devices.get(index, execution_device(model)), model.dtype)
         return cache
 
+    @outside_inference_mode
     def to(
         self,
         device: torch.device | str | int | None = None,
@@ -687,7 +732,19 @@ class TurboQuantCache(Cache):
             move_layer(layer, target, dtype)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._own_states()
+
+    @outside_inference_mode
+    def _own_states(self) -> None:
+        """States that can be changed in place, in inference mode or not."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                replace_states(layer, lambda x: x.clone() if x.is_inference() else x)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._check_carried("a copy")
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
         # Nor can states that it has read be told from its copies.
         own = {"_model": None, "_prompt": None, "_pass": self._pass.copy(self.layers)}

@@ -31,6 +31,15 @@ def replace_states(layer: Any, change: Callable[[Tensor], Tensor]) -> None:
         states.update({i: change(x) for i, x in states.items() if x is not None})
 
 
+def forget_states(layer: Any) -> None:
+    """Let go of the states of a layer, which its own `reset` would keep, and fill with zeros."""
+    for kind in STATES:
+        states = getattr(layer, kind, {})
+        states.update(dict.fromkeys(states))
+        begun = getattr(layer, f"is_{kind}_initialized", {})
+        begun.update(dict.fromkeys(begun, False))
+
+
 class HybridTurboQuantLayer(TurboQuantLayer, LinearAttentionLayer):  # type: ignore[misc]
     """Attention beside a state of fixed size (Falcon-H1, Zamba2): that stays as it is."""
 

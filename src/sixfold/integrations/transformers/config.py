@@ -20,6 +20,8 @@ _NO_DECODER = (
     "compressed. Expected a model that generates text, such as Llama or Qwen; a BERT that was "
     "trained as a decoder has is_decoder=True in its config."
 )
+# Models whose recurrent layers keep their states in their modules, where no cache sees them.
+STATES_IN_MODULES = ("recurrent_gemma",)
 # Keys and values of something else than the text, which do not grow with it.
 CROSS_ATTENTION = "cross_attention"
 

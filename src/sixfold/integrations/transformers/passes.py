@@ -1,6 +1,7 @@
 """Notices a forward pass that was interrupted between layers, before it makes anything wrong."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +36,7 @@ class ForwardPass:
         before: Tokens that layers held before the pass; None until it reaches one that counts them.
         tokens: Tokens that the pass adds to each; None likewise.
         started: Whether there were states to continue, as far as is known.
+        unfinished: An operation that changes one layer after the other, while it does.
     """
 
     def __init__(self, growing: Iterable[int]) -> None:
@@ -44,7 +46,28 @@ class ForwardPass:
     def restart(self) -> None:
         """Take what the layers hold as it is: the next update begins a pass."""
         self.lent: dict[tuple[int, str, int], tuple[Tensor, int | Tensor]] = {}
+        self.unfinished: str | None = None
         self._begin()
+
+    @contextmanager
+    def through_all(self, operation: str) -> Iterator[None]:
+        """While it lasts layers hold different sequences: nobody may go on from there."""
+        self.check_finished()
+        self.unfinished = operation
+        yield
+        self.unfinished = None
+
+    def check_finished(self) -> None:
+        """Refuse layers of which an operation has changed some only.
+
+        Raises:
+            SixfoldError: They are such.
+        """
+        if self.unfinished is not None:
+            raise SixfoldError(
+                f"{self.unfinished} was interrupted between layers, which hold different sequences "
+                "now: call cache.reset(), and prefill again."
+            )
 
     def _begin(self) -> None:
         self.reached: set[int] = set()
@@ -124,6 +147,7 @@ class ForwardPass:
 
     def _settle(self, layers: Sequence[Any]) -> None:
         """Count states that have been changed in place."""
+        self.check_finished()
         for key in self._changed():
             self._enter_state(layers, *key)
             self.lent.pop(key, None)
@@ -259,7 +283,7 @@ def _places(count: int, device: torch.device) -> Tensor:
     if count <= _SAMPLE:
         return torch.arange(count, device=device)
     golden = (5**0.5 - 1) / 2
-    turns = torch.arange(_SAMPLE, dtype=torch.float64) * golden % 1
+    turns = torch.arange(_SAMPLE, dtype=torch.float64, device="cpu") * golden % 1
     return (turns * count).long().to(device)
 
 

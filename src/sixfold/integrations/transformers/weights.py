@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import importlib
+import io
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,7 +119,7 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     buffers = {k: v for k, v in module._buffers.items() if k not in temporary}
     for name, tensor in sorted({**module._parameters, **buffers}.items()):
         if tensor is not None:
-            yield name, tensor
+            yield name, _plain(tensor)
 
 
 def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -130,16 +133,40 @@ def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     module._save_to_state_dict(saved, "", False)
     known = {name for name, _ in _own_weights(module)}
     for name in sorted(saved.keys() - known):
-        for index, tensor in enumerate(_tensors(saved[name])):
-            yield f"{name}[{index}]", tensor.dequantize() if tensor.is_quantized else tensor
+        for index, tensor in enumerate(_as_tensors(saved[name], ())):
+            yield f"{name}[{index}]", tensor
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _as_tensors(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
+    """All that a value holds, as tensors; of an object of an unknown kind only what kind it is."""
     if isinstance(value, Tensor):
-        yield value
+        yield _plain(value)
     elif isinstance(value, Mapping | tuple | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(one)
+        if id(value) in within:
+            return
+        parts = itertools.chain(*value.items()) if isinstance(value, Mapping) else iter(value)
+        for part in parts:
+            yield from _as_tensors(part, (*within, id(value)))
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield _of_bytes(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
+    elif isinstance(value, io.BytesIO):
+        yield _of_bytes(value.getvalue())
+    elif isinstance(value, bytes | bytearray):
+        yield _of_bytes(bytes(value))
+    elif isinstance(value, str | int | float | complex | NoneType | torch.dtype):
+        yield _of_bytes(repr(value).encode())
+    else:
+        yield _of_bytes(type(value).__qualname__.encode())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The numbers of a quantized or sparse tensor one after the other."""
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _of_bytes(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _present(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -26,7 +26,7 @@ class CpuKernel:
         self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
         self.isa = _get_attn_isa(dtype, PAGE_TOKENS, dim)
         self.worth_decoding = WORTH_DECODING.get(self.isa, OTHERWISE)
-        self._memory = torch.zeros(0, kv_heads, 2 * PAGE_TOKENS, dim, dtype=dtype)
+        self._memory = torch.zeros(0, kv_heads, 2 * PAGE_TOKENS, dim, dtype=dtype, device="cpu")
 
     def memory(self, blocks: int) -> tuple[Tensor, Tensor]:
         """See `Kernel`: [blocks, kv_heads, 64, dim]."""

@@ -44,8 +44,8 @@ def page_attention(
     _readable, mask_numbers = None, NO_MASK
     if mask is not None:
         _readable, mask_numbers = mask_group(mask, batch, heads, queries)
-    out = torch.empty(batch, heads, queries, values.dim, dtype=torch.float32)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
+    out = torch.empty(batch, heads, queries, values.dim, dtype=torch.float32, device="cpu")
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device="cpu")
     _cpu.page_attention(
         (batch, kv_heads, heads // kv_heads * queries, queries),
         address("query", query, torch.float32, (batch, heads, queries, keys.dim)),

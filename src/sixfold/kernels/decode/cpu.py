@@ -34,7 +34,7 @@ def decode(
     size = row_bytes(n_symbols(dim, bits), symbol_bits(bits))
     codes = address("rows", rows, torch.uint8, (*scales.shape, size))
     stored = address("scales", scales, torch.float16, scales.shape)
-    out = torch.empty(*scales.shape, dim, dtype=torch.float32)
+    out = torch.empty(*scales.shape, dim, dtype=torch.float32, device="cpu")
     n, threads = scales.numel(), torch.get_num_threads()
     _cpu.decode(rotation, code, codes, stored, out.data_ptr(), n, threads)
     return out
@@ -55,7 +55,7 @@ def decode_pages(
     (batch, n_pages), heads, dim = slots.shape, codes.shape[1], coding.dim
     maps = sequence_maps(key_map, batch, heads, dim)
     written = dtype if dtype in DTYPES else torch.float32
-    out = torch.empty(batch, heads, n_pages * PAGE_TOKENS, dim, dtype=written)
+    out = torch.empty(batch, heads, n_pages * PAGE_TOKENS, dim, dtype=written, device="cpu")
     strides = [stride * out.element_size() for stride in out.stride()[:3]]
     paths = coding.code == "trellis"
     (_cpu.decode_path_pages if paths else _cpu.decode_pages)(

@@ -83,10 +83,9 @@ def encode(
     batch, dim = x.shape[:-1], x.shape[-1]
     rotation, code = rotation_group(dim, turns, factor), code_group(dim, bits, centroids)
     x, n = x.detach().contiguous(), batch.numel()
-    rows = torch.empty(
-        *batch, row_bytes(n_symbols(dim, bits), symbol_bits(bits)), dtype=torch.uint8
-    )
-    scales = torch.empty(batch, dtype=torch.float16)
+    size = row_bytes(n_symbols(dim, bits), symbol_bits(bits))
+    rows = torch.empty(*batch, size, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(batch, dtype=torch.float16, device="cpu")
     _cpu.encode(
         rotation,
         code,

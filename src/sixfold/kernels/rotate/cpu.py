@@ -24,7 +24,7 @@ def rotate(
     if x.dtype not in DTYPES:
         x = x.float()
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     n, threads = x.shape[:-1].numel(), torch.get_num_threads()
     _cpu.rotate(group, inverse, memory("x", x), DTYPES[x.dtype], out.data_ptr(), n, threads)
     return out

@@ -30,7 +30,7 @@ def scores(
     asked = address("queries", queries, torch.float32, (*batch, n_queries, dim))
     codes = address("rows", rows, torch.uint8, (*batch, n, size))
     stored = address("scales", scales, torch.float16, (*batch, n))
-    products = torch.empty(*batch, n_queries, n, dtype=torch.float32)
+    products = torch.empty(*batch, n_queries, n, dtype=torch.float32, device="cpu")
     _cpu.scores(
         code,
         codes,

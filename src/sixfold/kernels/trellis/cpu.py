@@ -86,8 +86,8 @@ def encode(
     rotation, path = rotation_group(dim, turns, factor), path_group(dim, bits, codewords)
     found = search_of(codewords, bits)
     x, n = x.detach().contiguous(), batch.numel()
-    rows = torch.empty(*batch, path_bytes(dim, bits), dtype=torch.uint8)
-    scales = torch.empty(batch, dtype=torch.float16)
+    rows = torch.empty(*batch, path_bytes(dim, bits), dtype=torch.uint8, device="cpu")
+    scales = torch.empty(batch, dtype=torch.float16, device="cpu")
     _cpu.encode_paths(
         rotation,
         (path, found.grid),
@@ -117,7 +117,7 @@ def decode(
     rows, scales = rows.contiguous(), scales.contiguous()
     codes = address("rows", rows, torch.uint8, (*scales.shape, path_bytes(dim, bits)))
     stored = address("scales", scales, torch.float16, scales.shape)
-    out = torch.empty(*scales.shape, dim, dtype=torch.float32)
+    out = torch.empty(*scales.shape, dim, dtype=torch.float32, device="cpu")
     n, threads = scales.numel(), torch.get_num_threads()
     _cpu.decode_paths(rotation, path, codes, stored, out.data_ptr(), n, threads)
     return out
@@ -140,7 +140,7 @@ def scores(
     asked = address("queries", queries, torch.float32, (*batch, n_queries, dim))
     codes = address("rows", rows, torch.uint8, (*batch, n, path_bytes(dim, bits)))
     stored = address("scales", scales, torch.float16, (*batch, n))
-    products = torch.empty(*batch, n_queries, n, dtype=torch.float32)
+    products = torch.empty(*batch, n_queries, n, dtype=torch.float32, device="cpu")
     _cpu.score_paths(
         path,
         codes,
