@@ -113,6 +113,16 @@ def test_slow_kernels_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _dispatch.slow_kernels(CPU) is None
 
 
+def test_devices_without_kernels_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIXFOLD_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_said", set())
+    said = _dispatch.slow_kernels(torch.device("mps"))
+    assert said is not None
+    assert "no kernels for mps devices" in said
+    assert _dispatch.slow_kernels(torch.device("mps")) is None
+    assert _dispatch.slow_kernels(torch.device("meta")) is None
+
+
 def test_who_chooses_the_reference_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
     monkeypatch.setattr(_dispatch, "_said", set())

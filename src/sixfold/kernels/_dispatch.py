@@ -28,7 +28,7 @@ _UNTRACED = (
     f"{ENVIRONMENT_VARIABLE}=reference"
 )
 
-_FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 
 # A plain dictionary, which torch.compile can trace where it cannot import.
@@ -94,11 +94,14 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
 
 def slow_kernels(device: torch.device) -> str | None:
     """Why attention on codes is slow on `device`: said once a process, None where it is not."""
-    backend = _FASTEST.get(device.type)
-    if backend is None or device.type in _said or os.environ.get(ENVIRONMENT_VARIABLE):
+    # Weights on the meta device are offloaded: it does not say where they are computed with.
+    if device.type in ("meta", *_said) or os.environ.get(ENVIRONMENT_VARIABLE):
         return None
     _said.add(device.type)
-    reason = _load("cached_attention", backend)
+    backend = _FASTEST.get(device.type)
+    reason: ModuleType | str = f"it has no kernels for {device.type} devices"
+    if backend is not None:
+        reason = _load("cached_attention", backend)
     if not isinstance(reason, str):
         return None
     return (

@@ -14,6 +14,7 @@ from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import lookup
 from sixfold.kernels._tiles import tiles
+from sixfold.kernels._wide import wide
 from sixfold.packing import decode_scale, encode_scale, pack, row_bytes, unpack
 from sixfold.quantizers._checks import check_queries, check_vectors
 from sixfold.quantizers._normalize import normalize
@@ -97,7 +98,7 @@ class PolarQuant:
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         norm, unit = normalize(x)
-        radii, planes = self._rotate(unit).double(), []
+        radii, planes = self._rotate(unit).to(wide(x.device)), []
         for level, bits in enumerate(self.bits, start=1):
             first, second = radii[..., 0::2], radii[..., 1::2]
             angles = torch.atan2(second, first).remainder(2 * torch.pi)

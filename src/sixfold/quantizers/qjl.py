@@ -15,6 +15,7 @@ from sixfold.codes import QJLCodes, checked
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._tiles import tiles
+from sixfold.kernels._wide import wide
 from sixfold.kernels.scores import scores
 from sixfold.packing import decode_scale, encode_scale, pack
 from sixfold.quantizers._checks import check_queries, check_vectors
@@ -100,13 +101,14 @@ class QJL:
             SixfoldError: `x` is not of a floating dtype.
         """
         check_vectors(x, self.dim)
-        matrix, batch = self._matrix(x.device).mT.double(), x.shape[:-1]
+        dtype, batch = wide(x.device), x.shape[:-1]
+        matrix = self._matrix(x.device).mT.to(dtype)
         vectors = x.reshape(batch.numel(), self.dim)
         packed, norms = [], []
         for tile in tiles(len(vectors), max(self.dim, self.projections)):
             norm, unit = normalize(vectors[tile])
             # float64, so that the sign of a sum does not depend on the order of its terms.
-            packed.append(pack((unit.double() @ matrix > 0).to(torch.uint8), 1))
+            packed.append(pack((unit.to(dtype) @ matrix > 0).to(torch.uint8), 1))
             norms.append(encode_scale(norm))
         rows = torch.cat(packed)
         return QJLCodes(self, rows.view(*batch, rows.shape[-1]), torch.cat(norms).view(batch))
@@ -122,7 +124,8 @@ class QJL:
         signs = expand(codes.packed, _signs(codes.device), dim=self.projections, bits=1)
         norms = decode_scale(codes.norms)[..., None]
         # float64, so that a vector decodes the same alone and among others.
-        units = (signs.double() @ self._matrix(codes.device).double()).float()
+        dtype = wide(codes.device)
+        units = (signs.to(dtype) @ self._matrix(codes.device).to(dtype)).float()
         return units * (norms * self._weight)
 
     @outside_autocast

@@ -12,6 +12,7 @@ from sixfold.codes import SplitCodes, checked
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
+from sixfold.kernels._wide import wide
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 from sixfold.quantizers._checks import check_queries, check_vectors
@@ -80,7 +81,7 @@ class OutlierSplit:
             SixfoldError: `x` is not of a floating dtype.
         """
         self._check_tokens(x)
-        norms = torch.linalg.vector_norm(x, dim=-2, dtype=torch.float64)
+        norms = torch.linalg.vector_norm(x, dim=-2, dtype=wide(x.device))
         return torch.topk(norms, self.outlier_channels, dim=-1).indices.sort(dim=-1).values
 
     @outside_autocast

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold.kernels._wide import wide
+
 
 def rotate(
     x: Float[Tensor, "*b dim"],
@@ -42,7 +44,8 @@ def unnormalized(
 def _dense(matrix: Tensor, x: Tensor) -> Tensor:
     # Added up in float64, so that rounding hides the order of additions: a vector's codes must
     # depend neither on the batch it came in nor on the matrix library.
-    return torch.matmul(matrix.double(), x.double()).float()
+    dtype = wide(x.device)
+    return torch.matmul(matrix.to(dtype), x.to(dtype)).float()
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
+from sixfold.kernels._wide import wide
 from sixfold.packing import Bits
 
 # Whole numbers a standard deviation where costs have 8 bits: a variance costs 16, 64 or 90. More
@@ -68,8 +70,10 @@ def grid_sizes(bits: Bits) -> GridSizes:
 def search_grid(codewords: Float32[Tensor, " states"], bits: Bits) -> SearchGrid:
     """The grid for a codebook, without waiting for its device."""
     unit, intervals, most, largest = grid_sizes(bits)
-    words = (codewords.double() * unit).round().clamp(-largest, largest).int()
+    # Exact enough in float32 as well, which a test finds for all codewords there are.
+    words = (codewords.to(wide(codewords.device)) * unit).round().clamp(-largest, largest).int()
     # To a quarter of a deviation beyond the outermost codeword: further out all costs are large.
     half = (words.abs().amax() + unit // 4 + intervals - 1) // intervals
     half = half.clamp(max=largest // intervals)
-    return SearchGrid(words, half, (unit / (2 * half.double())).float(), intervals, most)
+    width = (2 * half).to(wide(half.device))
+    return SearchGrid(words, half, (torch.full_like(width, unit) / width).float(), intervals, most)
