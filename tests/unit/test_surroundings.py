@@ -12,6 +12,7 @@ import torch
 import sixfold
 from sixfold.cache import CachePolicy
 from sixfold.errors import SixfoldError
+from sixfold.kernels._autocast import outside_autocast
 from tests.layers import Shape, feed
 
 SOURCES = Path(sixfold.__file__).parent
@@ -129,3 +130,28 @@ def test_tensors_of_another_device_are_refused(what: str, held: int) -> None:
 
     with pytest.raises(SixfoldError, match=r"device|meta"):
         step()
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "mtia", "privateuseone"])
+def test_autocast_of_any_device_is_off_within(
+    device_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = {device_type}
+
+    class Off:
+        """What `torch.autocast` does where such a device is."""
+
+        def __init__(self, name: str, enabled: bool) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            on.remove(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            on.add(self.name)
+
+    monkeypatch.setattr(torch._C, "_is_any_autocast_enabled", lambda: bool(on))
+    monkeypatch.setattr(torch, "is_autocast_enabled", on.__contains__)
+    monkeypatch.setattr(torch, "autocast", Off)
+    assert outside_autocast(lambda: set(on))() == set()
+    assert on == {device_type}

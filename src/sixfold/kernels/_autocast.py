@@ -9,7 +9,8 @@ import torch
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
+# The common ones first.
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia")
 
 
 def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -22,7 +23,7 @@ def outside_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         # A twentieth of what asking for every type of device takes.
         if torch._C._is_any_autocast_enabled():
-            for device_type in _DEVICE_TYPES:
+            for device_type in (*_DEVICE_TYPES, torch._C._get_privateuse1_backend_name()):
                 if torch.is_autocast_enabled(device_type):
                     with torch.autocast(device_type, enabled=False):
                         return run(*args, **kwargs)

@@ -42,6 +42,7 @@ from sixfold.integrations.transformers.layers import (
     cache_layer,
     check_crop,
     check_dtype,
+    follow,
     layer_policies,
     layer_tensors,
     move_layer,
@@ -254,6 +255,7 @@ class TurboQuantCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, TurboQuantLayer):
             check_dtype(layer, key_states)
+            follow(layer, key_states.device)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -718,7 +720,8 @@ class TurboQuantCache(Cache):
     ) -> Self:
         """Move everything held to `device`, and convert what is not compressed to `dtype`.
 
-        Layers follow their model by themselves: a layer that gets tokens on another device moves.
+        Attention layers follow their model by themselves: one that gets tokens on another device
+        moves. Convolution and recurrent states do not: bring them back where their model is.
 
         Args:
             device: Where to; by default every layer stays where it is.

@@ -187,6 +187,13 @@ def move_layer(layer: Any, device: torch.device | None, dtype: torch.dtype | Non
         states.update(moved)
 
 
+def follow(layer: Any, device: torch.device) -> None:
+    """Move what an uncompressed layer holds to where its model's layer is."""
+    held = getattr(layer, "keys", None)
+    if isinstance(held, Tensor) and held.device != device:
+        move_layer(layer, device, None)
+
+
 def check_dtype(layer: Any, keys: Tensor) -> None:
     """Refuse new keys that an uncompressed layer would not give back in their dtype.
 
