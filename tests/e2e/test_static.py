@@ -13,6 +13,8 @@ from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import untraced
 from sixfold.integrations.transformers.keyword import cache_argument
+from tests.e2e.decoding import relative_error
+from tests.e2e.models import fresh_model
 from tests.tiny import tiny_model
 from tests.versions import traces_models
 
@@ -51,6 +53,27 @@ def largest_difference(compiled: bool, pinned: bool = False) -> float:
         ).logits
         worst = max(worst, float((got - expected).abs().max() / expected.std()))
     return worst
+
+
+@pytest.mark.parametrize("name", ["llama-64", "mistral", "gemma3"])
+def test_positions_go_on_where_a_window_has_moved(name: str) -> None:
+    """Also where nobody says which they are."""
+    model = fresh_model(name)
+    ids = torch.randint(3, 90, (2, 230), generator=torch.Generator().manual_seed(0))
+    growing = TurboQuantCache.for_model(model, bits=8, fit_tokens=0)
+    with torch.no_grad():
+        model(ids[:, :200], **cache_argument(growing))
+        static = growing.static(260)
+        assert int(static.get_seq_length()) == growing.get_seq_length() == 200
+        for t in range(200, 230):
+            one = ids[:, t : t + 1]
+            logits = [model(one, **cache_argument(x)).logits for x in (growing, static)]
+            assert relative_error(logits[1], logits[0]) < 1e-3
+        twin = growing.static(260)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        more = torch.cat([ids, ids[:, :1]], 1)
+        found = [model.generate(more, **cache_argument(x), **options) for x in (growing, twin)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("pinned", [False, True])

@@ -62,6 +62,8 @@ class StaticLayer:
                 f"max_tokens must be at least the {layer.held} tokens held, got {max_tokens}."
             )
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
+        # Seen before, and let go of: positions count on.
+        self.evicted = layer.evicted
         self.prefix = layer.prefix
         device = layer.padding.device
         # What makes its tables cannot be traced.

@@ -58,7 +58,7 @@ class StaticTurboQuantLayer(TurboQuantLayer):
 
     def get_seq_length(self) -> Any:
         """Tokens seen a sequence, on the device."""
-        return self.static.count
+        return self.static.count + self.static.evicted
 
     def get_max_length(self) -> int:
         """The tokens there is room for."""
