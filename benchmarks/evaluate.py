@@ -153,6 +153,7 @@ def evaluate(subject: Subject, windows: int, tokens: int) -> dict[str, Any]:
     ]
     return {
         "model": subject.title,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "machine": machine.describe(),
         "windows": list(ids.shape),
         "chunk": CHUNK,

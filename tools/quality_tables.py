@@ -18,11 +18,13 @@ def evaluation_table(results: dict[str, Any]) -> str:
         lines.append(_joined(cells))
     windows, tokens = results["windows"]
     plain = results["rows"][0]["uncompressed_perplexity"]
+    # What older runs, which do not say it, were measured in.
+    dtype = results.get("dtype", "float16")
     lines += [
         "",
         f"{windows} windows of {tokens} tokens, the second half scored in chunks of "
         f"{results['chunk']}; uncompressed perplexity {plain:.2f}; ± half a 95 % interval over "
-        f"windows. {results['model']}, float16, torch {results['machine']['versions']['torch']}, "
+        f"windows. {results['model']}, {dtype}, torch {results['machine']['versions']['torch']}, "
         f"transformers {results['machine']['versions']['transformers']}."
         + _left_out(results["left_out"]),
     ]

@@ -251,7 +251,10 @@ CPU_BLOCKS = tuple(
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
-    for name in ("eval_embedded", "eval_hard", "eval_stories260K", "eval_babyllama_tok105")
+    for name in (
+        *("eval_embedded", "eval_hard", "eval_smollm2-135m"),
+        *("eval_stories260K", "eval_babyllama_tok105"),
+    )
 )
 ATTENTION = ROOT / "src/sixfold/kernels/attention/README.md"
 ATTENTION_BLOCK = Block(ATTENTION, RESULTS / "cpu_trellis.json", "cpu_trellis", benchmark_table)

@@ -14,6 +14,7 @@ from sixfold.cache import CachePolicy
 from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from tests.layers import Shape, feed
+from tests.tiny import tiny_model
 
 SOURCES = Path(sixfold.__file__).parent
 FACTORIES = {
@@ -155,3 +156,15 @@ def test_autocast_of_any_device_is_off_within(
     monkeypatch.setattr(torch, "autocast", Off)
     assert outside_autocast(lambda: set(on))() == set()
     assert on == {device_type}
+
+
+def test_an_uncompressed_layer_follows_its_model() -> None:
+    cache = sixfold.TurboQuantCache.for_model(tiny_model(), skip_layers=[0])
+    shape = Shape(key_dim=64, value_dim=64)
+    for device in ("cpu", "meta"):
+        _, keys, values = (x.to(device) for x in shape.tokens(3))
+        for layer in range(len(cache.layers)):
+            if layer == 0 or device == "cpu":
+                cache.update(keys, values, layer)
+    assert cache.layers[0].keys.device.type == "meta"
+    assert cache.layers[0].get_seq_length() == 6
