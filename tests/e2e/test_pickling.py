@@ -97,3 +97,18 @@ def test_a_static_cache_says_what_to_do() -> None:
     static = filled("llama-64", True).static(300)
     with pytest.raises(SixfoldError, match="the cache it was made"):
         pickle.dumps(static)
+
+
+def test_a_copy_from_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled("llama-64", True)
+    pickled, load = pickle.dumps(cache), torch.load
+
+    def missing(file: Any, map_location: Any = None, **options: Any) -> Any:
+        if map_location is None:
+            raise RuntimeError("Attempting to deserialize object on a device that is not there")
+        return load(file, map_location=map_location, **options)
+
+    monkeypatch.setattr(torch, "load", missing)
+    twin = pickle.loads(pickled)
+    for mine, other in zip(cache.compressed_layers, twin.compressed_layers, strict=True):
+        assert all(map(torch.equal, mine.store.dequantized(), other.store.dequantized()))

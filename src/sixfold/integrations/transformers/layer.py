@@ -273,7 +273,11 @@ def _saved(value: Any) -> bytes:
 
 
 def _loaded(value: bytes) -> Any:
-    return torch.load(io.BytesIO(value), weights_only=True)
+    try:
+        return torch.load(io.BytesIO(value), weights_only=True)
+    except RuntimeError:
+        # It was on a device that this machine lacks: a layer goes where its model is by itself.
+        return torch.load(io.BytesIO(value), weights_only=True, map_location="cpu")
 
 
 def forked(layer: Any) -> Any:
