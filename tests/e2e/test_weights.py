@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -334,6 +335,28 @@ class Sparse(Scaled):
 
     def get_extra_state(self) -> Any:
         return self.scales.diag().to_sparse()
+
+
+@pytest.mark.parametrize(
+    "value", [b"", io.BytesIO(), [], {}, None, "", np.zeros(0), torch.zeros(0)]
+)
+def test_extra_state_that_is_empty(value: Any) -> None:
+    class Empty(nn.Module):
+        def get_extra_state(self) -> Any:
+            return value
+
+    assert weights_digest(Empty()) == weights_digest(Empty())
+
+
+def test_extra_state_of_many_numbers_that_is_shared() -> None:
+    class Many(nn.Module):
+        def get_extra_state(self) -> Any:
+            shared: list[Any] = list(range(100_000))
+            for _ in range(40):
+                shared = [shared, shared]
+            return shared
+
+    assert weights_digest(Many()) == weights_digest(Many())
 
 
 @pytest.mark.parametrize("kind", [Packed, Scaled, Noted, Array, Written, Sparse])

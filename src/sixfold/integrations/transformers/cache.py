@@ -53,7 +53,7 @@ from sixfold.integrations.transformers.layers import (
 )
 from sixfold.integrations.transformers.maps import check_maps, maps_in_use, pin
 from sixfold.integrations.transformers.options import CacheOptions
-from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows
+from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows, longest
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.integrations.transformers.storage import (
     fill,
@@ -287,19 +287,20 @@ class TurboQuantCache(CountedCache):
             SixfoldError: A layer cannot go back (a sliding window has let go of tokens, a state has
                 replaced the one before): `reset`, and prefill again. Nothing is changed.
         """
-        self._pass.check_finished()
+        self._pass.check_finished(shortening=True)
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         if not (length := self._text):
             self.reset()
             return 0
         self._check_carried("recover")
-        ahead = [(x, surplus) for x in growing if (surplus := x.get_seq_length() - length)]
+        ahead = [(x, surplus) for x in growing if (surplus := longest(x) - length)]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
         self._check_states()
-        for layer, surplus in ahead:
-            layer.crop(-surplus)
-        self._keep_text(length)
+        with self._pass.through_all("recover", shortens=True):
+            for layer, surplus in ahead:
+                layer.crop(-surplus)
+            self._keep_text(length)
         self._pass.restart()
         return length
 
@@ -315,6 +316,7 @@ class TurboQuantCache(CountedCache):
 
     def reset(self) -> None:
         """Forget every token, and with it how many sequences there were."""
+        self._pass.unfinished, self._pass.shortens = "reset", False
         for layer in self.layers:
             forget_states(layer)
         super().reset()  # type: ignore[no-untyped-call]
@@ -424,8 +426,9 @@ class TurboQuantCache(CountedCache):
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
         self._check_states()
-        super().crop(tokens_to_remove)
-        self._keep_text(self._text)
+        with self._pass.through_all("crop", shortens=True):
+            super().crop(tokens_to_remove)
+            self._keep_text(self._text)
         self._pass.restart()
 
     @outside_inference_mode

@@ -172,6 +172,20 @@ class IndexedTurboQuantLayer(TurboQuantLayer):
     indexer_keys: Tensor | None = None
     indexer_position_ids: Tensor | None = None
 
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of which there are keys and values."""
+        return super().get_seq_length()
+
+    @property
+    def tokens_indexed(self) -> int:
+        """Tokens of which there are an indexer's keys; without an indexer those that were seen."""
+        return self.tokens_seen if self.indexer_keys is None else self.indexer_keys.shape[1]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen a sequence, in both parts."""
+        return min(self.tokens_seen, self.tokens_indexed)
+
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Add keys of the indexer, [batch, tokens, dim]; returns all of them."""
         held = self.indexer_keys
@@ -185,13 +199,13 @@ class IndexedTurboQuantLayer(TurboQuantLayer):
         self.indexer_keys = self.indexer_position_ids = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens."""
-        super().crop(tokens_to_remove)
-        # Forgetting all of them has reset this layer already.
-        if tokens_to_remove:
-            self._replace_extra(
-                lambda x, batch: x.narrow(batch + 1, 0, x.shape[batch + 1] + tokens_to_remove)
-            )
+        """Forget the last ``-tokens_to_remove`` tokens, of which each part may lack some."""
+        self.check_crop(tokens_to_remove)
+        left = max(self.tokens_seen, self.tokens_indexed) + tokens_to_remove
+        self._replace_extra(
+            lambda x, batch: x.narrow(batch + 1, 0, min(max(left, 0), x.shape[batch + 1]))
+        )
+        super().crop(min(left - self.tokens_seen, 0))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

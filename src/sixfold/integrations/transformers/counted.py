@@ -130,7 +130,7 @@ class CountedCache(Cache):
         return number % count
 
     def _check_states(self) -> None:
-        self._pass.check_finished()
+        self._pass.check_finished(shortening=True)
         if self._pass.spoiled(self.layers):
             raise SixfoldError(
                 "convolution and recurrent states that an interrupted forward pass has replaced "

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from sixfold.errors import SixfoldError
+from sixfold.integrations.transformers.combined import IndexedTurboQuantLayer
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.layers import CrossAttentionLayer
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
@@ -37,6 +38,7 @@ class ForwardPass:
         tokens: Tokens that the pass adds to each; None likewise.
         started: Whether there were states to continue, as far as is known.
         unfinished: An operation that changes one layer after the other, while it does.
+        shortens: Whether all that it does is to take tokens back.
     """
 
     def __init__(self, growing: Iterable[int]) -> None:
@@ -47,27 +49,36 @@ class ForwardPass:
         """Take what the layers hold as it is: the next update begins a pass."""
         self.lent: dict[tuple[int, str, int], tuple[Tensor, int | Tensor]] = {}
         self.unfinished: str | None = None
+        self.shortens = False
         self._begin()
 
     @contextmanager
-    def through_all(self, operation: str) -> Iterator[None]:
-        """While it lasts layers hold different sequences: nobody may go on from there."""
-        self.check_finished()
-        self.unfinished = operation
+    def through_all(self, operation: str, shortens: bool = False) -> Iterator[None]:
+        """While it lasts layers hold different tokens: nobody may go on from there.
+
+        One that shortens all may be called after another of its kind that was interrupted.
+        """
+        self.check_finished(shortening=shortens)
+        self.unfinished, self.shortens = operation, shortens
         yield
         self.unfinished = None
 
-    def check_finished(self) -> None:
+    def check_finished(self, shortening: bool = False) -> None:
         """Refuse layers of which an operation has changed some only.
+
+        Args:
+            shortening: Accept those that have only been shortened.
 
         Raises:
             SixfoldError: They are such.
         """
-        if self.unfinished is not None:
-            raise SixfoldError(
-                f"{self.unfinished} was interrupted between layers, which hold different sequences "
-                "now: call cache.reset(), and prefill again."
-            )
+        if self.unfinished is None or (shortening and self.shortens):
+            return
+        cure = "recover()" if self.shortens else "reset(), and prefill again"
+        raise SixfoldError(
+            f"{self.unfinished} was interrupted between layers, which hold different tokens now: "
+            f"call cache.{cure}."
+        )
 
     def _begin(self) -> None:
         self.reached: set[int] = set()
@@ -103,7 +114,13 @@ class ForwardPass:
             self._check_lengths(layers)
         if isinstance(layers[index], StaticTurboQuantLayer):
             return
-        held = layers[index].get_seq_length()
+        layer = layers[index]
+        held = layer.get_seq_length()
+        if isinstance(layer, IndexedTurboQuantLayer):
+            held = layer.tokens_seen
+            # A model may index new tokens before or after it adds them.
+            if layer.tokens_indexed not in (held, held + tokens):
+                raise SixfoldError(f"layer {index} has indexed other tokens than it holds: {_HOW}")
         if self.before is None:
             self.before, self.tokens = held, tokens
         if held != self.before or self.started not in (None, held > 0):
@@ -210,8 +227,10 @@ class ForwardPass:
         return not behind and not skipped and _states_due(layers, last) <= replaced
 
     def _check_lengths(self, layers: Sequence[Any]) -> None:
-        # What a pass has reached, every length checked on the way, needs no second look.
-        if len(self.reached) == len(self.growing):
+        # What a pass has reached, every length checked on the way, needs no second look; but an
+        # indexer's keys come after that.
+        indexed = any(isinstance(layers[i], IndexedTurboQuantLayer) for i in self.growing)
+        if len(self.reached) == len(self.growing) and not indexed:
             return
         lengths = {i: n for i in sorted(self.growing) if (n := _length(layers[i]))}
         if len(set(lengths.values())) > 1:
@@ -226,6 +245,14 @@ def common_length(layers: Sequence[Any]) -> int:
     lengths = [int(layer.get_seq_length()) for layer in layers]
     held = [n for n in lengths if n]
     return min(held) if len(set(held)) > 1 else min(lengths, default=0)
+
+
+def longest(layer: Any) -> int:
+    """Tokens of which a layer holds anything: an indexer's keys may come before or after."""
+    held = int(layer.get_seq_length())
+    if isinstance(layer, IndexedTurboQuantLayer):
+        return max(held, layer.tokens_seen, layer.tokens_indexed)
+    return held
 
 
 def grows(layer: Any) -> bool:

@@ -133,40 +133,47 @@ def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     module._save_to_state_dict(saved, "", False)
     known = {name for name, _ in _own_weights(module)}
     for name in sorted(saved.keys() - known):
-        for index, tensor in enumerate(_as_tensors(saved[name], ())):
+        for index, tensor in enumerate(_as_tensors(saved[name])):
             yield f"{name}[{index}]", tensor
 
 
-def _as_tensors(value: Any, within: tuple[int, ...]) -> Iterator[Tensor]:
-    """All that a value holds, as tensors; of an object of an unknown kind only what kind it is."""
-    if isinstance(value, Tensor):
-        yield _plain(value)
-    elif isinstance(value, Mapping | tuple | list):
-        if id(value) in within:
-            return
-        parts = itertools.chain(*value.items()) if isinstance(value, Mapping) else iter(value)
-        for part in parts:
-            yield from _as_tensors(part, (*within, id(value)))
-    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        yield _of_bytes(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
-    elif isinstance(value, io.BytesIO):
-        yield _of_bytes(value.getvalue())
-    elif isinstance(value, bytes | bytearray):
-        yield _of_bytes(bytes(value))
-    elif isinstance(value, str | int | float | complex | NoneType | torch.dtype):
-        yield _of_bytes(repr(value).encode())
-    else:
-        yield _of_bytes(type(value).__qualname__.encode())
+def _as_tensors(value: Any) -> Iterator[Tensor]:
+    """All that a value holds, as tensors; of objects of unknown kinds only what kind they are.
+
+    What is no tensor, numbers and words, is one tensor of bytes. What comes up again was counted.
+    """
+    words, seen, left = [b""], set(), [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping | tuple | list):
+            if id(one) not in seen:
+                seen.add(id(one))
+                left += itertools.chain(*one.items()) if isinstance(one, Mapping) else one
+        elif isinstance(one, Tensor):
+            yield _plain(one)
+        else:
+            words.append(_as_bytes(one))
+    data = b" ".join(words)
+    if data:
+        yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _as_bytes(value: Any) -> bytes:
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"{value.dtype} {value.shape} ".encode() + value.tobytes()
+    if isinstance(value, io.BytesIO):
+        return value.getvalue()
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if isinstance(value, str | int | float | complex | NoneType | torch.dtype):
+        return repr(value).encode()
+    return type(value).__qualname__.encode()
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """The numbers of a quantized or sparse tensor one after the other."""
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
-def _of_bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _present(module: nn.Module) -> contextlib.AbstractContextManager[None]:
