@@ -413,6 +413,21 @@ def test_tokens_that_some_layers_have_taken_back(
     assert relative_error(steps_of(model, cache, ids[:, 40:60]), expected) < 1e-5
 
 
+def test_states_that_some_layers_have_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths do not tell what a convolution has let go of."""
+    model, ids = fresh_model("lfm2"), torch.arange(2, 42).repeat(2, 1)
+    cache = cache_for(model, True)
+    cache.activate_past_recording()
+    steps_of(model, cache, ids, ids[:, :4])
+    monkeypatch.setattr(cache.compressed_layers[0], "crop", stop)
+    with pytest.raises(Stopped):
+        cache.crop(-3)
+    monkeypatch.undo()
+    for attempt in (lambda: steps_of(model, cache, ids[:, :1]), cache.recover, cache.fork):
+        with pytest.raises(SixfoldError, match=r"crop was interrupted.*cache\.reset\(\)"):
+            attempt()
+
+
 def test_a_reset_that_stops_between_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = fresh_model("llama-64"), torch.arange(2, 42).repeat(2, 1)
     cache = cache_for(model, True)

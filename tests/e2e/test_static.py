@@ -76,6 +76,19 @@ def test_positions_go_on_where_a_window_has_moved(name: str) -> None:
     assert torch.equal(*found)
 
 
+def test_a_static_cache_that_was_not_reset_goes_on() -> None:
+    model, ids = tiny_model(), prompt()
+    growing = TurboQuantCache.for_model(model, bits=4, fit_tokens=0)
+    with torch.no_grad():
+        model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
+        static = growing.static(PROMPT + STEPS)
+        for refused in (static.reset, lambda: static.reorder_cache(torch.tensor([1, 0]))):
+            with pytest.raises(SixfoldError, match="only decodes"):
+                refused()
+        model(ids[:, :1], **cache_argument(static), use_cache=True)
+    assert int(static.get_seq_length()) == PROMPT + 1
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
     assert largest_difference(compiled=False, pinned=pinned) < 1e-4

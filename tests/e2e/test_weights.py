@@ -348,6 +348,49 @@ def test_extra_state_that_is_empty(value: Any) -> None:
     assert weights_digest(Empty()) == weights_digest(Empty())
 
 
+A, B = [1], [2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1, [2]], [[1], 2]),
+        ([b"1"], [1]),
+        ({1: 2}, [1, 2]),
+        (["1", "2"], ["1, 2"]),
+        ([A, A, B], [A, B, B]),
+        ([torch.ones(1), [torch.zeros(1)]], [[torch.ones(1)], torch.zeros(1)]),
+    ],
+    ids=str,
+)
+def test_extra_state_that_is_put_together_otherwise(one: Any, other: Any) -> None:
+    class Stateful(nn.Module):
+        def __init__(self, value: Any) -> None:
+            super().__init__()
+            self.value = value
+
+        def get_extra_state(self) -> Any:
+            return self.value
+
+    assert weights_digest(Stateful(one)) == weights_digest(Stateful(one))
+    assert weights_digest(Stateful(one)) != weights_digest(Stateful(other))
+
+
+LAZY = [
+    torch._neg_view(torch.ones(3)),
+    torch.ones(3, dtype=torch.complex64).conj(),
+]
+
+
+@pytest.mark.parametrize("value", LAZY, ids=["negative", "conjugate"])
+def test_extra_state_of_unusual_tensors(value: Tensor) -> None:
+    class Lazy(nn.Module):
+        def get_extra_state(self) -> Any:
+            return value
+
+    assert weights_digest(Lazy()) == weights_digest(Lazy())
+
+
 def test_extra_state_of_many_numbers_that_is_shared() -> None:
     class Many(nn.Module):
         def get_extra_state(self) -> Any:

@@ -297,7 +297,7 @@ class TurboQuantCache(CountedCache):
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
         self._check_states()
-        with self._pass.through_all("recover", shortens=True):
+        with self._pass.through_all("recover", shortens=not self._has_states):
             for layer, surplus in ahead:
                 layer.crop(-surplus)
             self._keep_text(length)
@@ -316,6 +316,7 @@ class TurboQuantCache(CountedCache):
 
     def reset(self) -> None:
         """Forget every token, and with it how many sequences there were."""
+        self._refuse_static()
         self._pass.unfinished, self._pass.shortens = "reset", False
         for layer in self.layers:
             forget_states(layer)
@@ -426,7 +427,7 @@ class TurboQuantCache(CountedCache):
         for layer in self.layers:
             check_crop(layer, tokens_to_remove)
         self._check_states()
-        with self._pass.through_all("crop", shortens=True):
+        with self._pass.through_all("crop", shortens=not self._has_states):
             super().crop(tokens_to_remove)
             self._keep_text(self._text)
         self._pass.restart()

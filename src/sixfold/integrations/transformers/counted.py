@@ -129,6 +129,11 @@ class CountedCache(Cache):
             raise OutOfRangeError(f"layer {number} does not exist: the cache has {count} layers.")
         return number % count
 
+    @property
+    def _has_states(self) -> bool:
+        """Whether what a layer holds cannot be told by its tokens."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+
     def _check_states(self) -> None:
         self._pass.check_finished(shortening=True)
         if self._pass.spoiled(self.layers):

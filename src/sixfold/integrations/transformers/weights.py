@@ -140,22 +140,27 @@ def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _as_tensors(value: Any) -> Iterator[Tensor]:
     """All that a value holds, as tensors; of objects of unknown kinds only what kind they are.
 
-    What is no tensor, numbers and words, is one tensor of bytes. What comes up again was counted.
+    What is no tensor, numbers, words and how all is put together, is one tensor of bytes.
     """
-    words, seen, left = [b""], set(), [value]
+    words: list[bytes] = []
+    left, seen = [value], dict[int, int]()
     while left:
         one = left.pop()
         if isinstance(one, Mapping | tuple | list):
-            if id(one) not in seen:
-                seen.add(id(one))
-                left += itertools.chain(*one.items()) if isinstance(one, Mapping) else one
+            if id(one) in seen:
+                words.append(f"number {seen[id(one)]} again".encode())
+                continue
+            seen[id(one)] = len(seen)
+            parts = [*itertools.chain(*one.items())] if isinstance(one, Mapping) else [*one]
+            words.append(f"{type(one).__name__} of {len(parts)}".encode())
+            left += reversed(parts)
         elif isinstance(one, Tensor):
+            words.append(b"tensor")
             yield _plain(one)
         else:
-            words.append(_as_bytes(one))
-    data = b" ".join(words)
-    if data:
-        yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            data = _as_bytes(one)
+            words.append(f"{type(one).__name__} of {len(data)}: ".encode() + data)
+    yield torch.frombuffer(bytearray(b", ".join(words)), dtype=torch.uint8)
 
 
 def _as_bytes(value: Any) -> bytes:
@@ -167,12 +172,13 @@ def _as_bytes(value: Any) -> bytes:
         return bytes(value)
     if isinstance(value, str | int | float | complex | NoneType | torch.dtype):
         return repr(value).encode()
-    return type(value).__qualname__.encode()
+    return b"unknown"
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The numbers of a quantized or sparse tensor one after the other."""
+    """The numbers of a quantized, sparse or lazy tensor one after the other."""
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    tensor = tensor.resolve_conj().resolve_neg()
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
