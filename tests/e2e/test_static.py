@@ -13,6 +13,7 @@ from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import untraced
 from sixfold.integrations.transformers.keyword import cache_argument
+from sixfold.packing import Bits
 from tests.e2e.decoding import relative_error
 from tests.e2e.models import fresh_model
 from tests.tiny import tiny_model
@@ -29,20 +30,21 @@ def prompt() -> Tensor:
 
 
 @torch.no_grad()
-def largest_difference(compiled: bool, pinned: bool = False) -> float:
+def largest_difference(compiled: bool, pinned: bool = False, bits: Bits = 4) -> float:
     """Of the logits of steps that complete a page and of steps that do not."""
     model, ids = tiny_model(), prompt()
-    growing = TurboQuantCache.for_model(model, bits=4, fit_tokens=0)
+    growing = TurboQuantCache.for_model(model, bits, fit_tokens=0)
     model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     if pinned:
-        growing = TurboQuantCache.for_model(model, bits=4, key_map=growing.key_maps())
+        growing = TurboQuantCache.for_model(model, bits, key_map=growing.key_maps())
         model(ids[:, :PROMPT], **cache_argument(growing), use_cache=True)
     static = growing.static(PROMPT + STEPS)
     step = model.forward
     if compiled:
         step = torch.compile(step, fullgraph=True, backend="aot_eager")
     worst = 0.0
-    for t in range(PROMPT, PROMPT + STEPS):
+    # The sixth completes a page.
+    for t in range(PROMPT, PROMPT + (10 if compiled else STEPS)):
         token = ids[:, t : t + 1]
         expected = model(token, **cache_argument(growing), use_cache=True).logits
         got = step(
@@ -96,14 +98,22 @@ def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
 
 @traces_models
 @pytest.mark.parametrize(
-    ("backend", "allowed"),
-    # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
-    [("reference", 1e-3), pytest.param("triton", 3e-3, marks=pytest.mark.slow)],
+    ("backend", "allowed", "bits"),
+    [
+        # Codebooks; the search of a trellis is traced for minutes.
+        ("reference", 1e-3, 8),
+        pytest.param("reference", 1e-3, 4, marks=pytest.mark.slow),
+        # Triton's operands have 11 bits: 2^-11 of a logit, and as much of a value.
+        pytest.param("triton", 3e-3, 4, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("pinned", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_compiled_step_has_no_graph_break(backend: str, allowed: float, pinned: bool) -> None:
+def test_a_compiled_step_has_no_graph_break(
+    backend: str, allowed: float, bits: Bits, pinned: bool
+) -> None:
     # A process of its own: shape checks and what torch compiles do not mix.
-    code = f"from tests.e2e.test_static import largest_difference as d; print(d(True, {pinned}))"
+    asked = f"True, {pinned}, {bits}"
+    code = f"from tests.e2e.test_static import largest_difference as d; print(d({asked}))"
     environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": backend}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
