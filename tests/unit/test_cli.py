@@ -86,8 +86,8 @@ def test_a_measurement_in_a_pipe_says_how_far_it_is(
         for step, name in enumerate(["uncompressed", "4 bits", "uncompressed", "4 bits"], 1):
             progress(step, 1000, name)
     assert capsys.readouterr().err.splitlines() == [
-        "reading text: 2 of 1,000 steps in 0:00:31, 4:17:49 left; at 4 bits",
-        "reading text: 4 of 1,000 steps in 0:01:02, 4:17:18 left; at 4 bits",
+        "reading text: 2 of 1,000 steps in 0:00:31, the last of 4 bits; 4:17:49 left",
+        "reading text: 4 of 1,000 steps in 0:01:02, the last of 4 bits; 4:17:18 left",
     ]
 
 

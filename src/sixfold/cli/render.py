@@ -125,7 +125,8 @@ class _Lines:
         self.said = now
         spent = now - self.begun
         took, left = (timedelta(seconds=round(s)) for s in (spent, spent * (total - done) / done))
-        line = f"{self.label}: {done:,} of {total:,} steps in {took}, {left} left; at {name}"
+        steps = f"{self.label}: {done:,} of {total:,} steps in {took}"
+        line = f"{steps}, the last of {name}; {left} left"
         self.console.print(line, markup=False, soft_wrap=True)
 
 
