@@ -440,9 +440,7 @@ class TurboQuantCache(CountedCache):
             SixfoldError: `beam_idx` are no numbers of sequences held.
         """
         rows: Any = self._rows("beam_idx", beam_idx)
-        self._check_carried("reorder_cache")
-        self._refuse_static()
-        with self._pass.through_all("reorder_cache"):
+        with self._through_all("reorder_cache"):
             super().reorder_cache(rows)
 
     @outside_inference_mode
@@ -453,9 +451,7 @@ class TurboQuantCache(CountedCache):
             SixfoldError: `indices` are no numbers of sequences held, nor a mask over them.
         """
         rows = self._rows("indices", indices)
-        self._check_carried("batch_select_indices")
-        self._refuse_static()
-        with self._pass.through_all("batch_select_indices"):
+        with self._through_all("batch_select_indices"):
             for layer in self.layers:
                 select_sequences(layer, rows)
 
@@ -467,9 +463,7 @@ class TurboQuantCache(CountedCache):
             SixfoldError: `repeats` is not a positive whole number.
         """
         repeats = whole("repeats", repeats, 1, MOST_REPEATS)
-        self._check_carried("batch_repeat_interleave")
-        self._refuse_static()
-        with self._pass.through_all("batch_repeat_interleave"):
+        with self._through_all("batch_repeat_interleave"):
             for layer in self.layers:
                 repeat_sequences(layer, repeats)
 

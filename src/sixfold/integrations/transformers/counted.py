@@ -1,5 +1,6 @@
 """What of a cache knows transformers' layers by their numbers, and counts their states."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -155,6 +156,12 @@ class CountedCache(Cache):
                 f"themselves, not in a cache: {operation} would leave those as they are. Use one "
                 "cache at a time, and prefill again instead."
             )
+
+    def _through_all(self, operation: str) -> AbstractContextManager[None]:
+        """For what changes the sequences of one layer after the other."""
+        self._check_carried(operation)
+        self._refuse_static()
+        return self._pass.through_all(operation)
 
     def _refuse_static(self) -> None:
         for layer in self.layers:

@@ -112,9 +112,9 @@ class ForwardPass:
             self._next(layers)
         elif not self.reached:
             self._check_lengths(layers)
-        if isinstance(layers[index], StaticTurboQuantLayer):
-            return
         layer = layers[index]
+        if isinstance(layer, StaticTurboQuantLayer):
+            return
         held = layer.get_seq_length()
         if isinstance(layer, IndexedTurboQuantLayer):
             held = layer.tokens_seen
