@@ -1,9 +1,6 @@
 """A forward pass that stops between layers: the cache refuses to go on wrongly, and recovers."""
 
-import os
 import pickle
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,7 @@ from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
 from tests.e2e.models import ARCHITECTURES, WINDOW, fresh_model
+from tests.processes import printed
 from tests.versions import traces_models
 from tools.sweep_architectures import architectures, build
 
@@ -328,18 +326,8 @@ def test_states_count_in_traced_frames() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lfm2", "Zamba2ForCausalLM"])
 def test_states_of_compiled_passes(name: str) -> None:
-    # A process of its own: shape checks and what torch compiles do not mix.
     code = f"from tests.e2e.test_interrupted import compiled_and_not as c; print(c({name!r}))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAXTYPING_DISABLE": "1"},
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["refused"]
+    assert printed(code) == ["refused"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

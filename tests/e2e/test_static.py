@@ -1,8 +1,5 @@
 """Caches of fixed size: the same logits as the growing cache, step by step, also compiled."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.packing import Bits
 from tests.e2e.decoding import relative_error
 from tests.e2e.models import fresh_model
+from tests.processes import printed
 from tests.tiny import tiny_model
 from tests.versions import traces_models
 
@@ -111,20 +109,9 @@ def test_a_static_cache_decodes_as_the_growing_one(pinned: bool) -> None:
 def test_a_compiled_step_has_no_graph_break(
     backend: str, allowed: float, bits: Bits, pinned: bool
 ) -> None:
-    # A process of its own: shape checks and what torch compiles do not mix.
     asked = f"True, {pinned}, {bits}"
     code = f"from tests.e2e.test_static import largest_difference as d; print(d({asked}))"
-    environment = os.environ | {"JAXTYPING_DISABLE": "1", "SIXFOLD_BACKEND": backend}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.split()[-1]) < allowed
+    assert float(printed(code, SIXFOLD_BACKEND=backend)[-1]) < allowed
 
 
 @torch.no_grad()
