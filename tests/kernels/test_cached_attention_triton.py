@@ -1,6 +1,6 @@
 """A whole layer on Triton's kernels: the reference's numbers, and no wait for the GPU."""
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +137,7 @@ def test_compiles_in_one_graph() -> None:
     assert torch.equal(compiled(*case.arguments), doubled(*case.arguments))
 
 
-@pytest.mark.parametrize("code", get_args(CodeName))
+@pytest.mark.parametrize("code", ["codebook", pytest.param("trellis", marks=pytest.mark.slow)])
 def test_a_ragged_batch_in_memory_of_an_engine(
     code: CodeName, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,8 +60,11 @@ def _coding(
 def coders(policy: CachePolicy, key_dim: int, value_dim: int) -> tuple[Coder, Coder]:
     """How `policy` codes keys, and values."""
 
-    def coder(layout: Layout, dim: int, bits: Bits) -> Coder:
-        code = code_of(policy.code, dim, bits)
-        return Coder(layout, dim, bits, policy.seed, SCALES[layout], code)
+    return (
+        _coder(policy, "key", key_dim, policy.key_bits),
+        _coder(policy, "value", value_dim, policy.value_bits),
+    )
 
-    return coder("key", key_dim, policy.key_bits), coder("value", value_dim, policy.value_bits)
+
+def _coder(policy: CachePolicy, layout: Layout, dim: int, bits: Bits) -> Coder:
+    return Coder(layout, dim, bits, policy.seed, SCALES[layout], code_of(policy.code, dim, bits))

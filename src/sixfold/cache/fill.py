@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import numpy as np
@@ -95,15 +95,11 @@ class Fill:
         pages = np.concatenate([opened[filled], fresh[owner] + place])
         first = (start[owner] + place * PAGE_TOKENS)[: few.sum()]
 
-        def on(x: np.ndarray) -> Tensor:
-            return to_device(x, slots.device)
-
-        def written(chosen: np.ndarray, to: np.ndarray, offsets: np.ndarray) -> Written:
-            return Written(on(token[chosen]), on(to[chosen]), on(offsets[chosen]))
-
+        on = partial(to_device, device=slots.device)
+        offset = position % PAGE_TOKENS
         return cls(
-            written(copied, row, position % PAGE_TOKENS),
-            written(sunk, sink, position),
+            Written(*(on(x[copied]) for x in (token, row, offset))),
+            Written(*(on(x[sunk]) for x in (token, sink, position))),
             on(rows[filled, opened[filled]]),
             on(first[:, None] + np.arange(PAGE_TOKENS)),
             [slice(start[b], start[b] + many[b] * PAGE_TOKENS) for b in many.nonzero()[0].tolist()],

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Self
 
@@ -36,13 +37,8 @@ class Slab:
         cls, slots: int, kv_heads: int, key_bytes: int, value_bytes: int, device: torch.device
     ) -> Self:
         """Storage for `slots` pages."""
-
-        def codes(page_bytes: int) -> Tensor:
-            return empty(slots, kv_heads, page_bytes, dtype=torch.uint8, device=device)
-
-        def scales() -> Tensor:
-            return empty(slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
-
+        codes = partial(empty, slots, kv_heads, dtype=torch.uint8, device=device)
+        scales = partial(empty, slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
         # Memory from inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             pool = Pool(codes(key_bytes), scales(), codes(value_bytes), scales())

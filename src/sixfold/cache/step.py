@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sixfold.arguments import dense, sequence, settle, whole
 from sixfold.cache.fill import Fill
-from sixfold.cache.transfer import to_device
+from sixfold.cache.transfer import numbers_to_device
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._tables import check_table, readable
 from sixfold.kernels.types import Pages, Pool, Tokens
@@ -243,10 +243,7 @@ class Part:
     def of(cls, step: Step, which: list[int]) -> "Part":
         """The part of a step that is about these sequences."""
         device = step.slots.device
-
-        def on(x: list[int]) -> Tensor:
-            return to_device(np.array(x, dtype=np.int64), device)
-
+        on = partial(numbers_to_device, device=device)
         context = [step.context[b] for b in which]
         position, coded = on(context), [step.coded(b) for b in which]
         starts = torch.arange(step.slots.shape[1], device=device)[None] * PAGE_TOKENS
