@@ -15,6 +15,12 @@ constexpr std::int64_t rounded_up(std::int64_t n, std::int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
+// Coordinates of a query in the order of the tile, and zeros.
+constexpr std::int64_t tile_length(const Codec& codec) { return 4 * codec.steps / codec.parts; }
+constexpr std::int64_t padded_length(const Codec& codec) {
+    return rounded_up(tile_length(codec), kLanes);
+}
+
 // One thread's memory: tiles of the page at hand, and what the rows carry from page to page.
 struct Scratch {
     std::uint8_t *key_tile, *value_tile;
@@ -39,7 +45,7 @@ struct Scratch {
         take(key_tile, keys.tile_bytes);
         take(value_tile, values.tile_bytes);
         take(queries, kMaxRows * query_stride);
-        take(padded, rounded_up(4 * keys.steps / keys.parts, kLanes));
+        take(padded, padded_length(keys));
         take(rows, kMaxRows);
         take(factor, kMaxRows);
         take(carry, kMaxRows * kLanes);
@@ -97,28 +103,34 @@ std::int64_t source_row(const AttentionWork& work, int r) {
     return head * work.task->rows + work.first_row + r % work.rows;
 }
 
+void clear_padded(const Codec& codec, float* padded) {
+    for (int i = 0; i < padded_length(codec); ++i) padded[i] = 0.0f;
+}
+
+// One query as operands of the key tile; returns score -> logit. `padded` was cleared.
+float prepare_query(const Codec& codec, const float* query, float* padded, std::int32_t* operands,
+                    std::int32_t* start) {
+    const std::int64_t length = tile_length(codec);
+    const int first_axis = symbols_of(codec.dim, codec.axes);
+    __builtin_memcpy(padded, query, first_axis * sizeof(float));
+    if (codec.axes == 2)
+        __builtin_memcpy(padded + length / 2, query + first_axis,
+                         (codec.dim - first_axis) * sizeof(float));
+    if (codec.arithmetic != Arithmetic::floats)
+        return quantize_query(codec, padded, static_cast<int>(padded_length(codec)), operands,
+                              start);
+    __builtin_memcpy(operands, padded, length * sizeof(float));
+    return 1.0f;
+}
+
 void prepare_queries(const AttentionWork& work, const Scratch& scratch) {
     const AttentionTask& task = *work.task;
     const Codec& codec = *task.keys.codec;
-    const int length = 4 * codec.steps / codec.parts;
-    const int padded_length = static_cast<int>(rounded_up(length, kLanes));
-    const int first_axis = symbols_of(codec.dim, codec.axes);
-    for (int i = 0; i < padded_length; ++i) scratch.padded[i] = 0.0f;
-    for (int r = 0; r < work.heads * work.rows; ++r) {
-        const float* query = task.query + source_row(work, r) * codec.dim;
-        std::int32_t* operands = scratch.queries + r * scratch.query_stride;
-        __builtin_memcpy(scratch.padded, query, first_axis * sizeof(float));
-        if (codec.axes == 2)
-            __builtin_memcpy(scratch.padded + length / 2, query + first_axis,
-                             (codec.dim - first_axis) * sizeof(float));
-        if (codec.arithmetic == Arithmetic::floats) {
-            __builtin_memcpy(operands, scratch.padded, length * sizeof(float));
-            scratch.factor[r] = 1.0f;
-        } else {
-            scratch.factor[r] = quantize_query(codec, scratch.padded, padded_length, operands,
-                                               scratch.start + r);
-        }
-    }
+    clear_padded(codec, scratch.padded);
+    for (int r = 0; r < work.heads * work.rows; ++r)
+        scratch.factor[r] = prepare_query(codec, task.query + source_row(work, r) * codec.dim,
+                                          scratch.padded, scratch.queries + r * scratch.query_stride,
+                                          scratch.start + r);
 }
 
 void reset(const AttentionWork& work, const Scratch& scratch) {

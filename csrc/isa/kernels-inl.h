@@ -5,6 +5,7 @@
 #include "attention/attention-inl.h"
 #include "attention/tokens-inl.h"
 #include "isa/kernels.h"
+#include "nearest/nearest-inl.h"
 #include "vectors/vectors-inl.h"
 
 namespace sixfold {
@@ -12,7 +13,7 @@ namespace {
 
 constexpr Kernels kernels_named(const char* isa) {
     return {isa, vectors::kVectorKernels, vectors::kTrellisKernels, kAttentionKernels,
-            vectors::kTokenKernels};
+            vectors::kTokenKernels, kNearestKernels};
 }
 
 }  // namespace

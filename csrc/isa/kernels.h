@@ -3,6 +3,7 @@
 
 #include "attention/attention.h"
 #include "attention/tokens.h"
+#include "nearest/nearest.h"
 #include "vectors/trellis.h"
 #include "vectors/vectors.h"
 
@@ -14,6 +15,7 @@ struct Kernels {
     TrellisKernels trellis;
     AttentionKernels attention;
     TokenKernels tokens;
+    NearestKernels nearest;
 };
 
 const Kernels& portable_kernels();

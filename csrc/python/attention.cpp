@@ -28,20 +28,11 @@ using Pages = std::tuple<Pool, Address, Address, Address, Count, Count, Count>;
 using Vectors = std::tuple<Address, Count, Count, Count>;
 // keys, values, rows, tokens, first, start, stop, slots.
 using Tokens = std::tuple<Vectors, Vectors, Count, Count, Address, Address, Address, Address>;
-// Twice the bits a coordinate of a trellis, 0 of a codebook.
-using PageCode = std::tuple<CodeGroup, int>;
 using Side = std::tuple<RotationGroup, PageCode>;
 // mean, channel scale, maps, map index.
 using KeyMap = std::tuple<Address, Address, Count, Address>;
 // kind, address, strides of batch, head and query, columns, never.
 using MaskGroup = std::tuple<int, Address, Count, Count, Count, Count, float>;
-
-CodecKey codec_of(const PageCode& code) {
-    const auto& [group, half_bits] = code;
-    const auto [dim, bits, paired, layout, centroids] = group;
-    const bool values = static_cast<vectors::Layout>(layout) == vectors::Layout::value;
-    return {dim, bits, 1 + paired, half_bits, values, exact_wanted(), at<const float>(centroids)};
-}
 
 PagePool pool_of(const Pool& pool) {
     const auto& [keys, key_scales, values, value_scales, slots] = pool;
@@ -152,6 +143,13 @@ void cached_attention(const LayerShape& shape, Address query, Address out,
 }
 
 }  // namespace
+
+CodecKey codec_of(const PageCode& code) {
+    const auto& [group, half_bits] = code;
+    const auto [dim, bits, paired, layout, centroids] = group;
+    const bool values = static_cast<vectors::Layout>(layout) == vectors::Layout::value;
+    return {dim, bits, 1 + paired, half_bits, values, exact_wanted(), at<const float>(centroids)};
+}
 
 void bind_attention(nb::module_& m) {
     m.def("page_attention", page_attention);

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "attention/attention.h"
 #include "vectors/vectors.h"
 
 namespace sixfold {
@@ -16,6 +17,7 @@ namespace sixfold {
 void bind_vectors(nanobind::module_& m);
 void bind_trellis(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_nearest(nanobind::module_& m);
 
 using Address = std::uintptr_t;  // 0: no such tensor
 using Count = std::int64_t;
@@ -29,6 +31,8 @@ T* at(Address address) {
 using RotationGroup = std::tuple<int, int, int, Address, Address>;
 // (dim, symbol bits, paired, layout, codebook)
 using CodeGroup = std::tuple<int, int, bool, int, Address>;
+// Twice the bits a coordinate of a trellis, 0 of a codebook.
+using PageCode = std::tuple<CodeGroup, int>;
 // (address, strides of slots and heads in elements)
 using PoolGroup = std::tuple<Address, Count, Count>;
 // (address, dtype, strides of batch, heads and tokens)
@@ -37,6 +41,9 @@ using PagedGroup = std::tuple<Address, int, Count, Count, Count>;
 using PageGroup = std::tuple<PoolGroup, PoolGroup, Count, Address, Count, Count, Count>;
 // (mean, channel scale)
 using AffineGroup = std::tuple<Address, Address>;
+
+// Reads the environment: the GIL is held.
+CodecKey codec_of(const PageCode& code);
 
 inline vectors::Rotation rotation_of(const RotationGroup& group) {
     const auto [dim, order, rounds, turns, factor] = group;

@@ -79,4 +79,5 @@ NB_MODULE(_cpu, m) {
     sixfold::bind_vectors(m);
     sixfold::bind_trellis(m);
     sixfold::bind_attention(m);
+    sixfold::bind_nearest(m);
 }

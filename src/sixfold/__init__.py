@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sixfold._version import __version__
 from sixfold.cache import KeyMaps
 from sixfold.errors import SixfoldError
+from sixfold.index import Index
 from sixfold.quantizers import (
     QJL,
     OutlierSplit,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QJL",
+    "Index",
     "KeyMaps",
     "OutlierSplit",
     "PolarQuant",

@@ -18,7 +18,16 @@ from sixfold.kernels import _native
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
 
-OPERATIONS = ("rotate", "encode", "decode", "scores", "trellis", "attention", "cached_attention")
+OPERATIONS = (
+    "rotate",
+    "encode",
+    "decode",
+    "scores",
+    "nearest",
+    "trellis",
+    "attention",
+    "cached_attention",
+)
 
 NO_BACKEND = "not part of this install"
 """Why a backend is missing that an operation does not have."""

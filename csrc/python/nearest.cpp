@@ -1,0 +1,46 @@
+#include "python/bindings.h"
+#include "isa/dispatch.h"
+#include "python/released.h"
+#include "nearest/nearest.h"
+
+namespace nb = nanobind;
+
+namespace sixfold {
+namespace {
+
+// codes, scales, offsets (0: none), whether these are float32, allowed, pages.
+using VectorPages = std::tuple<Address, Address, Address, bool, Address, Count>;
+// query, weight, constant, queries.
+using Queries = std::tuple<Address, Address, Address, Count>;
+// scores, slots, best.
+using Found = std::tuple<Address, Address, Count>;
+
+void nearest_in_pages(const PageCode& code, const VectorPages& pages, const Queries& queries,
+                  const Found& found, int threads) {
+    NearestTask task{};
+    task.key = codec_of(code);
+    const auto [codes, scales, offsets, single, allowed, count] = pages;
+    task.codes = at<const std::uint8_t>(codes);
+    task.scales = at<const std::uint16_t>(scales);
+    task.offsets = at<const void>(offsets);
+    task.offset_kind = !offsets ? OffsetKind::none : single ? OffsetKind::single : OffsetKind::half;
+    task.allowed = at<const std::uint64_t>(allowed);
+    task.pages = count;
+    const auto [query, weight, constant, asked] = queries;
+    task.query = at<const float>(query);
+    task.weight = at<const float>(weight);
+    task.constant = at<const float>(constant);
+    task.queries = asked;
+    const auto [scores, slots, best] = found;
+    task.scores = at<float>(scores);
+    task.slots = at<Count>(slots);
+    task.best = best;
+    const Kernels& isa = kernels();
+    released([&] { nearest(isa.nearest, task, threads); });
+}
+
+}  // namespace
+
+void bind_nearest(nb::module_& m) { m.def("nearest", nearest_in_pages); }
+
+}  // namespace sixfold

@@ -1,0 +1,5 @@
+"""Nearest neighbours among compressed vectors."""
+
+from sixfold.index.index import Index, Neighbors
+
+__all__ = ["Index", "Neighbors"]

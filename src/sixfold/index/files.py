@@ -1,0 +1,226 @@
+"""An index in a file (docs/format.md, "An index")."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sixfold.arguments import MOST_SEED
+from sixfold.cache.coder import Coder
+from sixfold.errors import FormatError
+from sixfold.index.ids import objects, repeated
+from sixfold.index.metric import Metric, offset_dtype
+from sixfold.index.segment import BITS, MOST_DIM, Segment
+from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
+from sixfold.packing import PAGE_TOKENS, decode_scale
+
+KIND = "index"
+MOST_SEGMENTS = 2**16
+Kind = tuple[int, int, Metric, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileState:
+    """What a file holds of an index beside its dimensions.
+
+    Attributes:
+        segments: Its vectors.
+        next_id: The next number that is given as an id.
+        count: Vectors that were ever added.
+        total: Their sum, of which the mean of the next segment is made; None of none.
+        strings: Whether ids are strings; None as long as there are none.
+    """
+
+    segments: tuple[Segment, ...]
+    next_id: int
+    count: int
+    total: Tensor | None
+    strings: bool | None
+
+
+def save_index(path: str | os.PathLike[str], kind: Kind, state: FileState) -> None:
+    """Write everything; see `Index.save`."""
+    dim, bits, metric, seed = kind
+    tensors: dict[str, Tensor] = {} if state.total is None else {"total": state.total}
+    used = []
+    for number, segment in enumerate(state.segments):
+        used.append(segment.used)
+        held = _tensors(segment, bool(state.strings))
+        tensors |= {f"segments.{number}.{name}": x for name, x in held.items()}
+    description = {
+        "dim": dim,
+        "bits": bits,
+        "metric": metric,
+        "seed": seed,
+        "next_id": state.next_id,
+        "count": state.count,
+        "strings": state.strings,
+        "used": used,
+    }
+    write_container(path, KIND, description, tensors)
+
+
+def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
+    pages = segment.pages
+    held = {
+        "mean": segment.mean,
+        "codes": segment.codes[:pages],
+        "scales": segment.scales[:pages],
+        "offsets": segment.offsets[:pages],
+        "allowed": torch.from_numpy(segment.allowed[:pages].view(np.uint8).copy()),
+    }
+    ids = segment.ids[: segment.used]
+    if not strings:
+        return held | {"ids": torch.from_numpy(ids.copy())}
+    texts = [text.encode() for text in ids]
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    letters = np.frombuffer(b"".join(texts), dtype=np.uint8).copy()
+    return held | {"ids": torch.from_numpy(letters), "ids_end": torch.from_numpy(ends)}
+
+
+def load_index(path: str | os.PathLike[str]) -> tuple[Kind, FileState]:
+    """Check a file, then read it; see `Index.load`."""
+    with open_container(path, KIND) as container:
+        described = container.description
+        try:
+            kind, used = _kind(described), _used(described)
+            strings = described["strings"]
+            expected = _expected(kind, used, strings, container.specs, "total" in container.specs)
+            _check_numbers(described, used)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
+        container.expect(expected)
+        tensors = container.read()
+    try:
+        segments = tuple(
+            _segment(kind, count, bool(strings), _part(tensors, number))
+            for number, count in enumerate(used)
+        )
+        _check_ids(segments, described["next_id"])
+        total = tensors.get("total")
+        if total is not None:
+            _check_finite("total", total)
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged: {error}.") from error
+    return kind, FileState(segments, described["next_id"], described["count"], total, strings)
+
+
+def _kind(described: Mapping[str, Any]) -> Kind:
+    dim, bits, metric, seed = (described[name] for name in ("dim", "bits", "metric", "seed"))
+    if type(dim) is not int or not 1 <= dim <= MOST_DIM:
+        raise ValueError(f"dim is {dim!r}")
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits are {bits!r}")
+    if metric not in get_args(Metric):
+        raise ValueError(f"the metric is {metric!r}")
+    if type(seed) is not int or not 0 <= seed < MOST_SEED:
+        raise ValueError(f"the seed is {seed!r}")
+    return dim, bits, metric, seed
+
+
+def _used(described: Mapping[str, Any]) -> list[int]:
+    used = described["used"]
+    if not isinstance(used, list) or len(used) > MOST_SEGMENTS:
+        raise ValueError("it has no list of segments")
+    if not all(type(n) is int and 0 < n < 2**40 for n in used):
+        raise ValueError("segments have no vectors, or too many")
+    return used
+
+
+def _check_numbers(described: Mapping[str, Any], used: Sequence[int]) -> None:
+    next_id, count = described["next_id"], described["count"]
+    if type(next_id) is not int or not 0 <= next_id < 2**63:
+        raise ValueError(f"next_id is {next_id!r}")
+    if type(count) is not int or not 0 <= count < 2**63:
+        raise ValueError(f"count is {count!r}")
+    if described["strings"] not in (None, True, False) or (used and described["strings"] is None):
+        raise ValueError(f"strings is {described['strings']!r}")
+
+
+def _expected(
+    kind: Kind, used: Sequence[int], strings: Any, found: Mapping[str, TensorSpec], total: bool
+) -> dict[str, TensorSpec]:
+    dim, metric, page_bytes = kind[0], kind[2], _coder(kind).page_bytes
+    specs = {"total": TensorSpec((dim,), "F64")} if total else {}
+    for number, count in enumerate(used):
+        pages = -(-count // PAGE_TOKENS)
+        own = {
+            "mean": TensorSpec((dim,), "F32"),
+            "codes": TensorSpec((pages, page_bytes), "U8"),
+            "scales": TensorSpec((pages, PAGE_TOKENS), "F16"),
+            "offsets": TensorSpec((pages, PAGE_TOKENS), DTYPE_NAMES[offset_dtype(metric)]),
+            "allowed": TensorSpec((8 * pages,), "U8"),
+            "ids": TensorSpec((count,), "I64"),
+        }
+        if strings:
+            letters = found.get(f"segments.{number}.ids")
+            shape = letters.shape if letters is not None and len(letters.shape) == 1 else (0,)
+            own |= {"ids": TensorSpec(shape, "U8"), "ids_end": TensorSpec((count,), "I64")}
+        specs |= {f"segments.{number}.{name}": spec for name, spec in own.items()}
+    return specs
+
+
+def _coder(kind: Kind) -> Coder:
+    dim, bits, _, seed = kind
+    return Coder("key", dim, bits, seed, "unbiased")
+
+
+def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    prefix = f"segments.{number}."
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _segment(kind: Kind, used: int, strings: bool, held: Mapping[str, Tensor]) -> Segment:
+    pages = len(held["codes"])
+    allowed = held["allowed"].numpy().view("<u8")
+    last = used - PAGE_TOKENS * (pages - 1)
+    if last < PAGE_TOKENS and int(allowed[-1]) >> last:
+        raise ValueError("vectors count that were never added")
+    for name in ("mean", "offsets"):
+        _check_finite(name, held[name])
+    scales = decode_scale(held["scales"])
+    if not bool(((scales >= 0) & scales.isfinite()).all()):
+        raise ValueError("scales are not finite, or negative")
+    ids = np.empty(pages * PAGE_TOKENS, dtype=object if strings else np.int64)
+    ids[:used] = _texts(held["ids"], held["ids_end"]) if strings else held["ids"].numpy()
+    return Segment(
+        _coder(kind),
+        kind[2],
+        held["mean"],
+        held["codes"],
+        held["scales"],
+        held["offsets"],
+        ids,
+        allowed,
+        used,
+        int(np.unpackbits(allowed.view(np.uint8)).sum()),
+    )
+
+
+def _texts(letters: Tensor, ends: Tensor) -> np.ndarray:
+    text, stops = letters.numpy().tobytes(), ends.tolist()
+    starts = [0, *stops[:-1]]
+    if any(a > b for a, b in zip(starts, stops, strict=True)) or stops[-1] != len(text):
+        raise ValueError("ids do not fit their text")
+    # A UnicodeDecodeError is a ValueError.
+    return objects((text[a:b].decode() for a, b in zip(starts, stops, strict=True)), len(stops))
+
+
+def _check_ids(segments: Sequence[Segment], next_id: int) -> None:
+    live = [segment.ids[segment.live_slots()] for segment in segments]
+    if not live:
+        return
+    ids = np.concatenate(live)
+    if repeated(ids):
+        raise ValueError("two vectors have the same id")
+    if len(ids) and ids.dtype != object and next_id < min(int(ids.max()) + 1, 2**63 - 1):
+        raise ValueError("ids that are in use would be given again")
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} is not finite")

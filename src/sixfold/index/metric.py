@@ -1,0 +1,57 @@
+"""What a score is: inner products of what is coded, and what is added to them.
+
+A vector x is coded as r = x - μ, with the mean μ of its segment. What is left over is exact: with
+any number t, ⟨q, x⟩ = ⟨q - tμ, r⟩ + t⟨μ, r⟩ + ⟨q, μ⟩. The error of codes grows with the length of
+what they are multiplied with; t = ⟨q, μ⟩/‖μ‖² makes it the shortest.
+"""
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+Metric: TypeAlias = Literal["cosine", "ip", "l2"]
+
+TINY, HUGE = 1e-15, 1e15
+# The least number of float32 that has all its digits.
+LEAST = 2.0**-126
+
+
+def prepared(x: Float32[Tensor, "n dim"], metric: Metric) -> Float32[Tensor, "n dim"]:
+    """Vectors, or queries, of which scores are to be made: of length 1 where length is nothing."""
+    if metric != "cosine":
+        return x
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if bool(((length < TINY) | (length > HUGE)).any()):
+        # Squares of such numbers are not there in float32; zeros stay as they are.
+        x = x / torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp(min=LEAST)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=LEAST)
+    unit: Tensor = x / length
+    return unit
+
+
+def offset_dtype(metric: Metric) -> torch.dtype:
+    """Of cosines 16 bits say enough, of numbers of any size they do not."""
+    return torch.float16 if metric == "cosine" else torch.float32
+
+
+def offsets(
+    x: Float32[Tensor, "n dim"], mean: Float32[Tensor, " dim"], metric: Metric
+) -> Float32[Tensor, " n"]:
+    """What each vector adds to its scores: ⟨μ, r⟩, or -‖r‖² of squared distances."""
+    if metric == "l2":
+        return -(x - mean).square().sum(1)
+    return x @ mean - mean @ mean
+
+
+def asked(
+    queries: Float32[Tensor, "nq dim"], mean: Float32[Tensor, " dim"], metric: Metric
+) -> tuple[Float32[Tensor, "nq dim"], Float32[Tensor, " nq"], Float32[Tensor, " nq"]]:
+    """What codes are multiplied with, what offsets are, and what is added."""
+    if metric == "l2":
+        moved = queries - mean
+        return 2 * moved, torch.ones_like(moved[:, 0]), -moved.square().sum(1)
+    along = queries @ mean
+    share = along / mean.square().sum().clamp(min=LEAST)
+    return queries - share[:, None] * mean, share, along

@@ -1,0 +1,238 @@
+"""Vectors that were added one after another: codes in pages of 64, with one mean."""
+
+import dataclasses
+import math
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
+from torch import Tensor
+
+from sixfold.cache.coder import Coder
+from sixfold.cache.memory import empty
+from sixfold.codebooks import expected_mse
+from sixfold.index.metric import Metric, asked, offset_dtype, offsets
+from sixfold.kernels import decode as decoding
+from sixfold.kernels.encode import encode_pages
+from sixfold.kernels.nearest import nearest
+from sixfold.kernels.rotate import rotate
+from sixfold.kernels.types import Coding, KeyMap, VectorPages
+from sixfold.packing import PAGE_TOKENS, from_pages, to_pages
+
+CPU = torch.device("cpu")
+BITS = (1, 2, 3, 4, 8)
+# Sums of products of 8 bits must fit 32.
+MOST_DIM = 2**16
+# Beside so many vectors as their sum is worth, a mean of nothing: that of a few says little.
+PRIOR = 16
+# Pages that are taken apart and put together at a time.
+SOME_PAGES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A snapshot: what is added or removed later is in other ones, which may share its memory.
+
+    Attributes:
+        coder: How vectors are coded.
+        metric: What scores are.
+        mean: What was subtracted from all vectors.
+        codes: In the key layout.
+        scales: Of each vector.
+        offsets: What each adds to its scores.
+        ids: Of each vector.
+        allowed: Which of them count: see `VectorPages`. Not written to once it is here.
+        used: Vectors that were added, removed ones included.
+        live: Those that were not.
+    """
+
+    coder: Coder
+    metric: Metric
+    mean: Float32[Tensor, " dim"]
+    codes: UInt8[Tensor, "pages page_bytes"]
+    scales: Float16[Tensor, "pages page"]
+    offsets: Float[Tensor, "pages page"]
+    ids: np.ndarray
+    allowed: np.ndarray
+    used: int = 0
+    live: int = 0
+
+    @classmethod
+    def allocate(
+        cls, coder: Coder, metric: Metric, mean: Tensor, capacity: int, kind: np.dtype
+    ) -> Self:
+        """Room for `capacity` vectors, or up to 63 more; ids are of the dtype `kind`."""
+        pages = -(-capacity // PAGE_TOKENS)
+        return cls(
+            coder,
+            metric,
+            mean,
+            empty(pages, coder.page_bytes, dtype=torch.uint8, device=CPU),
+            empty(pages, PAGE_TOKENS, dtype=torch.float16, device=CPU),
+            empty(pages, PAGE_TOKENS, dtype=offset_dtype(metric), device=CPU).zero_(),
+            np.empty(pages * PAGE_TOKENS, dtype=kind),
+            np.zeros(pages, dtype="<u8"),
+        )
+
+    @property
+    def room(self) -> int:
+        """Vectors that can still be added."""
+        return len(self.ids) - self.used
+
+    @property
+    def pages(self) -> int:
+        """Pages in use."""
+        return -(-self.used // PAGE_TOKENS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is in use."""
+        tensors = self.codes, self.scales, self.offsets
+        ids = self.ids[: self.used]
+        held = sum(x[: self.pages].nbytes for x in tensors) + self.mean.nbytes
+        return held + ids.nbytes + self.allowed[: self.pages].nbytes
+
+    def live_slots(self) -> Int64[np.ndarray, " live"]:
+        """Slots of the vectors that count, in order."""
+        bits = np.unpackbits(self.allowed.view(np.uint8), bitorder="little")
+        return np.flatnonzero(bits)
+
+    def append(self, x: Float32[Tensor, "n dim"], ids: np.ndarray) -> Self:
+        """The same with more vectors, for which there is room."""
+        first, stop = self.used, self.used + len(x)
+        added = self.offsets.view(-1)[first:stop]
+        added.copy_(offsets(x, self.mean, self.metric))
+        whole = -(-first // PAGE_TOKENS) * PAGE_TOKENS
+        if first < whole:
+            self._fill_page(x[: whole - first])
+        if whole < stop:
+            pages = slice(whole // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
+            self._encode(x[whole - first :], self.codes[pages], self.scales[pages])
+        self.ids[first:stop] = ids
+        allowed = _with_bits(self.allowed, np.arange(first, stop), True)
+        return dataclasses.replace(self, allowed=allowed, used=stop, live=self.live + len(x))
+
+    def without(self, slots: Int64[np.ndarray, " removed"]) -> Self:
+        """The same without the vectors in these slots, all of which count now."""
+        allowed = _with_bits(self.allowed, slots, False)
+        return dataclasses.replace(self, allowed=allowed, live=self.live - len(slots))
+
+    def compacted(self) -> Self:
+        """The same vectors in memory of their own, as much as they take, in the same order."""
+        slots = self.live_slots()
+        made = self.allocate(self.coder, self.metric, self.mean, len(slots), self.ids.dtype)
+        step = SOME_PAGES * PAGE_TOKENS
+        for start in range(0, len(slots), step):
+            part = slots[start : start + step]
+            rows = torch.nn.functional.pad(self._rows(part), (0, 0, 0, -len(part) % PAGE_TOKENS))
+            pages = slice(start // PAGE_TOKENS, -(-(start + len(part)) // PAGE_TOKENS))
+            pieces = rows.unflatten(0, (-1, PAGE_TOKENS))
+            made.codes[pages] = to_pages(pieces, *self._coding.row, "key")
+        for old, new in ((self.scales, made.scales), (self.offsets, made.offsets)):
+            new.zero_()
+            new.view(-1)[: len(slots)] = old.view(-1)[torch.from_numpy(slots)]
+        made.ids[: len(slots)] = self.ids[slots]
+        allowed = _with_bits(made.allowed, np.arange(len(slots)), True)
+        return dataclasses.replace(made, allowed=allowed, used=len(slots), live=len(slots))
+
+    def search(
+        self,
+        queries: Float32[Tensor, "nq dim"],
+        best: int,
+        allowed: np.ndarray,
+    ) -> tuple[Float32[Tensor, "nq best"], Int64[Tensor, "nq best"]]:
+        """Scores and slots of the best, as `kernels.nearest` returns them.
+
+        Args:
+            queries: As `metric.prepared` made them.
+            best: How many; no more than there are vectors are returned.
+            allowed: Which vectors take part, like the attribute.
+        """
+        count, coding = self.pages, self._coding
+        vectors, weights, constants = asked(queries, self.mean, self.metric)
+        pages = VectorPages(
+            self.codes[:count],
+            self.scales[:count],
+            self.offsets[:count],
+            torch.from_numpy(allowed[:count].view(np.uint8).reshape(count, -1)),
+        )
+        rotated = rotate(vectors, coding.turns, coding.factor)
+        return nearest(rotated, weights, constants, pages, coding, best=min(best, self.used))
+
+    def decode(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:
+        """Vectors as codes have them: those of least squared error."""
+        coding = self._coding
+        scales = self.scales.view(-1)[torch.from_numpy(slots)]
+        decoded = decoding.decode(
+            self._rows(slots),
+            scales,
+            coding.turns,
+            coding.factor,
+            coding.centroids,
+            dim=coding.dim,
+            bits=coding.bits,
+        )
+        # Scales make inner products right on average, for which vectors are too long.
+        return decoded * (1 - expected_mse(coding.dim, coding.bits)) + self.mean
+
+    @property
+    def _coding(self) -> Coding:
+        return self.coder.coding(CPU)
+
+    def _rows(self, slots: Int64[np.ndarray, " n"]) -> UInt8[Tensor, "n row_bytes"]:
+        """Packed codes of single vectors."""
+        found = []
+        for start in range(0, len(slots), SOME_PAGES):
+            part = slots[start : start + SOME_PAGES]
+            pages, place = np.unique(part // PAGE_TOKENS, return_inverse=True)
+            rows = from_pages(self.codes[torch.from_numpy(pages)], *self._coding.row, "key")
+            found.append(rows[torch.from_numpy(place), torch.from_numpy(part % PAGE_TOKENS)])
+        return torch.cat(found) if found else self.codes.new_empty(0, self.coder.page_bytes // 64)
+
+    def _encode(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Encode vectors into pages of their own; the last is filled up with zeros."""
+        key_map = KeyMap(self.mean[None, None], torch.ones_like(self.mean)[None, None])
+        whole = len(x) // PAGE_TOKENS
+        rest = x[whole * PAGE_TOKENS :]
+        rest = torch.nn.functional.pad(rest, (0, 0, 0, -len(rest) % PAGE_TOKENS))
+        for part, pages in ((x[: whole * PAGE_TOKENS], slice(whole)), (rest, slice(whole, None))):
+            slots = torch.arange(len(part) // PAGE_TOKENS, device=CPU)[None]
+            written = codes[pages, None], scales[pages, None]
+            encode_pages(part[None, None], slots, self._coding, "key", *written, key_map)
+
+    def _fill_page(self, x: Tensor) -> None:
+        """Encode vectors behind those of the last page, whose codes stay as they are."""
+        page, place = divmod(self.used, PAGE_TOKENS)
+        codes, scales = self.codes[page : page + 1].clone(), self.scales[page : page + 1].clone()
+        self._encode(x, codes, scales)
+        row = self._coding.row
+        old = from_pages(self.codes[page : page + 1], *row, "key")
+        old[:, place : place + len(x)] = from_pages(codes, *row, "key")[:, : len(x)]
+        self.codes[page : page + 1] = to_pages(old, *row, "key")
+        self.scales[page, place : place + len(x)] = scales[0, : len(x)]
+
+
+def mean_of(total: Float64[Tensor, " dim"], count: int) -> Float32[Tensor, " dim"]:
+    """The mean of a segment, from the sum of `count` vectors."""
+    return (total / (count + PRIOR)).float()
+
+
+def bitmap(slots: Int64[np.ndarray, " n"], pages: int) -> np.ndarray:
+    """Bits of these slots, 64 a page."""
+    return _with_bits(np.zeros(pages, dtype="<u8"), slots, True)
+
+
+def _with_bits(allowed: np.ndarray, slots: np.ndarray, value: bool) -> np.ndarray:
+    changed = allowed.copy()
+    bits = np.left_shift(np.uint64(1), (slots % PAGE_TOKENS).astype(np.uint64))
+    if value:
+        np.bitwise_or.at(changed, slots // PAGE_TOKENS, bits)
+    else:
+        np.bitwise_and.at(changed, slots // PAGE_TOKENS, ~bits)
+    return changed
+
+
+def least_capacity(held: int, new: int) -> int:
+    """Vectors that a new segment has room for: few segments, little memory that is not used."""
+    return max(new, held // 4, 16 * PAGE_TOKENS, math.isqrt(held))

@@ -1,0 +1,164 @@
+"""An index in a file: what is written is read back, and nothing else is."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sixfold
+from sixfold.errors import FormatError, SixfoldError
+from sixfold.index.files import KIND
+from sixfold.io import open_container, write_container
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+DIM = 20
+NUMBERS = [-1, 0, 1, 2, 63, 65, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 10**30, -(2**63)]
+OTHERS = [None, True, False, 1.5, "1", [], [1], {}, "cosine", "l2", 1e308]
+REAL = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e30]
+
+
+def vectors(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, DIM)).astype(np.float32)
+
+
+def filled(bits: int = 4, metric: Any = "cosine", strings: bool = False) -> sixfold.Index:
+    """Two segments, with holes."""
+    index = sixfold.Index(DIM, bits, metric, seed=3)
+    for start, count in ((0, 1100), (1100, 200)):
+        ids = [f"ä{i}" for i in range(start, start + count)] if strings else None
+        index.add(vectors(count, start), ids)
+    index.remove(index.ids[5:40])
+    return index
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_what_is_written_is_read(bits: int, metric: Any, strings: bool, tmp_path: Path) -> None:
+    index = filled(bits, metric, strings)
+    index.save(tmp_path / "index")
+    again = sixfold.Index.load(tmp_path / "index")
+    assert (again.dim, again.bits, again.metric, again.seed) == (DIM, bits, metric, 3)
+    assert again.ids.tolist() == index.ids.tolist()
+    queries = vectors(7, 9)
+    for found, expected in zip(again.search(queries), index.search(queries), strict=True):
+        assert np.array_equal(found, expected)
+    # And both go on, with segments of their own.
+    more = [f"n{i}" for i in range(100)] if strings else None
+    for each in (index, again):
+        each.add(vectors(100, 5), more)
+        each.remove(each.ids[1000:1200])
+    assert again.ids.tolist() == index.ids.tolist()
+    before = again.search(queries)
+    again.save(tmp_path / "index")
+    for found, expected in zip(
+        sixfold.Index.load(tmp_path / "index").search(queries), before, strict=True
+    ):
+        assert np.array_equal(found, expected)
+
+
+def test_an_index_without_vectors(tmp_path: Path) -> None:
+    index = sixfold.Index(DIM)
+    index.save(tmp_path / "index")
+    assert len(sixfold.Index.load(tmp_path / "index")) == 0
+    index.add(vectors(3))
+    index.remove([0, 1, 2])
+    index.save(tmp_path / "index")
+    again = sixfold.Index.load(tmp_path / "index")
+    assert again.add(vectors(1)).tolist() == [3]
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    write_container(tmp_path / "other", "cache", {}, {})
+    with pytest.raises(FormatError, match="expected a 'index'"):
+        sixfold.Index.load(tmp_path / "other")
+    with pytest.raises(FileNotFoundError):
+        sixfold.Index.load(tmp_path / "missing")
+    with pytest.raises(SixfoldError, match="path"):
+        filled().save(5)  # type: ignore[arg-type]
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    filled().save(path)
+    data = bytearray(path.read_bytes())
+    source = random.Random(0)
+    for _ in range(300):
+        place = source.randrange(len(data))
+        bit = 1 << source.randrange(8)
+        data[place] ^= bit
+        path.write_bytes(data)
+        with pytest.raises(FormatError):
+            sixfold.Index.load(path)
+        data[place] ^= bit
+    for size in (0, 1, 7, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(FormatError):
+            sixfold.Index.load(path)
+
+
+def changed(description: dict[str, Any], tensors: dict[str, Tensor], source: random.Random) -> None:
+    """Change a number of the description, or of a tensor, or a shape."""
+    choice = source.random()
+    if choice < 0.5:
+        name = source.choice([*description])
+        value = source.choice([*NUMBERS, *OTHERS])
+        if name == "used" and source.random() < 0.7:
+            description["used"][source.randrange(2)] = value
+        elif source.random() < 0.1:
+            del description[name]
+        else:
+            description[name] = value
+        return
+    name = source.choice([*tensors])
+    x = tensors[name].clone()
+    if choice < 0.8 and x.numel():
+        values = REAL if x.is_floating_point() else [n for n in NUMBERS if -(2**63) <= n < 2**63]
+        value = source.choice(values)
+        flat = x.view(-1)
+        flat[source.randrange(len(flat))] = value % 256 if x.dtype is torch.uint8 else value
+    elif choice < 0.9:
+        x = x[: source.randrange(len(x))] if source.random() < 0.5 else torch.cat([x, x])
+    else:
+        x = x.to(source.choice([torch.float32, torch.float16, torch.int64, torch.uint8]))
+    tensors[name] = x
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("count", [700, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_hostile_file_is_refused_or_works(strings: bool, count: int, tmp_path: Path) -> None:
+    """Its digest is right, and what it says is not."""
+    path = tmp_path / "index"
+    filled(2, "ip", strings).save(path)
+    with open_container(path, KIND) as container:
+        original = container.description, container.read()
+    source = random.Random(count)
+    refused = 0
+    for _ in range(count):
+        description, tensors = copy.deepcopy(original[0]), dict(original[1])
+        changed(description, tensors, source)
+        try:
+            write_container(path, KIND, description, tensors)
+        except SixfoldError:
+            continue
+        try:
+            index = sixfold.Index.load(path)
+        except FormatError:
+            refused += 1
+            continue
+        found = index.search(np.ones((2, index.dim)), k=2000)
+        live = found.scores[0] > -np.inf
+        assert live.sum() == len(index) == len(set(found.ids[0][live].tolist()))
+        ids = index.ids
+        index.decode(ids[:50])
+        index.remove(ids[:3])
+        unused = "new" if ids.dtype == object else next(i for i in range(2000) if i not in index)
+        index.add(np.ones((1, index.dim)), [unused])
+        assert len(index) == len(ids) - 2
+    assert refused > count / 4
