@@ -18,7 +18,21 @@ else()
   set(SIXFOLD_ISAS portable)
 endif()
 
+# Not an instruction set of its own: what AVX-512's kernels of nearest/ take where it is there.
+set(SIXFOLD_FLAGS_amx -mamx-tile -mamx-int8)
+
+function(sixfold_add_amx target)
+  check_cxx_compiler_flag("-mamx-tile -mamx-int8" SIXFOLD_COMPILES_amx)
+  if(SIXFOLD_COMPILES_amx AND CMAKE_SYSTEM_NAME STREQUAL "Linux" AND "avx512" IN_LIST SIXFOLD_ISAS)
+    set(source ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../nearest/many_amx.cpp)
+    target_sources(${target} PRIVATE ${source})
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${SIXFOLD_FLAGS_amx}")
+    target_compile_definitions(${target} PRIVATE SIXFOLD_HAS_AMX)
+  endif()
+endfunction()
+
 function(sixfold_add_isas target)
+  sixfold_add_amx(${target})
   foreach(name IN LISTS SIXFOLD_ISAS)
     string(REPLACE ";" " " flags "${SIXFOLD_FLAGS_${name}}")
     check_cxx_compiler_flag("${flags}" SIXFOLD_COMPILES_${name})

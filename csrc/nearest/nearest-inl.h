@@ -9,7 +9,7 @@ namespace {
 
 struct NearestScratch {
     std::uint8_t* tile;
-    std::int32_t* queries;  // [kMaxRows, query_stride]: operands
+    std::int32_t* queries;  // [kMostQueries, query_stride]: operands
     std::int64_t query_stride;
     float *padded, *factor;
     std::int32_t *start, *products;
@@ -23,11 +23,11 @@ struct NearestScratch {
         };
         query_stride = rounded_up(codec.steps, kLanes);
         take(tile, codec.tile_bytes);
-        take(queries, kMaxRows * query_stride);
+        take(queries, kMostQueries * query_stride);
         take(padded, padded_length(codec));
-        take(factor, kMaxRows);
-        take(start, kMaxRows);
-        take(products, kRowBlock * kPageTokens);
+        take(factor, kMostQueries);
+        take(start, kMostQueries);
+        take(products, kManyRows * kPageTokens);
         bytes = used;
     }
 };
@@ -111,10 +111,9 @@ void keep_best(const NearestPage& page, const std::int32_t* products, const Scor
     for (int t = 0; t < kPageTokens; t += kLanes) {
         const I32x16 sum = load(products + t);
         const F32x16 x = mul(kFloats ? as<F32x16>(sum) : to_floats(sum), set1(scoring.factor));
-        // Not fused: the same numbers on every instruction set.
-        const F32x16 offset = mul(load(page.offsets + t), set1(scoring.weight));
-        const F32x16 score =
-            add(add(mul(x, load(page.scales + t)), offset), set1(scoring.constant));
+        const F32x16 exact =
+            fma(load(page.offsets + t), set1(scoring.weight), set1(scoring.constant));
+        const F32x16 score = fma(x, load(page.scales + t), exact);
         store(scores + t, score);
         most = larger(score, most);
     }
@@ -123,6 +122,18 @@ void keep_best(const NearestPage& page, const std::int32_t* products, const Scor
         const int t = __builtin_ctzll(left);
         offer(best, wanted, scores[t], page.first_slot + t);
     }
+}
+
+static_assert(kManyRows >= kRowBlock && kMostQueries % kManyRows == 0);
+
+// Products of up to kManyRows queries, from the first of them on.
+void multiply_many(const NearestTask& task, const NearestScratch& scratch, int first) {
+    for (int r = 0; r < kManyRows; ++r)
+        for (int t = 0; t < kPageTokens; t += kLanes)
+            store(scratch.products + r * kPageTokens + t, set1(scratch.start[first + r]));
+    task.many->multiply({scratch.tile, task.codec->strip_stride, task.codec->steps,
+                         scratch.queries + first * scratch.query_stride, scratch.query_stride,
+                         scratch.products});
 }
 
 void nearest_in_pages(const NearestWork& work) {
@@ -135,6 +146,9 @@ void nearest_in_pages(const NearestWork& work) {
         scratch.factor[q] = prepare_query(
             codec, task.query + (work.first_query + q) * codec.dim, scratch.padded,
             scratch.queries + q * scratch.query_stride, scratch.start + q);
+    const bool many =
+        task.many && codec.arithmetic == Arithmetic::bytes && work.queries > kRowBlock;
+    if (many) task.many->begin(codec.steps);
     NearestPage page;
     for (std::int64_t p = work.first_page; p < work.last_page; ++p) {
         page.allowed = task.allowed[p];
@@ -146,18 +160,24 @@ void nearest_in_pages(const NearestWork& work) {
         const std::uint8_t* levels = method.levels(codes, scratch.tile);
         const std::uint8_t* next = p + 1 < work.last_page ? codes + codec.page_bytes : codes;
         for (int rows, q = 0; q < work.queries; q += rows) {
-            rows = rows_at_once(work.queries - q);
-            const Products products{levels,
-                                    scratch.queries + q * scratch.query_stride,
-                                    scratch.query_stride,
-                                    scratch.start + q,
-                                    scratch.products,
-                                    nullptr,
-                                    0,
-                                    nullptr,
-                                    next,
-                                    q == 0 ? codec.page_bytes : 0};
-            method.multiply<false>(rows)(codec, products);
+            rows = work.queries - q;
+            if (many) {
+                rows = rows < kManyRows ? rows : kManyRows;
+                multiply_many(task, scratch, q);
+            } else {
+                rows = rows_at_once(rows);
+                const Products products{levels,
+                                        scratch.queries + q * scratch.query_stride,
+                                        scratch.query_stride,
+                                        scratch.start + q,
+                                        scratch.products,
+                                        nullptr,
+                                        0,
+                                        nullptr,
+                                        next,
+                                        q == 0 ? codec.page_bytes : 0};
+                method.multiply<false>(rows)(codec, products);
+            }
             for (int r = 0; r < rows; ++r) {
                 const auto keep =
                     codec.arithmetic == Arithmetic::floats ? keep_best<true> : keep_best<false>;
@@ -168,6 +188,7 @@ void nearest_in_pages(const NearestWork& work) {
             }
         }
     }
+    if (many) task.many->end();
 }
 
 constexpr NearestKernels kNearestKernels{nearest_in_pages, nearest_scratch_bytes};

@@ -27,9 +27,9 @@ class Run {
 public:
     Run(const NearestKernels& kernels, const NearestTask& task, int threads)
         : kernels_(kernels), task_(task), threads_(threads) {
-        chunks_ = ceil_divide(task.queries, kMaxRows);
+        chunks_ = ceil_divide(task.queries, kMostQueries);
         chunk_ = ceil_divide(ceil_divide(task.queries, chunks_), 8) * 8;
-        chunk_ = std::min<std::int64_t>(chunk_, std::min<std::int64_t>(kMaxRows, task.queries));
+        chunk_ = std::min<std::int64_t>(chunk_, std::min<std::int64_t>(kMostQueries, task.queries));
         chunks_ = ceil_divide(task.queries, chunk_);
         const std::int64_t most = std::max<std::int64_t>(ceil_divide(task.pages, kSplitPages), 1);
         const std::int64_t items = threads > 1 ? threads * kItemsPerThread : 1;

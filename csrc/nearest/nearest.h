@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "nearest/many.h"
 
 namespace sixfold {
 
@@ -37,6 +38,7 @@ struct NearestTask {
     const std::uint64_t* allowed;
     float* scores;
     std::int64_t* slots;
+    const ManyKernel* many;  // or null; for kernels whose levels have no sign
 };
 
 // The best of some pages for one query: a heap with the worst on top.
@@ -46,7 +48,10 @@ struct Best {
     std::int64_t count;
 };
 
-// Some queries, at most kMaxRows, on a range of pages.
+// So many queries share what reading a page takes.
+constexpr int kMostQueries = 128;
+
+// Some queries, at most kMostQueries, on a range of pages.
 struct NearestWork {
     const NearestTask* task;
     std::int64_t first_query, first_page, last_page;

@@ -1,3 +1,5 @@
+#include <string_view>
+
 #include "python/bindings.h"
 #include "isa/dispatch.h"
 #include "python/released.h"
@@ -14,6 +16,10 @@ using VectorPages = std::tuple<Address, Address, Address, bool, Address, Count>;
 using Queries = std::tuple<Address, Address, Address, Count>;
 // scores, slots, best.
 using Found = std::tuple<Address, Address, Count>;
+
+const ManyKernel* many_of(const Kernels& isa) {
+    return std::string_view(isa.isa) == "avx512" ? many_kernel() : nullptr;
+}
 
 void nearest_in_pages(const PageCode& code, const VectorPages& pages, const Queries& queries,
                   const Found& found, int threads) {
@@ -36,11 +42,15 @@ void nearest_in_pages(const PageCode& code, const VectorPages& pages, const Quer
     task.slots = at<Count>(slots);
     task.best = best;
     const Kernels& isa = kernels();
+    task.many = many_of(isa);
     released([&] { nearest(isa.nearest, task, threads); });
 }
 
 }  // namespace
 
-void bind_nearest(nb::module_& m) { m.def("nearest", nearest_in_pages); }
+void bind_nearest(nb::module_& m) {
+    m.def("nearest", nearest_in_pages);
+    m.def("multiplies_tiles", [] { return many_of(kernels()) != nullptr; });
+}
 
 }  // namespace sixfold

@@ -20,10 +20,16 @@ cpu = pytest.importorskip("sixfold.kernels.nearest.cpu")
 ALL = (1 << 8) - 1
 
 
-@pytest.fixture(autouse=True, params=_cpu.available_isas())
+@pytest.fixture(autouse=True, params=[*_cpu.available_isas(), "without tiles"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on every instruction set of this processor."""
-    monkeypatch.setenv("SIXFOLD_ISA", request.param)
+    """Every test runs on every instruction set of this processor, the best also without AMX."""
+    if request.param == "without tiles":
+        if not _cpu.multiplies_tiles():
+            pytest.skip("this processor has no AMX")
+        monkeypatch.setenv("SIXFOLD_AMX", "0")
+        assert not _cpu.multiplies_tiles()
+    else:
+        monkeypatch.setenv("SIXFOLD_ISA", request.param)
     return str(request.param)
 
 
@@ -172,3 +178,17 @@ def test_arguments_that_do_not_fit(
             cut = pages._replace(**{name: getattr(pages, name)[:1]})
             with pytest.raises(SixfoldError, match=name):
                 nearest(query, weights, constants, cut, c, best=2)
+
+
+@pytest.mark.parametrize("dim", [4, 60, 64, 68, 200, 1000])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_tiles_multiply_as_other_instructions_do(dim: int, bits: Bits) -> None:
+    """Every integer sum is the same, and so is every score."""
+    c = coding_of(dim, bits)
+    pages, queries = pages_of(5, c), queries_of(45, dim)
+    scores, slots = cpu.nearest(*queries, pages, c, best=30)
+    for q in range(0, 45, 5):
+        # So few are not worth tiles.
+        alone = cpu.nearest(*(x[q : q + 3] for x in queries), pages, c, best=30)
+        assert torch.equal(alone[0], scores[q : q + 3])
+        assert torch.equal(alone[1], slots[q : q + 3])

@@ -211,16 +211,20 @@ class Index:
         """
         k = whole("k", k, 1, 2**31 - 1)
         source = _Rows("queries", queries, self.dim)
-        source.check_finite(self.metric)
-        with self._lock:
-            state, allowed = self._state, None
-            if filter is not None:
+        asked = source.everything(self.metric)
+        state, allowed = self._state, None
+        if filter is not None:
+            with self._lock:
+                state = self._state
                 allowed = self._allowed(checked_ids(filter, "filter"), state)
         found = [
             self._search(state, prepared(rows, self.metric), k, allowed)
-            for rows, _ in source.blocks(None, QUERY_BLOCK)
+            for rows in asked.split(QUERY_BLOCK)
         ]
-        scores, ids = (np.concatenate(x) for x in zip(*found, strict=True))
+        if len(found) == 1 and not source.single:
+            return Neighbors(*found[0])
+        scores = np.concatenate([more for more, _ in found])
+        ids = np.concatenate([own for _, own in found])
         return Neighbors(scores[0], ids[0]) if source.single else Neighbors(scores, ids)
 
     @outside_autocast
@@ -274,17 +278,22 @@ class Index:
         self, state: State, queries: Tensor, k: int, allowed: list[np.ndarray] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         none, kind = (None, object) if state.strings else (-1, np.int64)
-        found = []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         for number, segment in enumerate(state.segments):
             bits = segment.allowed if allowed is None else segment.allowed & allowed[number]
             more, slots = (x.numpy() for x in segment.search(queries, k, bits))
-            found.append((more, np.where(slots < 0, none, segment.ids[slots])))
-        missing = max(0, k - sum(more.shape[1] for more, _ in found))
-        rest = len(queries), missing
-        found.append((np.full(rest, -np.inf, dtype=np.float32), np.full(rest, none, dtype=kind)))
-        scores, ids = (np.concatenate(x, 1) for x in zip(*found, strict=True))
-        if len(state.segments) == 1:
-            return scores, ids
+            own = segment.ids[slots]
+            own[slots < 0] = none
+            found.append((more, own))
+        absent = k - sum(more.shape[1] for more, _ in found)
+        if absent > 0:
+            rest = len(queries), absent
+            nothing = np.full(rest, -np.inf, dtype=np.float32), np.full(rest, none, dtype=kind)
+            found.append(nothing)
+        if len(found) == 1:
+            return found[0]
+        scores = np.concatenate([more for more, _ in found], 1)
+        ids = np.concatenate([own for _, own in found], 1)
         # Those that were added first come first among equals.
         order = np.argsort(-scores, 1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
@@ -433,7 +442,8 @@ class _Rows:
         self.single = given.ndim == 1
         self._given = given[None] if self.single else given
         # Once, before anything is done: `blocks` would meet it in the middle.
-        self._block(0, 0)
+        if len(self._given) > BLOCK:
+            self._block(0, 0)
 
     def __len__(self) -> int:
         return len(self._given)
@@ -455,16 +465,25 @@ class _Rows:
             SixfoldError: There are such.
         """
         for rows, _ in self.blocks(None):
-            if not rows.numel():
-                continue
-            # Of NaN, NaN.
-            most = max(map(abs, map(float, rows.aminmax())))
-            bounded = most < (torch.inf if metric == "cosine" else 1e18 / self._dim)
-            if not bounded:
-                raise SixfoldError(
-                    f"{self.name} must be finite numbers (below 1e18/dim but for cosines), got "
-                    f"{'NaN' if most != most else most}"
-                )
+            self._check(rows, metric)
+
+    def everything(self, metric: Metric) -> Tensor:
+        """All of them at once, checked as `check_finite` does."""
+        rows = self._float(self._given)
+        self._check(rows, metric)
+        return rows
+
+    def _check(self, rows: Tensor, metric: Metric) -> None:
+        if not rows.numel():
+            return
+        # Of NaN, NaN.
+        most = max(map(abs, map(float, rows.aminmax())))
+        bounded = most < (torch.inf if metric == "cosine" else 1e18 / self._dim)
+        if not bounded:
+            raise SixfoldError(
+                f"{self.name} must be finite numbers (below 1e18/dim but for cosines), got "
+                f"{'NaN' if most != most else most}"
+            )
 
     def _block(self, start: int, stop: int) -> Tensor:
         return self._float(self._given[start:stop])

@@ -22,8 +22,11 @@ def prepared(x: Float32[Tensor, "n dim"], metric: Metric) -> Float32[Tensor, "n 
     """Vectors, or queries, of which scores are to be made: of length 1 where length is nothing."""
     if metric != "cosine":
         return x
+    if not len(x):
+        return x
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if bool(((length < TINY) | (length > HUGE)).any()):
+    least, most = length.aminmax()
+    if least < TINY or most > HUGE:
         # Squares of such numbers are not there in float32; zeros stay as they are.
         x = x / torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp(min=LEAST)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=LEAST)
@@ -46,12 +49,12 @@ def offsets(
 
 
 def asked(
-    queries: Float32[Tensor, "nq dim"], mean: Float32[Tensor, " dim"], metric: Metric
+    queries: Float32[Tensor, "nq dim"], mean: Float32[Tensor, " dim"], square: float, metric: Metric
 ) -> tuple[Float32[Tensor, "nq dim"], Float32[Tensor, " nq"], Float32[Tensor, " nq"]]:
-    """What codes are multiplied with, what offsets are, and what is added."""
+    """What codes are multiplied with, what offsets are, and what is added; `square` is ‖μ‖²."""
     if metric == "l2":
         moved = queries - mean
         return 2 * moved, torch.ones_like(moved[:, 0]), -moved.square().sum(1)
     along = queries @ mean
-    share = along / mean.square().sum().clamp(min=LEAST)
-    return queries - share[:, None] * mean, share, along
+    share = along / max(square, LEAST)
+    return torch.addr(queries, share, mean, alpha=-1), share, along

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -149,14 +150,10 @@ class Segment:
             best: How many; no more than there are vectors are returned.
             allowed: Which vectors take part, like the attribute.
         """
-        count, coding = self.pages, self._coding
-        vectors, weights, constants = asked(queries, self.mean, self.metric)
-        pages = VectorPages(
-            self.codes[:count],
-            self.scales[:count],
-            self.offsets[:count],
-            torch.from_numpy(allowed[:count].view(np.uint8).reshape(count, -1)),
-        )
+        coding, pages = self._coding, self._whole
+        vectors, weights, constants = asked(queries, self.mean, self._square, self.metric)
+        if allowed is not self.allowed:
+            pages = pages._replace(allowed=self._bytes(allowed))
         rotated = rotate(vectors, coding.turns, coding.factor)
         return nearest(rotated, weights, constants, pages, coding, best=min(best, self.used))
 
@@ -175,6 +172,20 @@ class Segment:
         )
         # Scales make inner products right on average, for which vectors are too long.
         return decoded * (1 - expected_mse(coding.dim, coding.bits)) + self.mean
+
+    @cached_property
+    def _whole(self) -> VectorPages:
+        count = self.pages
+        vectors = self.codes[:count], self.scales[:count], self.offsets[:count]
+        return VectorPages(*vectors, self._bytes(self.allowed))
+
+    def _bytes(self, allowed: np.ndarray) -> UInt8[Tensor, "pages bitmap"]:
+        count = self.pages
+        return torch.from_numpy(allowed[:count].view(np.uint8).reshape(count, -1))
+
+    @cached_property
+    def _square(self) -> float:
+        return float(self.mean.square().sum())
 
     @property
     def _coding(self) -> Coding:
