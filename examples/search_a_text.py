@@ -31,7 +31,7 @@ def embed(sentences: list[str]) -> torch.Tensor:
 
 
 def main() -> None:
-    """Compress the sentences' vectors and print those nearest to the query."""
+    """Index the sentences' vectors and print those nearest to the query."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("query", nargs="?", default="the light in the window")
     parser.add_argument("--file", type=Path, help="a text (UTF-8)")
@@ -40,12 +40,13 @@ def main() -> None:
 
     sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", read(asked.file)) if s.strip()]
     vectors = embed(sentences)
-    quantizer = sixfold.TurboQuantMSE(dim=DIM, bits=asked.bits, scale="unbiased")
-    codes = quantizer.encode(vectors)
-    print(f"{len(sentences)} sentences: {codes.nbytes:,} bytes instead of {vectors.nbytes:,}")
-    scores = quantizer.scores(embed([asked.query]), codes)[0]
-    for score, index in zip(*scores.topk(min(3, len(sentences))), strict=True):
-        print(f"{score:.2f}  {sentences[int(index)]}")
+    index = sixfold.Index(dim=DIM, bits=asked.bits)
+    index.add(vectors)
+    print(f"{len(sentences)} sentences: {index.nbytes:,} bytes instead of {vectors.nbytes:,}")
+    scores, ids = index.search(embed([asked.query])[0], k=3)
+    for score, id in zip(scores, ids, strict=True):
+        if id >= 0:
+            print(f"{score:.2f}  {sentences[id]}")
 
 
 if __name__ == "__main__":

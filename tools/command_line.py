@@ -36,6 +36,18 @@ EXAMPLES = {
         "Which kernels run on this machine, and why not faster ones?",
         "sixfold doctor",
     ),
+    "sixfold index build": (
+        "How small do the vectors of a file become?",
+        "sixfold index build vectors.npy vectors.sixfold --bits 4",
+    ),
+    "sixfold index search": (
+        "Which of them are nearest to mine?",
+        "sixfold index search vectors.sixfold queries.npy -k 5",
+    ),
+    "sixfold index info": (
+        "What is in this index?",
+        "sixfold index info vectors.sixfold",
+    ),
     "sixfold eval distortion": (
         "How large are the errors of the quantizers, beside theory and the papers?",
         "sixfold eval distortion --dims 128 --bits 2,3,4",

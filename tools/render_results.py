@@ -11,6 +11,7 @@ from benchmarks import needles
 from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table, transformers_tests_table
 from tools.blocks import RESULTS, ROOT, Block
+from tools.index_tables import vector_index_table
 from tools.quality_tables import (
     codes_table,
     evaluation_table,
@@ -252,7 +253,7 @@ CPU_BLOCKS = tuple(
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in (
-        *("eval_embedded", "eval_hard", "eval_smollm2-135m"),
+        *("eval_embedded", "eval_hard", "eval_smollm2-135m", "eval_qwen25-coder-1.5b"),
         *("eval_stories260K", "eval_babyllama_tok105"),
     )
 )
@@ -319,8 +320,15 @@ VLLM_BLOCKS = tuple(
 REAL_BLOCK = Block(
     ROOT / "README.md", RESULTS / "real_models.json", "real_models", real_models_table
 )
+INDEX_BLOCK = Block(
+    ROOT / "docs/vector_search.md",
+    RESULTS / "vector_index.json",
+    "vector_index",
+    vector_index_table,
+)
 OPTIONAL_BLOCKS = (
     REAL_BLOCK,
+    INDEX_BLOCK,
     CODES_BLOCK,
     Block(ROOT / "README.md", RESULTS / "cpu_generate.json", "readme_speed", speed_table),
     *(

@@ -13,6 +13,7 @@ from sixfold.cli.demo import demo
 from sixfold.cli.doctor import doctor
 from sixfold.cli.evaluation import app as evaluation
 from sixfold.cli.generate import generate
+from sixfold.cli.index import app as index
 from sixfold.cli.plan import plan
 from sixfold.errors import SixfoldError
 
@@ -53,6 +54,7 @@ app = typer.Typer(
 for command in (demo, generate, plan, bench, doctor):
     app.command()(command)
 app.add_typer(evaluation, name="eval")
+app.add_typer(index, name="index")
 
 
 def _show_version(wanted: bool) -> bool:

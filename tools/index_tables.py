@@ -1,0 +1,39 @@
+"""The table of vector indexes, of what `benchmarks.vector_index` measured."""
+
+from typing import Any
+
+
+def vector_index_table(results: dict[str, Any]) -> str:
+    """One row a method, those of equal bits together, the fastest first."""
+    columns = ["index", "bits", "10 of 10 found", "first found", "queries/s, batch of 100"]
+    columns += ["one query, ms", "build, s"]
+    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    order = sorted(results["rows"], key=lambda row: (row["bits"], -row["queries_per_second"]))
+    for row in order:
+        name = f"**{row['method']}**" if row["method"].startswith("sixfold") else row["method"]
+        lines.append(
+            _joined(
+                [
+                    name,
+                    f"{row['bits']:g}",
+                    f"{row['recall']:.3f}",
+                    f"{row['first_found']:.3f}",
+                    f"{row['queries_per_second']:,.0f}",
+                    f"{1e3 * row['single_seconds']:.2f}",
+                    f"{row['build_seconds']:.3f}",
+                ]
+            )
+        )
+    vectors, dim = results["vectors"]
+    packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    machine = results["machine"]
+    note = (
+        f"{vectors:,} vectors of {dim} coordinates, {results['queries']:,} queries, by cosine. One "
+        f"thread of {machine['processor']}, seconds of the processor; medians of "
+        f"{results['rounds']} processes a method that took turns. {packages}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _joined(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
