@@ -17,7 +17,7 @@ from sixfold.kernels._native import extension
 # Several times the last level of cache of any processor this is for.
 BUFFER_BYTES = 2**30
 OVERRIDES = (
-    *("SIXFOLD_BACKEND", "SIXFOLD_ISA", "SIXFOLD_CPU_EXACT", "SIXFOLD_THREADS"),
+    *("SIXFOLD_BACKEND", "SIXFOLD_ISA", "SIXFOLD_AMX", "SIXFOLD_CPU_EXACT", "SIXFOLD_THREADS"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"),
 )
 

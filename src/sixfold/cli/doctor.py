@@ -26,6 +26,7 @@ _OVERRIDES = {
     ENVIRONMENT_VARIABLE: "overrides the choice of backend",
     "SIXFOLD_ISA": "overrides the choice of instruction set",
     "SIXFOLD_CPU_EXACT": "chooses exactness over speed in attention on the CPU",
+    "SIXFOLD_AMX": "chooses whether searches use the tiles of AMX",
     "SIXFOLD_THREADS": "overrides the choice of threads",
     DEBUG_VARIABLE: "checks page tables on a GPU, which means to wait for it",
 }
