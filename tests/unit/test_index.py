@@ -1,5 +1,9 @@
 """The index: what it finds, and what becomes of it when vectors come and go."""
 
+import copy
+import enum
+import pickle
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ import sixfold
 from sixfold.codebooks import expected_mse
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index import index as index_module
+from sixfold.index.segment import Segment
 from tests.processes import printed
 
 # Users have no shape checks either.
@@ -386,7 +391,7 @@ def test_an_interrupt_leaves_the_index_as_it_was_or_will_be(
     stopped(index_module.IdTable, "remove", lambda: index.remove([250]))
     assert 250 not in index
     assert len(index) == 299
-    stopped(index_module.Segment, "append", lambda: index.add(x[:5]))
+    stopped(Segment, "append", lambda: index.add(x[:5]))
     assert len(index) == 299
     assert index.add(x[:5]).tolist() == [300, 301, 302, 303, 304]
 
@@ -424,3 +429,158 @@ print(os.waitpid(child, 0)[1])
 """
     )
     assert found == ["0"]
+
+
+def test_what_changes_leaves_no_trail_of_parts(tmp_path: Path) -> None:
+    """However often a file is loaded, added to and saved, or vectors are replaced."""
+    index = sixfold.Index(16)
+    index.add(clustered(2000, 16))
+    for seed in range(40):
+        index.save(tmp_path / "index")
+        index = sixfold.Index.load(tmp_path / "index")
+        index.add(clustered(100, 16, seed=seed))
+        index.add(clustered(100, 16, seed=seed), index.ids[:100], upsert=True)
+        index.remove(index.ids[:60])
+    assert len(index._state.segments) == 1
+    for _ in range(30):
+        index.remove(index.ids[1:])
+        index.add(clustered(1100, 16))
+    assert len(index._state.segments) <= 2
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_means_follow_what_is_held(metric: Any) -> None:
+    """Of vectors that are gone, nothing is left; of those that come to be elsewhere, theirs."""
+    x, queries = clustered(2500, 32), clustered(30, 32, seed=1)
+    moved, far = (y + 40 for y in (x, queries))
+    best = np.argsort(-exact_scores(far, moved, metric), axis=1)[:, :10]
+    fresh = sixfold.Index(32, 8, metric)
+    fresh.add(moved)
+    expected = recall(fresh.search(far).ids, best)
+    emptied, replaced, grown = (sixfold.Index(32, 8, metric) for _ in range(3))
+    for index in (emptied, replaced):
+        index.add(x)
+    emptied.remove(emptied.ids)
+    emptied.add(moved, np.arange(2500))
+    replaced.add(moved, np.arange(2500), upsert=True)
+    for start in range(0, 2500, 50):
+        grown.add(moved[start : start + 50])
+    for index in (emptied, replaced, grown):
+        assert recall(index.search(far).ids, best) > expected - 0.05
+    # Few at a time: the first of them show that they are elsewhere.
+    drifting = sixfold.Index(32, 8, metric)
+    drifting.add(x)
+    for start in range(0, 2500, 50):
+        drifting.add(moved[start : start + 50])
+    assert len(drifting._state.segments) == 2
+    later = np.arange(300, 2500)
+    best = np.argsort(-exact_scores(far, moved[later], metric), axis=1)[:, :10] + 2800
+    assert recall(drifting.search(far, filter=later + 2500).ids, best) > expected - 0.05
+
+
+def test_a_copy_is_an_index_of_its_own() -> None:
+    x = clustered(300, 16)
+    for few in (40, 1500):
+        first = sixfold.Index(16, 8)
+        first.add(clustered(few, 16, seed=5), np.arange(few) + 10_000)
+        for copied in (copy.copy(first), copy.deepcopy(first)):
+            first.add(x[:50], np.arange(50))
+            copied.add(x[50:100], np.arange(50) + 500)
+            assert first.search(x[3], k=1).ids.tolist() == [3]
+            assert copied.search(x[53], k=1).ids.tolist() == [503]
+            assert len(copied) == len(first) == few + 50
+            assert 3 not in copied
+            first.remove(np.arange(50))
+        with pytest.raises(SixfoldError, match="save it to a file"):
+            pickle.dumps(first)
+
+
+def test_what_interrupts_a_change_may_search_and_nothing_else() -> None:
+    index = sixfold.Index(16)
+    index.add(clustered(3000, 16))
+    refused: list[str] = []
+
+    def interrupt(*args: Any) -> None:
+        assert len(index.search(np.ones(16)).ids) == 10
+        try:
+            index.add(np.ones(16))
+        except SixfoldError as error:
+            refused.append(str(error))
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        for _ in range(30):
+            index.add(clustered(200, 16))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all("in use by what this call interrupted" in text for text in refused)
+    assert len(index) >= 9000
+    ids = index.ids
+    assert len(set(ids.tolist())) == len(index)
+    index.remove(ids[::2])
+    assert index.ids.tolist() == ids[1::2].tolist()
+
+
+def test_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
+    x = clustered(200, 16)
+    with torch.inference_mode():
+        index = sixfold.Index(16)
+        index.add(x)
+        index.save(tmp_path / "index")
+        loaded = sixfold.Index.load(tmp_path / "index")
+    for each in (index, loaded):
+        each.add(x)
+        assert len(each.search(torch.ones(16, requires_grad=True)).ids) == 10
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 127, 513, 1001, 2047])
+def test_any_dimension(dim: int) -> None:
+    x = clustered(200, dim)
+    index = sixfold.Index(dim, 8)
+    index.add(x)
+    if dim > 100:
+        assert (index.search(x[:50], k=1).ids[:, 0] == np.arange(50)).all()
+    assert index.decode([3]).shape == (1, dim)
+
+
+def test_tensors_and_arrays_of_odd_kinds() -> None:
+    index = sixfold.Index(8)
+    x = clustered(4, 8)
+    odd = [
+        np.ma.masked_invalid(x),
+        torch.from_numpy(x).to_sparse(),
+        torch.empty(4, 8, device="meta"),
+        torch.nested.nested_tensor([torch.ones(8), torch.ones(8)], layout=torch.jagged),
+        torch.complex(torch.ones(4, 8), torch.ones(4, 8)),
+        np.full((4, 8), 1e300),
+        np.zeros((4, 8), dtype="datetime64[s]"),
+        [[1.0] * 8, [1.0] * 7],
+        [[None] * 8],
+    ]
+    for given in odd:
+        with pytest.raises(SixfoldError):
+            index.add(given)
+        with pytest.raises(SixfoldError):
+            index.search(given)
+    index.add(x)
+    for ids in (
+        torch.tensor([1.0]),
+        torch.empty(1, dtype=torch.int64, device="meta"),
+        torch.ones(1, dtype=torch.bfloat16),
+        np.zeros(1, dtype="datetime64[s]"),
+        [object()],
+    ):
+        for call in (index.remove, index.decode):
+            with pytest.raises(SixfoldError):
+                call(ids)
+    with pytest.raises(SixfoldError, match="k must be"):
+        index.search(x, k=2**31)
+
+    class Colour(enum.StrEnum):
+        RED = "red"
+
+    named = sixfold.Index(8)
+    named.add(x[:1], [Colour.RED])
+    assert "red" in named

@@ -1,6 +1,5 @@
 """An index in a file (docs/format.md, "An index")."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -14,41 +13,22 @@ from sixfold.cache.coder import Coder
 from sixfold.errors import FormatError
 from sixfold.index.ids import objects, repeated
 from sixfold.index.metric import Metric, offset_dtype
-from sixfold.index.segment import BITS, MOST_DIM, Segment
+from sixfold.index.segment import BITS, LEARNED, MOST_DIM, Segment, coded_dim
+from sixfold.index.state import MOST_SEGMENTS, State
 from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
 from sixfold.packing import PAGE_TOKENS, decode_scale
 
 KIND = "index"
-MOST_SEGMENTS = 2**16
+# What vectors that are refused nowhere can have, see `rows`.
+MOST_LENGTH = 1e18
 Kind = tuple[int, int, Metric, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class FileState:
-    """What a file holds of an index beside its dimensions.
-
-    Attributes:
-        segments: Its vectors.
-        next_id: The next number that is given as an id.
-        count: Vectors that were ever added.
-        total: Their sum, of which the mean of the next segment is made; None of none.
-        strings: Whether ids are strings; None as long as there are none.
-    """
-
-    segments: tuple[Segment, ...]
-    next_id: int
-    count: int
-    total: Tensor | None
-    strings: bool | None
-
-
-def save_index(path: str | os.PathLike[str], kind: Kind, state: FileState) -> None:
+def save_index(path: str | os.PathLike[str], kind: Kind, state: State) -> None:
     """Write everything; see `Index.save`."""
     dim, bits, metric, seed = kind
-    tensors: dict[str, Tensor] = {} if state.total is None else {"total": state.total}
-    used = []
+    tensors: dict[str, Tensor] = {}
     for number, segment in enumerate(state.segments):
-        used.append(segment.used)
         held = _tensors(segment, bool(state.strings))
         tensors |= {f"segments.{number}.{name}": x for name, x in held.items()}
     description = {
@@ -57,9 +37,9 @@ def save_index(path: str | os.PathLike[str], kind: Kind, state: FileState) -> No
         "metric": metric,
         "seed": seed,
         "next_id": state.next_id,
-        "count": state.count,
         "strings": state.strings,
-        "used": used,
+        "used": [segment.used for segment in state.segments],
+        "fitted": [segment.fitted for segment in state.segments],
     }
     write_container(path, KIND, description, tensors)
 
@@ -73,6 +53,8 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
         "offsets": segment.offsets[:pages],
         "allowed": torch.from_numpy(segment.allowed[:pages].view(np.uint8).copy()),
     }
+    if segment.raw is not None:
+        held["raw"] = segment.raw
     ids = segment.ids[: segment.used]
     if not strings:
         return held | {"ids": torch.from_numpy(ids.copy())}
@@ -82,31 +64,30 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     return held | {"ids": torch.from_numpy(letters), "ids_end": torch.from_numpy(ends)}
 
 
-def load_index(path: str | os.PathLike[str]) -> tuple[Kind, FileState]:
+def load_index(path: str | os.PathLike[str]) -> tuple[Kind, State]:
     """Check a file, then read it; see `Index.load`."""
     with open_container(path, KIND) as container:
         described = container.description
         try:
             kind, used = _kind(described), _used(described)
             strings = described["strings"]
-            expected = _expected(kind, used, strings, container.specs, "total" in container.specs)
             _check_numbers(described, used)
+            expected = _expected(kind, used, bool(strings), container.specs)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
         container.expect(expected)
         tensors = container.read()
     try:
         segments = tuple(
-            _segment(kind, count, bool(strings), _part(tensors, number))
+            _segment(
+                kind, count, bool(strings), _part(tensors, number), described["fitted"][number]
+            )
             for number, count in enumerate(used)
         )
         _check_ids(segments, described["next_id"])
-        total = tensors.get("total")
-        if total is not None:
-            _check_finite("total", total)
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
-    return kind, FileState(segments, described["next_id"], described["count"], total, strings)
+    return kind, State(segments, None, None, described["next_id"], strings)
 
 
 def _kind(described: Mapping[str, Any]) -> Kind:
@@ -132,20 +113,22 @@ def _used(described: Mapping[str, Any]) -> list[int]:
 
 
 def _check_numbers(described: Mapping[str, Any], used: Sequence[int]) -> None:
-    next_id, count = described["next_id"], described["count"]
+    next_id, strings, fitted = (described[name] for name in ("next_id", "strings", "fitted"))
     if type(next_id) is not int or not 0 <= next_id < 2**63:
         raise ValueError(f"next_id is {next_id!r}")
-    if type(count) is not int or not 0 <= count < 2**63:
-        raise ValueError(f"count is {count!r}")
-    if described["strings"] not in (None, True, False) or (used and described["strings"] is None):
-        raise ValueError(f"strings is {described['strings']!r}")
+    if type(strings) is not bool if used else strings is not None:
+        raise ValueError(f"strings is {strings!r}")
+    numbers = isinstance(fitted, list) and len(fitted) == len(used)
+    if not numbers or not all(type(n) is int and 0 < n <= LEARNED for n in fitted):
+        raise ValueError("means are fitted to no number of vectors")
 
 
 def _expected(
-    kind: Kind, used: Sequence[int], strings: Any, found: Mapping[str, TensorSpec], total: bool
+    kind: Kind, used: Sequence[int], strings: bool, found: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
-    dim, metric, page_bytes = kind[0], kind[2], _coder(kind).page_bytes
-    specs = {"total": TensorSpec((dim,), "F64")} if total else {}
+    coder, metric = _coder(kind), kind[2]
+    dim, page_bytes = coder.dim, coder.page_bytes
+    specs: dict[str, TensorSpec] = {}
     for number, count in enumerate(used):
         pages = -(-count // PAGE_TOKENS)
         own = {
@@ -156,6 +139,8 @@ def _expected(
             "allowed": TensorSpec((8 * pages,), "U8"),
             "ids": TensorSpec((count,), "I64"),
         }
+        if f"segments.{number}.raw" in found:
+            own["raw"] = TensorSpec((count, dim), "F32")
         if strings:
             letters = found.get(f"segments.{number}.ids")
             shape = letters.shape if letters is not None and len(letters.shape) == 1 else (0,)
@@ -166,7 +151,7 @@ def _expected(
 
 def _coder(kind: Kind) -> Coder:
     dim, bits, _, seed = kind
-    return Coder("key", dim, bits, seed, "unbiased")
+    return Coder("key", coded_dim(dim), bits, seed, "unbiased")
 
 
 def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
@@ -174,14 +159,23 @@ def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _segment(kind: Kind, used: int, strings: bool, held: Mapping[str, Tensor]) -> Segment:
+def _segment(
+    kind: Kind, used: int, strings: bool, held: Mapping[str, Tensor], fitted: int
+) -> Segment:
     pages = len(held["codes"])
     allowed = held["allowed"].numpy().view("<u8")
     last = used - PAGE_TOKENS * (pages - 1)
     if last < PAGE_TOKENS and int(allowed[-1]) >> last:
         raise ValueError("vectors count that were never added")
-    for name in ("mean", "offsets"):
-        _check_finite(name, held[name])
+    live, raw = int(np.unpackbits(allowed.view(np.uint8)).sum()), held.get("raw")
+    if not live:
+        raise ValueError("a segment has no vectors")
+    if (raw is None) != (fitted == LEARNED) or (raw is not None and used >= 2 * fitted):
+        raise ValueError("a mean is fitted to another number of vectors")
+    _check_bounded("mean", held["mean"], MOST_LENGTH)
+    _check_bounded("offsets", held["offsets"], MOST_LENGTH**2)
+    if raw is not None:
+        _check_bounded("raw", raw, MOST_LENGTH)
     scales = decode_scale(held["scales"])
     if not bool(((scales >= 0) & scales.isfinite()).all()):
         raise ValueError("scales are not finite, or negative")
@@ -197,7 +191,9 @@ def _segment(kind: Kind, used: int, strings: bool, held: Mapping[str, Tensor]) -
         ids,
         allowed,
         used,
-        int(np.unpackbits(allowed.view(np.uint8)).sum()),
+        live,
+        raw,
+        fitted,
     )
 
 
@@ -221,6 +217,7 @@ def _check_ids(segments: Sequence[Segment], next_id: int) -> None:
         raise ValueError("ids that are in use would be given again")
 
 
-def _check_finite(name: str, x: Tensor) -> None:
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} is not finite")
+def _check_bounded(name: str, x: Tensor, most: float) -> None:
+    # Of NaN, false.
+    if not bool((x.float().abs() <= most).all()):
+        raise ValueError(f"{name} is not finite, or too large")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
-from sixfold.arguments import shown
+from sixfold.arguments import dense, shown
 from sixfold.errors import SixfoldError
 
 Ids: TypeAlias = np.ndarray
@@ -24,14 +25,27 @@ def checked_ids(ids: Any, name: str = "ids") -> Ids:
     """
     if isinstance(ids, str | bytes):
         raise SixfoldError(f"{name} must be a sequence of ids, got {shown(ids)}; pass [{ids!r}]")
-    if hasattr(ids, "detach"):
-        ids = ids.detach().cpu().numpy()
     try:
-        given = ids if isinstance(ids, np.ndarray) else list(ids)
-    except TypeError:
-        raise SixfoldError(f"{name} must be a sequence of ids, got {shown(ids)}") from None
-    if isinstance(given, np.ndarray) and given.ndim != 1:
-        raise SixfoldError(f"{name} must have one axis, got {given.ndim}")
+        return _checked(ids, name)
+    except SixfoldError:
+        raise
+    except Exception as error:
+        # Whatever a class of somebody else's raises.
+        raise SixfoldError(
+            f"{name} must be a sequence of ids, got {type(ids).__name__}: {error}"
+        ) from error
+
+
+def _checked(ids: Any, name: str) -> Ids:
+    if isinstance(ids, Tensor):
+        dense(name, ids)
+        ids = ids.detach().cpu().numpy()
+    given = ids if isinstance(ids, np.ndarray) else list(ids)
+    if isinstance(given, np.ndarray) and (given.ndim != 1 or given.dtype.kind not in "iuUO"):
+        raise SixfoldError(
+            f"{name} must be whole numbers or strings on one axis, got {given.dtype} "
+            f"on {given.ndim}"
+        )
     if isinstance(given, np.ndarray) and given.dtype.kind in "iu" and _fits(given):
         return given.astype(np.int64)
     members = given.tolist() if isinstance(given, np.ndarray) else given
@@ -39,7 +53,7 @@ def checked_ids(ids: Any, name: str = "ids") -> Ids:
         # What cannot be written to a file would be noticed too late.
         if any(_has_surrogate(x) for x in members):
             raise SixfoldError(f"{name} must be valid Unicode, got a lone surrogate")
-        return objects(map(str, members), len(members))
+        return objects(map(str.__str__, members), len(members))
     numbers = [x for x in members if not isinstance(x, bool | np.bool_ | float | str)]
     if len(numbers) == len(members):
         try:

@@ -8,7 +8,7 @@ what they are multiplied with; t = ⟨q, μ⟩/‖μ‖² makes it the shortest.
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 Metric: TypeAlias = Literal["cosine", "ip", "l2"]
@@ -18,7 +18,7 @@ TINY, HUGE = 1e-15, 1e15
 LEAST = 2.0**-126
 
 
-def prepared(x: Float32[Tensor, "n dim"], metric: Metric) -> Float32[Tensor, "n dim"]:
+def prepared(x: Float[Tensor, "n dim"], metric: Metric) -> Float[Tensor, "n dim"]:
     """Vectors, or queries, of which scores are to be made: of length 1 where length is nothing."""
     if metric != "cosine":
         return x
@@ -51,10 +51,13 @@ def offsets(
 def asked(
     queries: Float32[Tensor, "nq dim"], mean: Float32[Tensor, " dim"], square: float, metric: Metric
 ) -> tuple[Float32[Tensor, "nq dim"], Float32[Tensor, " nq"], Float32[Tensor, " nq"]]:
-    """What codes are multiplied with, what offsets are, and what is added; `square` is ‖μ‖²."""
+    """What codes are multiplied with, what offsets are, and what is added; `square` is ‖μ‖².
+
+    Sums are made in float64, row by row: rounded, they do not depend on how many rows there are.
+    """
     if metric == "l2":
         moved = queries - mean
-        return 2 * moved, torch.ones_like(moved[:, 0]), -moved.square().sum(1)
-    along = queries @ mean
+        return 2 * moved, torch.ones_like(moved[:, 0]), -moved.double().square().sum(1).float()
+    along = (queries.double() * mean).sum(1).float()
     share = along / max(square, LEAST)
     return torch.addr(queries, share, mean, alpha=-1), share, along

@@ -1,18 +1,18 @@
 """Vectors that were added one after another: codes in pages of 64, with one mean."""
 
 import dataclasses
-import math
 from functools import cached_property
 from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.cache.coder import Coder
 from sixfold.cache.memory import empty
 from sixfold.codebooks import expected_mse
+from sixfold.hadamard import hadamard_factor
 from sixfold.index.metric import Metric, asked, offset_dtype, offsets
 from sixfold.kernels import decode as decoding
 from sixfold.kernels.encode import encode_pages
@@ -25,10 +25,19 @@ CPU = torch.device("cpu")
 BITS = (1, 2, 3, 4, 8)
 # Sums of products of 8 bits must fit 32.
 MOST_DIM = 2**16
-# Beside so many vectors as their sum is worth, a mean of nothing: that of a few says little.
-PRIOR = 16
+# Up to here a rotation may be a dense matrix.
+MOST_DENSE = 512
+# A mean is fitted again whenever twice as many vectors are there, until it is of so many.
+LEARNED = 1024
 # Pages that are taken apart and put together at a time.
 SOME_PAGES = 256
+
+
+def coded_dim(dim: int) -> int:
+    """Coordinates that are coded, zeros behind those of a vector: as many as rotate fast."""
+    while dim > MOST_DENSE and hadamard_factor(dim) is None:
+        dim += 1
+    return dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Segment:
         allowed: Which of them count: see `VectorPages`. Not written to once it is here.
         used: Vectors that were added, removed ones included.
         live: Those that were not.
+        raw: All of them uncompressed, while the mean is fitted to few.
+        fitted: To how many it is.
     """
 
     coder: Coder
@@ -58,6 +69,8 @@ class Segment:
     allowed: np.ndarray
     used: int = 0
     live: int = 0
+    raw: Float32[Tensor, "used dim"] | None = None
+    fitted: int = LEARNED
 
     @classmethod
     def allocate(
@@ -77,11 +90,6 @@ class Segment:
         )
 
     @property
-    def room(self) -> int:
-        """Vectors that can still be added."""
-        return len(self.ids) - self.used
-
-    @property
     def pages(self) -> int:
         """Pages in use."""
         return -(-self.used // PAGE_TOKENS)
@@ -92,6 +100,7 @@ class Segment:
         tensors = self.codes, self.scales, self.offsets
         ids = self.ids[: self.used]
         held = sum(x[: self.pages].nbytes for x in tensors) + self.mean.nbytes
+        held += 0 if self.raw is None else self.raw.nbytes
         return held + ids.nbytes + self.allowed[: self.pages].nbytes
 
     def live_slots(self) -> Int64[np.ndarray, " live"]:
@@ -99,20 +108,22 @@ class Segment:
         bits = np.unpackbits(self.allowed.view(np.uint8), bitorder="little")
         return np.flatnonzero(bits)
 
-    def append(self, x: Float32[Tensor, "n dim"], ids: np.ndarray) -> Self:
-        """The same with more vectors, for which there is room."""
-        first, stop = self.used, self.used + len(x)
-        added = self.offsets.view(-1)[first:stop]
-        added.copy_(offsets(x, self.mean, self.metric))
-        whole = -(-first // PAGE_TOKENS) * PAGE_TOKENS
-        if first < whole:
-            self._fill_page(x[: whole - first])
-        if whole < stop:
-            pages = slice(whole // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
-            self._encode(x[whole - first :], self.codes[pages], self.scales[pages])
-        self.ids[first:stop] = ids
-        allowed = _with_bits(self.allowed, np.arange(first, stop), True)
-        return dataclasses.replace(self, allowed=allowed, used=stop, live=self.live + len(x))
+    def append(self, x: Float32[Tensor, "n dim"], ids: np.ndarray, coming: int) -> Self:
+        """The same with more vectors, the first of `coming`."""
+        if self.raw is None:
+            return self._with_room(len(x), coming)._written(x, ids)
+        raw = torch.cat([self.raw, x])
+        if len(raw) >= 2 * self.fitted:
+            every = np.concatenate([self.ids[: self.used], ids])
+            return self._fitted(raw.mean(0), raw, every)
+        more = self._with_room(len(x), coming)._written(x, ids)
+        return dataclasses.replace(more, raw=raw)
+
+    def learned(self, mean: Float32[Tensor, " dim"]) -> Self:
+        """The same vectors with this mean, for good; `raw` is there."""
+        assert self.raw is not None
+        made = self._fitted(mean, self.raw, self.ids[: self.used])
+        return dataclasses.replace(made, raw=None, fitted=LEARNED)
 
     def without(self, slots: Int64[np.ndarray, " removed"]) -> Self:
         """The same without the vectors in these slots, all of which count now."""
@@ -122,6 +133,7 @@ class Segment:
     def compacted(self) -> Self:
         """The same vectors in memory of their own, as much as they take, in the same order."""
         slots = self.live_slots()
+        chosen = torch.from_numpy(slots)
         made = self.allocate(self.coder, self.metric, self.mean, len(slots), self.ids.dtype)
         step = SOME_PAGES * PAGE_TOKENS
         for start in range(0, len(slots), step):
@@ -132,10 +144,20 @@ class Segment:
             made.codes[pages] = to_pages(pieces, *self._coding.row, "key")
         for old, new in ((self.scales, made.scales), (self.offsets, made.offsets)):
             new.zero_()
-            new.view(-1)[: len(slots)] = old.view(-1)[torch.from_numpy(slots)]
+            new.view(-1)[: len(slots)] = old.view(-1)[chosen]
         made.ids[: len(slots)] = self.ids[slots]
-        allowed = _with_bits(made.allowed, np.arange(len(slots)), True)
-        return dataclasses.replace(made, allowed=allowed, used=len(slots), live=len(slots))
+        return dataclasses.replace(
+            made,
+            allowed=_with_bits(made.allowed, np.arange(len(slots)), True),
+            used=len(slots),
+            live=len(slots),
+            raw=None if self.raw is None else self.raw[chosen],
+            fitted=self.fitted,
+        )
+
+    def closed(self) -> Self:
+        """The same, in memory that it does not add to: whatever is added is added to a copy."""
+        return dataclasses.replace(self, ids=self.ids[: self.used])
 
     def search(
         self,
@@ -155,7 +177,7 @@ class Segment:
         if allowed is not self.allowed:
             pages = pages._replace(allowed=self._bytes(allowed))
         rotated = rotate(vectors, coding.turns, coding.factor)
-        return nearest(rotated, weights, constants, pages, coding, best=min(best, self.used))
+        return nearest(rotated, weights, constants, pages, coding, best=min(best, self.live))
 
     def decode(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:
         """Vectors as codes have them: those of least squared error."""
@@ -185,7 +207,7 @@ class Segment:
 
     @cached_property
     def _square(self) -> float:
-        return float(self.mean.square().sum())
+        return float(self.mean.double().square().sum())
 
     @property
     def _coding(self) -> Coding:
@@ -201,6 +223,48 @@ class Segment:
             found.append(rows[torch.from_numpy(place), torch.from_numpy(part % PAGE_TOKENS)])
         return torch.cat(found) if found else self.codes.new_empty(0, self.coder.page_bytes // 64)
 
+    def _with_room(self, count: int, coming: int) -> Self:
+        """The same in memory for `count` more vectors: more than that, for what else will come."""
+        if len(self.ids) - self.used >= count:
+            return self
+        capacity = self.used + max(coming, self.used // 4, LEARNED)
+        made = self.allocate(self.coder, self.metric, self.mean, capacity, self.ids.dtype)
+        pages = self.pages
+        for old, new in zip(self._tensors, made._tensors, strict=True):
+            new[:pages] = old[:pages]
+        made.ids[: self.used] = self.ids[: self.used]
+        made.allowed[:pages] = self.allowed[:pages]
+        return dataclasses.replace(
+            made, used=self.used, live=self.live, raw=self.raw, fitted=self.fitted
+        )
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codes, self.scales, self.offsets
+
+    def _fitted(self, mean: Tensor, raw: Tensor, ids: np.ndarray) -> Self:
+        """These vectors, of which the first are those that are here, coded with this mean."""
+        made = self.allocate(self.coder, self.metric, mean, len(raw) + LEARNED, ids.dtype)
+        made = made._written(raw, ids)
+        removed = np.setdiff1d(np.arange(self.used), self.live_slots())
+        made = made.without(removed)
+        kept = None if len(raw) >= LEARNED else raw
+        return dataclasses.replace(made, raw=kept, fitted=min(len(raw), LEARNED))
+
+    def _written(self, x: Float32[Tensor, "n dim"], ids: np.ndarray) -> Self:
+        """The same with more vectors, for which there is room."""
+        first, stop = self.used, self.used + len(x)
+        self.offsets.view(-1)[first:stop].copy_(offsets(x, self.mean, self.metric))
+        whole = min(-(-first // PAGE_TOKENS) * PAGE_TOKENS, stop)
+        if first < whole:
+            self._fill_page(x[: whole - first])
+        if whole < stop:
+            pages = slice(whole // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
+            self._encode(x[whole - first :], self.codes[pages], self.scales[pages])
+        self.ids[first:stop] = ids
+        allowed = _with_bits(self.allowed, np.arange(first, stop), True)
+        return dataclasses.replace(self, allowed=allowed, used=stop, live=self.live + len(x))
+
     def _encode(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Encode vectors into pages of their own; the last is filled up with zeros."""
         key_map = KeyMap(self.mean[None, None], torch.ones_like(self.mean)[None, None])
@@ -208,6 +272,8 @@ class Segment:
         rest = x[whole * PAGE_TOKENS :]
         rest = torch.nn.functional.pad(rest, (0, 0, 0, -len(rest) % PAGE_TOKENS))
         for part, pages in ((x[: whole * PAGE_TOKENS], slice(whole)), (rest, slice(whole, None))):
+            if not len(part):
+                continue
             slots = torch.arange(len(part) // PAGE_TOKENS, device=CPU)[None]
             written = codes[pages, None], scales[pages, None]
             encode_pages(part[None, None], slots, self._coding, "key", *written, key_map)
@@ -224,11 +290,6 @@ class Segment:
         self.scales[page, place : place + len(x)] = scales[0, : len(x)]
 
 
-def mean_of(total: Float64[Tensor, " dim"], count: int) -> Float32[Tensor, " dim"]:
-    """The mean of a segment, from the sum of `count` vectors."""
-    return (total / (count + PRIOR)).float()
-
-
 def bitmap(slots: Int64[np.ndarray, " n"], pages: int) -> np.ndarray:
     """Bits of these slots, 64 a page."""
     return _with_bits(np.zeros(pages, dtype="<u8"), slots, True)
@@ -242,8 +303,3 @@ def _with_bits(allowed: np.ndarray, slots: np.ndarray, value: bool) -> np.ndarra
     else:
         np.bitwise_and.at(changed, slots // PAGE_TOKENS, ~bits)
     return changed
-
-
-def least_capacity(held: int, new: int) -> int:
-    """Vectors that a new segment has room for: few segments, little memory that is not used."""
-    return max(new, held // 4, 16 * PAGE_TOKENS, math.isqrt(held))

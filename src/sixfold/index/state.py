@@ -1,0 +1,175 @@
+"""Everything that a search reads, as a value: each change makes another."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from sixfold.cache.coder import Coder
+from sixfold.index.ids import Ids, IdTable
+from sixfold.index.metric import Metric
+from sixfold.index.segment import LEARNED, Segment
+
+# A slot is a segment's number and a place in it.
+PLACES = 2**40
+# Each costs every search a little; beyond, means stay as they are.
+MOST_SEGMENTS = 64
+# Of the vectors of a segment: where fewer are left, those are moved together.
+LEAST_LIVE = 3 / 4
+# How far a mean may be from that of what comes, squared, of what they spread: errors of codes grow
+# by as much.
+DRIFT = 0.1
+# So many vectors tell that, and which mean is theirs.
+NOTICED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent:
+    """What has been added since the mean of the last segment was last compared with it.
+
+    Attributes:
+        count: How many vectors.
+        total: Sum of their differences from the mean.
+        squares: Sum of the squares of those.
+    """
+
+    count: int
+    total: Float64[Tensor, " dim"]
+    squares: float
+
+    @classmethod
+    def of(cls, x: Float32[Tensor, "n dim"], mean: Float32[Tensor, " dim"]) -> "Recent":
+        """That of some vectors."""
+        moved = x - mean
+        return cls(len(x), moved.sum(0).double(), float(moved.double().square().sum()))
+
+    def __add__(self, other: "Recent | None") -> "Recent":
+        if other is None:
+            return self
+        total = self.total + other.total
+        return Recent(self.count + other.count, total, self.squares + other.squares)
+
+    @property
+    def drift(self) -> Float32[Tensor, " dim"] | None:
+        """How far their mean is from the other, if that is too far."""
+        average = self.total / self.count
+        far = float(average.square().sum())
+        spread = max(self.squares / self.count - far, 0.0)
+        return average.float() if far > DRIFT * spread else None
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The vectors of an index.
+
+    Attributes:
+        segments: Where they are, in the order in which they were added.
+        recent: Of those in the last segment.
+        mean: Of the next segment, if there is to be one.
+        next_id: The next number that is given as an id.
+        strings: Whether ids are strings; None as long as there are none.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    recent: Recent | None = None
+    mean: Float32[Tensor, " dim"] | None = None
+    next_id: int = 0
+    strings: bool | None = None
+
+    @property
+    def live(self) -> int:
+        """Vectors held."""
+        return sum(segment.live for segment in self.segments)
+
+    def expecting(self, sample: Float32[Tensor, "n dim"], count: int) -> "State":
+        """The state before `count` vectors are added that look like these."""
+        last = self.segments[-1] if self.segments else None
+        learning = last is None or last.raw is not None
+        if count < (LEARNED if learning else NOTICED):
+            return self
+        mean = sample.mean(0)
+        if last is None:
+            return dataclasses.replace(self, mean=mean)
+        if last.raw is not None:
+            both = (last.raw.sum(0) + mean * count) / (len(last.raw) + count)
+            return dataclasses.replace(self, segments=(*self.segments[:-1], last.learned(both)))
+        if len(self.segments) < MOST_SEGMENTS and Recent.of(sample, last.mean).drift is not None:
+            return dataclasses.replace(self, mean=mean, recent=None)
+        return self
+
+    def added(
+        self, x: Float32[Tensor, "n dim"], ids: Ids, coming: int, coder: Coder, metric: Metric
+    ) -> "State":
+        """The state with more vectors, at least one, the first of `coming`."""
+        segments, recent, mean = list(self.segments), self.recent, None
+        if not segments or self.mean is not None:
+            segments.append(self._opened(x, ids, coming, coder, metric))
+            recent = None
+        else:
+            segments[-1] = segments[-1].append(x, ids, coming)
+            # Of many at once the mean was looked at before.
+            if segments[-1].raw is None and coming < NOTICED:
+                recent = Recent.of(x, segments[-1].mean) + recent
+        if recent is not None and recent.count >= NOTICED:
+            moved = recent.drift if len(segments) < MOST_SEGMENTS else None
+            mean, recent = None if moved is None else segments[-1].mean + moved, None
+        next_id = self.next_id
+        if ids.dtype != object:
+            next_id = max(next_id, min(int(ids.max()) + 1, 2**63 - 1))
+        return State(tuple(segments), recent, mean, next_id, ids.dtype == object)
+
+    def _opened(self, x: Tensor, ids: Ids, coming: int, coder: Coder, metric: Metric) -> Segment:
+        """A segment of these vectors."""
+        mean = x.mean(0) if self.mean is None else self.mean
+        capacity = max(coming, self.live // 4, LEARNED)
+        kind = np.dtype(object if ids.dtype == object else np.int64)
+        made = Segment.allocate(coder, metric, mean, capacity, kind)
+        if self.mean is None and len(x) < LEARNED:
+            made = dataclasses.replace(made, raw=x[:0], fitted=0)
+        return made.append(x, ids, coming)
+
+    def without(self, slots: Int64[np.ndarray, " removed"]) -> tuple["State", bool]:
+        """The state without the vectors in these slots, and whether others have moved."""
+        if not len(slots):
+            return self, False
+        segments, moved = [], False
+        for number, segment in enumerate(self.segments):
+            own = slots[slots // PLACES == number] % PLACES
+            left = segment.without(own) if len(own) else segment
+            if not left.live:
+                moved = True
+                continue
+            if len(own) and left.live < LEAST_LIVE * left.used:
+                left, moved = left.compacted(), True
+            segments.append(left)
+        if not segments:
+            return State(next_id=self.next_id), True
+        kept = segments[-1].mean is self.segments[-1].mean
+        recent, mean = (self.recent, self.mean) if kept else (None, None)
+        return State(tuple(segments), recent, mean, self.next_id, self.strings), moved
+
+    def closed(self) -> "State":
+        """The same, for another index: neither adds to memory of the other."""
+        if not self.segments:
+            return self
+        *others, last = self.segments
+        return dataclasses.replace(self, segments=(*others, last.closed()))
+
+    def last_slots(self, count: int) -> Int64[np.ndarray, " count"]:
+        """Slots of the vectors that were added last."""
+        found, left = [np.empty(0, dtype=np.int64)], count
+        for number in reversed(range(len(self.segments))):
+            own = min(left, self.segments[number].used)
+            stop = self.segments[number].used + number * PLACES
+            found.insert(0, np.arange(stop - own, stop))
+            left -= own
+        return np.concatenate(found)
+
+    def table(self) -> IdTable:
+        """Where each id is."""
+        table = IdTable()
+        for number, segment in enumerate(self.segments):
+            slots = segment.live_slots()
+            table.put(segment.ids[slots], slots + number * PLACES)
+        return table
