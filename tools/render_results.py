@@ -253,7 +253,8 @@ CPU_BLOCKS = tuple(
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in (
-        *("eval_embedded", "eval_hard", "eval_smollm2-135m", "eval_qwen25-coder-1.5b"),
+        *("eval_embedded", "eval_hard", "eval_smollm2-135m"),
+        *("eval_gemma3-270m", "eval_qwen25-coder-1.5b"),
         *("eval_stories260K", "eval_babyllama_tok105"),
     )
 )
