@@ -35,5 +35,28 @@ def vector_index_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def vector_scale_table(results: dict[str, Any]) -> str:
+    """One row a size."""
+    columns = ["vectors", "memory", "build, s", "one query, ms", "batch of 100, queries/s"]
+    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    for row in results["rows"]:
+        lines.append(
+            _joined(
+                [
+                    f"{row['vectors']:,}",
+                    f"{row['nbytes'] / 1e6:,.0f} MB",
+                    f"{row['build_seconds']:.2f}",
+                    f"{1e3 * row['single_seconds']:.1f}",
+                    f"{results['batch'] / row['batch_seconds']:,.0f}",
+                ]
+            )
+        )
+    note = (
+        f"Synthetic vectors of {results['dim']} coordinates at {results['bits']} bits. "
+        f"One thread of {results['machine']['processor']}, seconds of the processor."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _joined(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

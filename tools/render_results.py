@@ -11,7 +11,7 @@ from benchmarks import needles
 from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table, transformers_tests_table
 from tools.blocks import RESULTS, ROOT, Block
-from tools.index_tables import vector_index_table
+from tools.index_tables import vector_index_table, vector_scale_table
 from tools.quality_tables import (
     codes_table,
     evaluation_table,
@@ -327,9 +327,16 @@ INDEX_BLOCK = Block(
     "vector_index",
     vector_index_table,
 )
+SCALE_BLOCK = Block(
+    ROOT / "docs/vector_search.md",
+    RESULTS / "vector_scale.json",
+    "vector_scale",
+    vector_scale_table,
+)
 OPTIONAL_BLOCKS = (
     REAL_BLOCK,
     INDEX_BLOCK,
+    SCALE_BLOCK,
     CODES_BLOCK,
     Block(ROOT / "README.md", RESULTS / "cpu_generate.json", "readme_speed", speed_table),
     *(

@@ -584,3 +584,96 @@ def test_tensors_and_arrays_of_odd_kinds() -> None:
     named = sixfold.Index(8)
     named.add(x[:1], [Colour.RED])
     assert "red" in named
+
+
+def test_copies_share_no_memory_that_either_writes_to() -> None:
+    """Not even of a segment that becomes the last."""
+    first = sixfold.Index(16, 8, "l2")
+    first.add(clustered(1500, 16))
+    first.add(clustered(1500, 16) + 50)
+    second = copy.copy(first)
+    assert len(first._state.segments) == 2
+    for index in (first, second):
+        index.remove(np.arange(1500, 3000))
+    x = clustered(20, 16, seed=3)
+    first.add(x[:10], np.arange(10) + 7000)
+    second.add(x[10:], np.arange(10) + 8000)
+    for index, own, start in ((first, x[:10], 7000), (second, x[10:], 8000)):
+        assert index.search(own, k=1).ids[:, 0].tolist() == list(range(start, start + 10))
+
+
+def test_removing_within_inference_mode() -> None:
+    for few in (200, 3000):
+        index = sixfold.Index(16)
+        index.add(clustered(few, 16))
+        with torch.inference_mode():
+            index.remove(np.arange(few // 2))
+        index.add(clustered(1, 16))
+        assert len(index) == few - few // 2 + 1
+
+
+def test_an_interrupt_that_is_kept_holds_nothing() -> None:
+    index = sixfold.Index(16)
+    index.add(clustered(300, 16))
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    kept = []
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for turn in range(2000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 100 * 1e-6)
+                while True:
+                    assert 3 in index
+            except Stop as error:
+                kept.append(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(3 in index))
+    thread.start()
+    thread.join(5)
+    assert found == [True]
+    assert len(kept) == 2000
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_equal_vectors_are_at_one_place(metric: Any) -> None:
+    index = sixfold.Index(24, 8, metric)
+    equal = np.full((300, 24), 0.3, dtype=np.float32)
+    for _ in range(80):
+        index.add(equal)
+    assert len(index._state.segments) <= 2
+    x = clustered(1500, 24) - 3
+    ids = index.add(x)
+    found = index.search(x[:100], k=1).ids[:, 0]
+    assert (found == ids[:100]).mean() > 0.95
+
+
+def test_means_of_what_comes_in_turns() -> None:
+    """Each batch is coded with a mean that is near."""
+    x, far = clustered(3000, 24), clustered(3000, 24) + 60
+
+    def found(index: sixfold.Index, rows: np.ndarray, ids: np.ndarray) -> float:
+        scores = exact_scores(rows[:40], rows, "l2")
+        best = ids[np.argsort(-scores, axis=1)[:, :10]]
+        return recall(index.search(rows[:40], filter=ids).ids, best)
+
+    pending = sixfold.Index(24, 8, "l2")
+    pending.add(x[:2000])
+    for row in far[:300]:
+        pending.add(row)
+    ids = pending.add(x[2000:])
+    assert found(pending, x[2000:], ids) > 0.85
+    for first, second in ((600, 599), (1023, 1000), (300, 1500)):
+        index = sixfold.Index(24, 8, "l2")
+        index.add(x[:first])
+        ids = index.add(far[:second])
+        assert found(index, far[:second], ids) > 0.85
+        assert found(index, x[:first], np.arange(first)) > 0.85

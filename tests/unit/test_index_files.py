@@ -175,3 +175,29 @@ def test_a_hostile_file_is_refused_or_works(
         index.save(path)
         assert sixfold.Index.load(path).ids.tolist() == index.ids.tolist()
     assert refused > count / 4
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 40])
+@pytest.mark.parametrize("count", [300, 1500])
+def test_the_largest_numbers_are_written_and_read(dim: int, count: int, tmp_path: Path) -> None:
+    for metric in ("l2", "ip"):
+        index = sixfold.Index(dim, metric=metric)  # type: ignore[arg-type]
+        signs = np.where(np.random.default_rng(0).random((count, dim)) < 0.5, -1, 1)
+        index.add(signs * (0.99e18 / dim))
+        index.save(tmp_path / "index")
+        assert len(sixfold.Index.load(tmp_path / "index")) == count
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+@pytest.mark.parametrize("name", ["raw", "mean"])
+def test_vectors_of_a_file_are_those_that_could_be_added(
+    name: str, metric: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "index"
+    filled(4, metric, few=True).save(path)
+    with open_container(path, KIND) as container:
+        description, tensors = container.description, container.read()
+    tensors[f"segments.0.{name}"] *= 1e18
+    write_container(path, KIND, description, tensors)
+    with pytest.raises(FormatError, match=name):
+        sixfold.Index.load(path)

@@ -49,7 +49,7 @@ def test_one_harness_times_things() -> None:
     # that vLLM's own client times, and indexes whose threads must not meet in one process.
     assert {path.name for path in files if clock.search(path.read_text(encoding="utf-8"))} == {
         *("timing.py", "gpu_cases.py", "vllm_server.py", "vllm_serving.py", "vllm_paired.py"),
-        "vector_index.py",
+        *("vector_index.py", "vector_scale.py"),
     }
 
 

@@ -13,14 +13,15 @@ from sixfold.cache.coder import Coder
 from sixfold.errors import FormatError
 from sixfold.index.ids import objects, repeated
 from sixfold.index.metric import Metric, offset_dtype
+from sixfold.index.rows import MOST_SUM
 from sixfold.index.segment import BITS, LEARNED, MOST_DIM, Segment, coded_dim
 from sixfold.index.state import MOST_SEGMENTS, State
 from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
 from sixfold.packing import PAGE_TOKENS, decode_scale
 
 KIND = "index"
-# What vectors that are refused nowhere can have, see `rows`.
-MOST_LENGTH = 1e18
+# The square of twice the longest vector, and some.
+MOST_OFFSET = 1e37
 Kind = tuple[int, int, Metric, int]
 
 
@@ -170,12 +171,13 @@ def _segment(
     live, raw = int(np.unpackbits(allowed.view(np.uint8)).sum()), held.get("raw")
     if not live:
         raise ValueError("a segment has no vectors")
-    if (raw is None) != (fitted == LEARNED) or (raw is not None and used >= 2 * fitted):
+    most = LEARNED if raw is None else min(2 * fitted, LEARNED)
+    if (raw is None) != (fitted == LEARNED) or (raw is not None and used >= most):
         raise ValueError("a mean is fitted to another number of vectors")
-    _check_bounded("mean", held["mean"], MOST_LENGTH)
-    _check_bounded("offsets", held["offsets"], MOST_LENGTH**2)
+    _check_vectors("mean", held["mean"][None], kind)
+    _check_bounded("offsets", held["offsets"], MOST_OFFSET)
     if raw is not None:
-        _check_bounded("raw", raw, MOST_LENGTH)
+        _check_vectors("raw", raw, kind)
     scales = decode_scale(held["scales"])
     if not bool(((scales >= 0) & scales.isfinite()).all()):
         raise ValueError("scales are not finite, or negative")
@@ -215,6 +217,14 @@ def _check_ids(segments: Sequence[Segment], next_id: int) -> None:
         raise ValueError("two vectors have the same id")
     if len(ids) and ids.dtype != object and next_id < min(int(ids.max()) + 1, 2**63 - 1):
         raise ValueError("ids that are in use would be given again")
+
+
+def _check_vectors(name: str, x: Tensor, kind: Kind) -> None:
+    """What `Rows` let in, and `prepared` made of it."""
+    if kind[2] == "cosine":
+        _check_bounded(name, torch.linalg.vector_norm(x, dim=1), 1.01)
+    else:
+        _check_bounded(name, x, MOST_SUM / kind[0])
 
 
 def _check_bounded(name: str, x: Tensor, most: float) -> None:

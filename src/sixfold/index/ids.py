@@ -13,6 +13,9 @@ from sixfold.errors import SixfoldError
 Ids: TypeAlias = np.ndarray
 """int64, or objects that are all strings."""
 
+# What objects raise that are not what they seem. Not all there is: a signal handler may raise the
+# rest.
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError)
 # So few are kept in a dictionary: beyond, sorted numbers take an eighth of the memory.
 _FEW = 4096
 
@@ -29,8 +32,7 @@ def checked_ids(ids: Any, name: str = "ids") -> Ids:
         return _checked(ids, name)
     except SixfoldError:
         raise
-    except Exception as error:
-        # Whatever a class of somebody else's raises.
+    except UNREADABLE as error:
         raise SixfoldError(
             f"{name} must be a sequence of ids, got {type(ids).__name__}: {error}"
         ) from error

@@ -3,8 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn, Self, get_args
 
 import numpy as np
@@ -78,7 +77,6 @@ class Index:
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
-        self._changing = False
         # Made again from the state whenever it is not that state's: after an interrupt, say.
         self._table: tuple[State, IdTable] = State(), IdTable()
 
@@ -102,7 +100,7 @@ class Index:
 
     def __copy__(self) -> "Index":
         """An index of its own with the same vectors, whose memory is shared until it is changed."""
-        twin = Index(self.dim, self.bits, self.metric, seed=self.seed)
+        twin = type(self)(self.dim, self.bits, self.metric, seed=self.seed)
         twin._state = self._state.closed()
         return twin
 
@@ -171,6 +169,8 @@ class Index:
             self._replace(state, moved, added=given)
         return given
 
+    @outside_inference_mode
+    @torch.no_grad()
     def remove(self, ids: Any) -> None:
         """Remove the vectors of these ids; all of them or, where one is not there, none.
 
@@ -272,25 +272,21 @@ class Index:
         index._state = state
         return index
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One thread at a time, and nothing within what it does.
+    def _alone(self) -> AbstractContextManager[Any]:
+        """For `with`: one thread at a time, and nothing within what it does.
+
+        The lock itself, whose acquisition no signal can separate from the block that it begins.
 
         Raises:
             SixfoldError: Code that an operation of this thread calls, or a signal handler that
                 interrupts it, uses the index.
         """
-        with self._lock:
-            if self._changing:
-                raise SixfoldError(
-                    "the index is in use by what this call interrupted: a signal handler, or a "
-                    "method of an argument, may search without a filter and nothing else"
-                )
-            try:
-                self._changing = True
-                yield
-            finally:
-                self._changing = False
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise SixfoldError(
+                "the index is in use by what this call interrupted: a signal handler, or a "
+                "method of an argument, may search without a filter and nothing else"
+            )
+        return self._lock
 
     def _prepared(self, x: Tensor) -> Tensor:
         x = prepared(x, self.metric)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from sixfold.arguments import dense, shown
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.index.ids import Ids
+from sixfold.index.ids import UNREADABLE, Ids
 from sixfold.index.metric import Metric
 
 # Vectors that are converted at a time.
 BLOCK = 4096
+# Of the coordinates of a vector that is not divided by its length.
+MOST_SUM = 1e18
 
 
 class Rows:
@@ -81,7 +83,7 @@ class Rows:
             return
         # Of NaN, NaN.
         most = max(map(abs, map(float, rows.aminmax())))
-        bounded = most < (torch.inf if metric == "cosine" else 1e18 / self.dim)
+        bounded = most < (torch.inf if metric == "cosine" else MOST_SUM / self.dim)
         if not bounded:
             raise SixfoldError(
                 f"{self.name} must be finite numbers (below 1e18/dim but for cosines), got "
@@ -105,7 +107,7 @@ def _array(name: str, given: Any) -> np.ndarray:
     try:
         # No class of somebody else's, whose methods would run while the index changes.
         return np.asarray(given)
-    except Exception as error:
+    except UNREADABLE as error:
         raise SixfoldError(
             f"{name} must be vectors of numbers, got {type(given).__name__}: {error}"
         ) from error

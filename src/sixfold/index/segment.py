@@ -113,7 +113,7 @@ class Segment:
         if self.raw is None:
             return self._with_room(len(x), coming)._written(x, ids)
         raw = torch.cat([self.raw, x])
-        if len(raw) >= 2 * self.fitted:
+        if len(raw) >= min(2 * self.fitted, LEARNED):
             every = np.concatenate([self.ids[: self.used], ids])
             return self._fitted(raw.mean(0), raw, every)
         more = self._with_room(len(x), coming)._written(x, ids)
@@ -152,7 +152,7 @@ class Segment:
             used=len(slots),
             live=len(slots),
             raw=None if self.raw is None else self.raw[chosen],
-            fitted=self.fitted,
+            fitted=self.fitted if self.raw is None else min(self.fitted, len(slots)),
         )
 
     def closed(self) -> Self:

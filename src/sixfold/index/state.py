@@ -20,6 +20,8 @@ LEAST_LIVE = 3 / 4
 # How far a mean may be from that of what comes, squared, of what they spread: errors of codes grow
 # by as much.
 DRIFT = 0.1
+# Of the square of a mean: sums in float32 are not as exact as that.
+ROUNDING = 1e-10
 # So many vectors tell that, and which mean is theirs.
 NOTICED = 256
 
@@ -32,23 +34,27 @@ class Recent:
         count: How many vectors.
         total: Sum of their differences from the mean.
         squares: Sum of the squares of those.
+        rounding: What is no distance, squared.
     """
 
     count: int
     total: Float64[Tensor, " dim"]
     squares: float
+    rounding: float
 
     @classmethod
     def of(cls, x: Float32[Tensor, "n dim"], mean: Float32[Tensor, " dim"]) -> "Recent":
         """That of some vectors."""
         moved = x - mean
-        return cls(len(x), moved.sum(0).double(), float(moved.double().square().sum()))
+        rounding = ROUNDING * float(mean.double().square().sum())
+        return cls(len(x), moved.sum(0).double(), float(moved.double().square().sum()), rounding)
 
     def __add__(self, other: "Recent | None") -> "Recent":
         if other is None:
             return self
         total = self.total + other.total
-        return Recent(self.count + other.count, total, self.squares + other.squares)
+        count, squares = self.count + other.count, self.squares + other.squares
+        return Recent(count, total, squares, self.rounding)
 
     @property
     def drift(self) -> Float32[Tensor, " dim"] | None:
@@ -56,7 +62,7 @@ class Recent:
         average = self.total / self.count
         far = float(average.square().sum())
         spread = max(self.squares / self.count - far, 0.0)
-        return average.float() if far > DRIFT * spread else None
+        return average.float() if far > max(DRIFT * spread, self.rounding) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +90,22 @@ class State:
 
     def expecting(self, sample: Float32[Tensor, "n dim"], count: int) -> "State":
         """The state before `count` vectors are added that look like these."""
-        last = self.segments[-1] if self.segments else None
-        learning = last is None or last.raw is not None
-        if count < (LEARNED if learning else NOTICED):
+        if count < NOTICED:
             return self
         mean = sample.mean(0)
-        if last is None:
-            return dataclasses.replace(self, mean=mean)
-        if last.raw is not None:
-            both = (last.raw.sum(0) + mean * count) / (len(last.raw) + count)
-            return dataclasses.replace(self, segments=(*self.segments[:-1], last.learned(both)))
-        if len(self.segments) < MOST_SEGMENTS and Recent.of(sample, last.mean).drift is not None:
-            return dataclasses.replace(self, mean=mean, recent=None)
+        if not self.segments:
+            return dataclasses.replace(self, mean=mean) if count >= LEARNED else self
+        *others, last = self.segments
+        elsewhere = Recent.of(sample, last.mean).drift is not None
+        if last.raw is not None and (elsewhere or count >= LEARNED):
+            total, held = last.raw.sum(0), len(last.raw)
+            if not elsewhere:
+                total, held = total + mean * count, held + count
+            last = last.learned(total / held)
+        if not elsewhere:
+            return dataclasses.replace(self, segments=(*others, last), mean=None)
+        if len(self.segments) < MOST_SEGMENTS:
+            return dataclasses.replace(self, segments=(*others, last), mean=mean, recent=None)
         return self
 
     def added(
@@ -151,10 +161,7 @@ class State:
 
     def closed(self) -> "State":
         """The same, for another index: neither adds to memory of the other."""
-        if not self.segments:
-            return self
-        *others, last = self.segments
-        return dataclasses.replace(self, segments=(*others, last.closed()))
+        return dataclasses.replace(self, segments=tuple(s.closed() for s in self.segments))
 
     def last_slots(self, count: int) -> Int64[np.ndarray, " count"]:
         """Slots of the vectors that were added last."""
