@@ -50,9 +50,9 @@ public:
     bool operator()() {
         const bool done = parallel_for(chunks_ * splits_, threads_,
                                        [this](std::int64_t item, int worker) { run(item, worker); });
-        if (!done) return false;
-        return parallel_for(task_.queries, threads_,
-                            [this](std::int64_t query, int) { finish(query); });
+        // By this thread: it allocates, and bodies must not throw.
+        for (std::int64_t query = 0; done && query < task_.queries; ++query) finish(query);
+        return done;
     }
 
 private:

@@ -625,10 +625,11 @@ def test_an_interrupt_that_is_kept_holds_nothing() -> None:
     kept = []
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        for turn in range(2000):
+        for turn in range(500):
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 100 * 1e-6)
-                while True:
+                # Not for ever: an exception that meets a callback of Python's own is lost.
+                for _ in range(2000):
                     assert 3 in index
             except Stop as error:
                 kept.append(error)
@@ -640,7 +641,7 @@ def test_an_interrupt_that_is_kept_holds_nothing() -> None:
     thread.start()
     thread.join(5)
     assert found == [True]
-    assert len(kept) == 2000
+    assert len(kept) > 250
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
@@ -677,3 +678,22 @@ def test_means_of_what_comes_in_turns() -> None:
         ids = index.add(far[:second])
         assert found(index, far[:second], ids) > 0.85
         assert found(index, x[:first], np.arange(first)) > 0.85
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_reference_finds_the_same(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for queries of which the kernel rounds coordinates to 8 bits."""
+    index = sixfold.Index(48, 4, metric)
+    index.add(clustered(1300, 48))
+    index.remove(np.arange(0, 400, 3))
+    queries = clustered(20, 48, seed=1)
+    found = index.search(queries)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    again = sixfold.Index(48, 4, metric)
+    again.add(clustered(1300, 48))
+    again.remove(np.arange(0, 400, 3))
+    for other in (index, again):
+        plain = other.search(queries)
+        assert recall(plain.ids, found.ids) > 0.95
+        scale = np.abs(plain.scores).max()
+        np.testing.assert_allclose(plain.scores, found.scores, atol=0.02 * scale)
