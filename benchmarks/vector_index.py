@@ -130,8 +130,9 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def exact_neighbors(base: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """The K nearest by float64, [queries, K]."""
+    wide = base.T.astype(np.float64)
     found = [
-        np.argsort(-(part.astype(np.float64) @ base.T.astype(np.float64)), axis=1)[:, :K]
+        np.argsort(-(part.astype(np.float64) @ wide), axis=1)[:, :K]
         for part in np.array_split(queries, max(1, len(queries) // 100))
     ]
     return np.concatenate(found)

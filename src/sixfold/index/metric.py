@@ -20,9 +20,7 @@ LEAST = 2.0**-126
 
 def prepared(x: Float[Tensor, "n dim"], metric: Metric) -> Float[Tensor, "n dim"]:
     """Vectors, or queries, of which scores are to be made: of length 1 where length is nothing."""
-    if metric != "cosine":
-        return x
-    if not len(x):
+    if metric != "cosine" or not len(x):
         return x
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     least, most = length.aminmax()

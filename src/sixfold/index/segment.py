@@ -97,9 +97,8 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is in use."""
-        tensors = self.codes, self.scales, self.offsets
         ids = self.ids[: self.used]
-        held = sum(x[: self.pages].nbytes for x in tensors) + self.mean.nbytes
+        held = sum(x[: self.pages].nbytes for x in self._tensors) + self.mean.nbytes
         held += 0 if self.raw is None else self.raw.nbytes
         return held + ids.nbytes + self.allowed[: self.pages].nbytes
 
@@ -198,8 +197,8 @@ class Segment:
     @cached_property
     def _whole(self) -> VectorPages:
         count = self.pages
-        vectors = self.codes[:count], self.scales[:count], self.offsets[:count]
-        return VectorPages(*vectors, self._bytes(self.allowed))
+        codes, scales, offsets = (x[:count] for x in self._tensors)
+        return VectorPages(codes, scales, offsets, self._bytes(self.allowed))
 
     def _bytes(self, allowed: np.ndarray) -> UInt8[Tensor, "pages bitmap"]:
         count = self.pages
