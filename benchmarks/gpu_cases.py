@@ -107,7 +107,6 @@ def compressed(keys: Tensor, values: Tensor, code: Code, shape: Shape) -> Paged:
         torch.arange(count, device=device)[None] * PAGE_TOKENS,
         torch.full((1, count), PAGE_TOKENS, device=device),
         0,
-        {},
     )
     paged = Paged(pages, torch.zeros(batch, 1, dtype=torch.long, device=device))
     for start in range(0, tokens, CHUNK):

@@ -180,7 +180,7 @@ def decoded(layer: EngineLayer, pool: Pool, blocks: list[int]) -> list[Tensor]:
     """Keys and values of whole pages, [tokens, kv_heads, dim]."""
     slots = torch.tensor([blocks])
     starts = torch.arange(len(blocks))[None] * PAGE_TOKENS
-    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
+    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0)
     assert layer.key_map is not None
     return [x[0].transpose(0, 1) for x in layer.code.read(pages, torch.float32, layer.key_map)]
 

@@ -19,7 +19,7 @@ from sixfold.kernels._narrow import narrow
 from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
 from sixfold.kernels.attention.reference import page_positions
 from sixfold.kernels.cached_attention.reference import visible_tokens
-from sixfold.kernels.types import KeyMap, Pages, Pool, Softmax, Tokens
+from sixfold.kernels.types import KeyMap, Pages, Past, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 Coded: TypeAlias = Callable[[Float[Tensor, "kv_heads tokens dim"]], Float32[Tensor, "..."]]
@@ -142,19 +142,17 @@ def _attend_decoded(
     code: Code,
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
-    pages: Sequence[Pages],
-    key_map: KeyMap,
+    past: Past,
     position: Int64[Tensor, " batch"],
-    start: Int64[Tensor, " batch"],
     softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """`Code.attend` for codes that have no kernels for it: on decoded pages, in float32."""
     own = position[:, None] + torch.arange(query.shape[2], device=query.device)
-    held = [visible_tokens(part) for part in tokens]
-    for part in pages:
+    held = [visible_tokens(part) for part in (*past.kept, *tokens)]
+    for part in past.pages:
         found = page_positions(part)
-        found = found.masked_fill(found < start[:, None], -1)
-        held.append((*code.read(part, torch.float32, key_map), found))
+        found = found.masked_fill(found < past.start[:, None], -1)
+        held.append((*code.read(part, torch.float32, past.key_map), found))
     parts = [
         dense_attention(
             query,

@@ -18,7 +18,7 @@ from sixfold.cache.affine import (
 from sixfold.cache.code import MakeCode, PageCode, page_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Pages, Pool, Scale, Softmax, Tokens
+from sixfold.kernels.types import KeyMap, Pages, Past, Pool, Scale, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 from sixfold.quantizers import OutlierSplit, TurboQuantMSE
 
@@ -188,20 +188,18 @@ class Simulated:
         self,
         query: Tensor,
         tokens: Sequence[Tokens],
-        pages: Sequence[Pages],
-        key_map: KeyMap,
+        past: Past,
         position: Tensor,
-        start: Tensor,
         softmax: Softmax,
     ) -> Tensor:
         """See `Code.attend`: to what `seen` makes of the tokens."""
         (window,) = tokens
         dtype, recent = window.keys.dtype, (window.keys, window.values)
-        exact = joined([*(self.exact(part) for part in pages), recent])
-        decoded = joined([*(self.read(part, dtype, key_map) for part in pages), recent])
+        exact = joined([*(self.exact(part) for part in past.pages), recent])
+        decoded = joined([*(self.read(part, dtype, past.key_map) for part in past.pages), recent])
         held = exact[0].shape[2] - window.keys.shape[2]
-        keys, values = self.seen(query, exact, decoded, held, key_map)
-        out: Tensor = exact_attention(query, keys, values, **vars(softmax))
+        keys, values = self.seen(query, exact, decoded, held, past.key_map)
+        out: Tensor = exact_attention(query, keys, values, **softmax._asdict())
         return out
 
     def seen(

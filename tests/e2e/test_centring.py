@@ -20,6 +20,7 @@ from sixfold.cache import code
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.types import Past
 from tests.e2e.decoding import (
     PROMPTS,
     Batch,
@@ -217,9 +218,10 @@ def test_absolute_logits_are_kept(
     assert absolute_error(name, data, **options) < 0.03
 
     def without_offset(*args: Any, **kwargs: Any) -> Tensor:
-        *rest, key_map = args
-        zero = key_map._replace(mean=torch.zeros_like(key_map.mean))
-        return cached_attention(*rest, zero, **kwargs)
+        query, tokens, past, *codings = args
+        zero = past.key_map._replace(mean=torch.zeros_like(past.key_map.mean))
+        centred = Past.of(past.pages, zero, past.start, past.kept)
+        return cached_attention(query, tokens, centred, *codings, **kwargs)
 
     monkeypatch.setattr(code, "cached_attention", without_offset)
     assert absolute_error(name, data, **options) > 0.1

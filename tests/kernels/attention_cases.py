@@ -117,7 +117,7 @@ class Case:
     @property
     def pages(self) -> Pages:
         pool = Pool(self.keys.codes, self.keys.scales, self.values.codes, self.values.scales)
-        return Pages(pool, self.table, self.starts[None], self.lengths[None], 0, {})
+        return Pages(pool, self.table, self.starts[None], self.lengths[None], 0)
 
     @property
     def arguments(self) -> tuple[Tensor, Pages, Coding, Coding, Tensor]:

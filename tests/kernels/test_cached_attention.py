@@ -12,7 +12,7 @@ from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.types import CodeName, Tokens
+from sixfold.kernels.types import CodeName, Past, Tokens
 from sixfold.packing import Bits
 from sixfold.trellis import PAGE_BITS
 from tests.layers import pages as layer_pages
@@ -81,17 +81,14 @@ class Held:
         first = torch.full_like(prefix.end, layer.history.tokens)
         window = Tokens(layer.window.keys, layer.window.values, first, prefix.end)
         arguments: dict[str, Any] = {
-            "tokens": [*prefix.part, window],
             "pages": layer.history.parts,
-            "key_map": prefix.key_map,
             "position": torch.full_like(layer.padding, layer.held - query.shape[2]),
-            "start": prefix.end,
             "scaling": self.dims[0] ** -0.5,
             **options,
         }
-        tokens, pages = arguments.pop("tokens"), arguments.pop("pages")
+        past = Past.of(arguments.pop("pages"), prefix.key_map, prefix.end, prefix.part)
         coding = [coder.coding(query.device) for coder in (layer.code.keys, layer.code.values)]
-        return cached_attention(query, tokens, pages, *coding, **arguments)
+        return cached_attention(query, [window], past, *coding, **arguments)
 
 
 def both(

@@ -16,7 +16,7 @@ from sixfold.kernels.attention import page_attention
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
-from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Pool, Tokens
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Past, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, row_bytes
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords
@@ -190,9 +190,7 @@ class Batch:
                     Tokens(sinks[0], sinks[1], start, start, torch.minimum(end, stop)),
                     Tokens(*window, first, end, stop, rows),
                 ],
-                "pages": [
-                    Pages(pool, slots, torch.arange(most)[None] * PAGE_TOKENS, lengths, 0, {})
-                ],
+                "pages": [Pages(pool, slots, torch.arange(most)[None] * PAGE_TOKENS, lengths, 0)],
                 "key_map": every._replace(map_index=each([s.map_index for s in sequences])),
                 "position": each([s.tokens - s.query.shape[2] for s in sequences]),
                 "start": end,
@@ -202,10 +200,9 @@ class Batch:
 
     def attend(self, **options: Any) -> Tensor:
         arguments = self.arguments | options
-        names = ("query", "tokens", "pages")
-        query, tokens, pages = (arguments.pop(name) for name in names)
-        key_map = arguments.pop("key_map")
-        return cached_attention(query, tokens, pages, *self.codings, key_map, **arguments)
+        query, tokens = arguments.pop("query"), arguments.pop("tokens")
+        past = Past.of(*(arguments.pop(name) for name in ("pages", "key_map", "start")))
+        return cached_attention(query, tokens, past, *self.codings, **arguments)
 
 
 def check_each(
@@ -293,7 +290,7 @@ def test_pages_of_different_starts() -> None:
     together = page_attention(query, cropped, *CODINGS, first)
     for b in range(2):
         row = slice(b, b + 1)
-        own = Pages(batch.pool, *(x[row] for x in cropped[1:4]), 0, {})
+        own = Pages(batch.pool, *(x[row] for x in cropped[1:4]), 0)
         alone = page_attention(query[row], own, *CODINGS, first[row])
         torch.testing.assert_close(together.out[row], alone.out, rtol=4e-3, atol=4e-3)
         torch.testing.assert_close(together.lse[row], alone.lse, rtol=4e-3, atol=4e-3)
@@ -390,7 +387,7 @@ def test_a_table_that_is_written_to_is_read_anew() -> None:
     (pages,) = batch.arguments["pages"]
     wide = torch.full((2, 9), 10**6)
     wide[:, :3] = pages.slots
-    batch.arguments["pages"] = [pages._replace(slots=wide[:, :3], memo={})]
+    batch.arguments["pages"] = [pages._replace(slots=wide[:, :3])]
     first = batch.attend()
     wide[:, :3] = pages.slots.flip(0)
     assert not torch.allclose(batch.attend(), first)

@@ -19,7 +19,7 @@ from sixfold.kernels.decode import decode, decode_pages
 from sixfold.kernels.encode import encode, encode_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
-from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Past, Pool, Tokens
 from sixfold.packing import PAGE_TOKENS, row_bytes
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords
@@ -97,7 +97,7 @@ def held(pages: int) -> Pages:
     starts = torch.arange(pages)[None] * PAGE_TOKENS
     lengths = torch.full((1, pages), PAGE_TOKENS)
     slots = torch.zeros(1, pages, dtype=torch.int64)
-    return Pages(Pool(*pool(), *pool()), slots, starts, lengths, 0, {})
+    return Pages(Pool(*pool(), *pool()), slots, starts, lengths, 0)
 
 
 def attend_layer(seed: int = 0, pages: int = PAGES) -> Tensor:
@@ -107,12 +107,10 @@ def attend_layer(seed: int = 0, pages: int = PAGES) -> Tensor:
     return cached_attention(
         query(seed),
         [Tokens(recent, recent, first, none, first + 8)],
-        [held(pages)],
+        Past.of([held(pages)], KeyMap(torch.zeros(1, 1, DIM), torch.ones(1, 1, DIM)), none),
         CODING,
         CODING,
-        KeyMap(torch.zeros(1, 1, DIM), torch.ones(1, 1, DIM)),
         position=first,
-        start=none,
         scaling=0.1,
     )
 

@@ -17,7 +17,7 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.kernels.cached_attention import cached_attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
-from sixfold.kernels.types import Coding, KeyMap, Pages, Pool, Softmax, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Past, Pool, Softmax, Tokens
 
 
 @runtime_checkable
@@ -56,10 +56,8 @@ class Code(Protocol):
         self,
         query: Float[Tensor, "batch heads queries key_dim"],
         tokens: Sequence[Tokens],
-        pages: Sequence[Pages],
-        key_map: KeyMap,
+        past: Past,
         position: Int64[Tensor, " batch"],
-        start: Int64[Tensor, " batch"],
         softmax: Softmax,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """See `sixfold.kernels.cached_attention`."""
@@ -118,21 +116,17 @@ class PageCode:
         self,
         query: Tensor,
         tokens: Sequence[Tokens],
-        pages: Sequence[Pages],
-        key_map: KeyMap,
+        past: Past,
         position: Tensor,
-        start: Tensor,
         softmax: Softmax,
     ) -> Tensor:
         """See `Code.attend`: on the codes."""
         out: Tensor = cached_attention(
             query,
             tokens,
-            pages,
+            past,
             *self._codings(query.device),
-            key_map,
             position=position,
-            start=start,
             scaling=softmax.scaling,
             mask=softmax.mask,
             sliding_window=softmax.sliding_window,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sixfold.arguments import floating
+from sixfold.arguments import FLOATS, floating
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 
@@ -19,8 +19,11 @@ def check_tokens(keys: Any, values: Any) -> None:
         SixfoldError: One is no dense tensor of a floating dtype, or they are on different devices.
         ShapeError: They are not [batch, kv_heads, tokens, dim], alike but for `dim`.
     """
-    floating("keys", keys)
-    floating("values", values)
+    for name, x in (("keys", keys), ("values", values)):
+        # What `floating` asks first, and nearly always all there is to ask.
+        plain = type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided
+        if not plain or x.is_nested or not x.data_ptr():
+            floating(name, x)
     shape, other = keys.shape, values.shape
     if len(shape) != 4 or len(other) != 4 or shape[:2] != other[:2]:
         raise ShapeError(

@@ -25,7 +25,7 @@ from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._groups import check_heads
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Pool, Softmax, Tokens
+from sixfold.kernels.types import KeyMap, Past, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 SCALE_BYTES = PAGE_TOKENS * 2
@@ -77,7 +77,7 @@ def attend_part(
     """One sequence, on the codes. See `AttendChunks`."""
     own_query, own_keys, own_values = (part.take(x) for x in (query, keys, values))
     if part.context == [0]:
-        found = exact_attention(own_query, own_keys, own_values, **vars(softmax))
+        found = exact_attention(own_query, own_keys, own_values, **softmax._asdict())
     else:
         new = Tokens(own_keys, own_values, part.position, part.position)
         found = layer.attention(own_query, [*layer.raw(part, 0), new], pool, part, softmax)
@@ -285,10 +285,8 @@ class EngineLayer:
         return self.code.attend(
             query,
             tokens,
-            part.pages(pool),
-            shared(key_map, part.batch),
+            Past.of(part.pages(pool), shared(key_map, part.batch), part.start),
             part.position,
-            part.start,
             softmax,
         )
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from itertools import accumulate
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sixfold.cache.prefix import Prefix, fitted_map
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
-from sixfold.kernels.types import KeyMap, Mask, Softmax, Tokens
+from sixfold.kernels.types import KeyMap, Mask, Past, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 
@@ -98,6 +99,7 @@ class CompressedLayer:
         self.evicted = 0
         self.record_past = False
         self.detached = False
+        self._known_past: Past | None = None
 
     @property
     def held(self) -> int:
@@ -192,22 +194,27 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            window, coded, prefix = self.window, self.history.tokens, self.prefix
-            held_tokens = coded + window.keys.shape[2]
-            first = torch.full_like(prefix.end, coded)
+            window, past = self.window, self._past(self.prefix)
+            first = torch.full_like(past.start, self.history.tokens)
             out = self.code.attend(
                 query,
-                [*prefix.part, Tokens(window.keys, window.values, first, prefix.end)],
-                self.history.parts,
-                prefix.key_map,
-                torch.full_like(prefix.end, held_tokens - query.shape[2]),
-                prefix.end,
+                [Tokens(window.keys, window.values, first, past.start)],
+                past,
+                torch.full_like(first, self.held - query.shape[2]),
                 Softmax(scaling, mask, self.sliding_window, softcap, sink_logits),
             )
         if self.detached and torch.is_grad_enabled():
             out = refuse_gradient(out)
         self.compress()
         return out if dtype is held else out.to(dtype)
+
+    def _past(self, prefix: Prefix) -> Past:
+        """What is held beside the window: the same until a page is written."""
+        held = self.history.parts, prefix.key_map, prefix.end, prefix.part
+        past = self._known_past
+        if past is None or not all(map(is_, past, held)):
+            past = self._known_past = Past.of(*held)
+        return past
 
     @outside_autocast
     def dequantized(
@@ -275,7 +282,7 @@ class CompressedLayer:
 
     def _become(self, **held: Any) -> None:
         """Hold these values instead, all of them in one step, which nothing can interrupt."""
-        self.__dict__.update(held)
+        self.__dict__.update(held, _known_past=None)
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens; codes that stay are not touched.

@@ -75,7 +75,6 @@ class Run:
     lengths: Int64[Tensor, " pages"]
     tokens: int
     starts: Int64[Tensor, " pages"]
-    _pages: Pages | None = None
 
     @classmethod
     def of(
@@ -106,12 +105,8 @@ class Run:
 
     def pages(self, first: int) -> Pages:
         """What kernels take, the first page's first token having position `first`."""
-        if self._pages is None or self._pages.first != first:
-            # Made once: what is remembered of tensors is known by which they are.
-            starts, lengths = self.starts[None], self.lengths[None]
-            pool, slots = self.slab.pool, self.lease.slots
-            self._pages = Pages(pool, slots, starts, lengths, first, {})
-        return self._pages
+        starts, lengths = self.starts[None], self.lengths[None]
+        return Pages(self.slab.pool, self.lease.slots, starts, lengths, first)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled with pages of its own: another process sees no later claim of ours."""
@@ -169,7 +164,7 @@ class PagedHistory:
         firsts = [0, *accumulate(run.tokens for run in self._runs)]
         # What every step asks for.
         self.tokens = firsts[-1]
-        self.parts = [run.pages(first) for run, first in zip(self._runs, firsts, strict=False)]
+        self.parts = tuple(run.pages(first) for run, first in zip(self._runs, firsts, strict=False))
 
     def reserve(self, batch: int, pages: int, device: torch.device) -> list[Run]:
         """Room for `pages` full pages a sequence, not yet part of the history: write, then push.

@@ -15,7 +15,7 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels.types import Pages, Softmax, Tokens
+from sixfold.kernels.types import Pages, Past, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 # Sequences are never so long: a mistake that would be noticed by the memory it takes.
@@ -170,13 +170,12 @@ class StaticLayer:
             first,
             end.expand(batch).contiguous(),
         )
+        pages = Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0)
         out = self.code.attend(
             query,
-            [*prefix.part, window],
-            [Pages(self.slab.pool, self.table, self.starts[None], self.lengths[None], 0, {})],
-            prefix.key_map,
+            [window],
+            Past.of([pages], prefix.key_map, first, prefix.part),
             end.expand(batch) - 1,
-            first,
             Softmax(scaling, softcap=softcap, sink_logits=sink_logits),
         )
         self._compress()

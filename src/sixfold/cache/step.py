@@ -293,7 +293,7 @@ class Part:
         """What of them is coded."""
         if max(self.context) < PAGE_TOKENS:
             return []
-        return [Pages(pool, self.slots, self.starts, self.lengths, 0, {})]
+        return [Pages(pool, self.slots, self.starts, self.lengths, 0)]
 
     def raw(
         self, copies: tuple[Tensor, Tensor], sinks: tuple[Tensor, Tensor], more: int

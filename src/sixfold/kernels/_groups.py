@@ -227,16 +227,17 @@ def pages_group(part: Pages, batch: int, heads: int, keys: Coding, values: Codin
     )
 
 
-def contiguous_pages(part: Pages) -> Pages:
-    """The same with tables as `pages_group` reads them."""
+def contiguous_pages(part: Pages, copies: list[Tensor]) -> Pages:
+    """The same with tables as `pages_group` reads them; those that had to be made are `copies`."""
     starts, lengths = part.starts, part.lengths
     if len(starts) != len(lengths):
         starts, lengths = torch.broadcast_tensors(starts, lengths)
-    slots, starts, lengths = (
+    tables = [
         _int64(f"pages.{name}", x)
         for name, x in (("slots", part.slots), ("starts", starts), ("lengths", lengths))
-    )
-    return part._replace(slots=slots, starts=starts, lengths=lengths)
+    ]
+    copies += [x for x, given in zip(tables, part[1:4], strict=True) if x is not given]
+    return part._replace(slots=tables[0], starts=tables[1], lengths=tables[2])
 
 
 def _int64(name: str, x: Tensor) -> Tensor:

@@ -66,13 +66,10 @@ def plain(x: T) -> T:
 
 
 def plain_tokens(tokens: Sequence[Tokens]) -> Sequence[Tokens]:
-    """The same with their numbers in memory."""
-    if torch.compiler.is_compiling():
-        return tokens
-    for part in tokens:
-        for x in part[:2]:
-            if x.is_neg() or x._is_zerotensor():
-                return [Tokens(plain(one.keys), plain(one.values), *one[2:]) for one in tokens]
+    """The same with their numbers in memory; nobody asks while tracing."""
+    for keys, values, *_ in tokens:
+        if keys.is_neg() or values.is_neg() or keys._is_zerotensor() or values._is_zerotensor():
+            return [Tokens(plain(one.keys), plain(one.values), *one[2:]) for one in tokens]
     return tokens
 
 
@@ -110,6 +107,6 @@ def checked_scaling(scaling: float) -> float:
         SixfoldError: It is no finite number.
     """
     # A tracer may know no more of it than that it is a number.
-    if torch.compiler.is_compiling() or (type(scaling) is float and math.isfinite(scaling)):
+    if (type(scaling) is float and math.isfinite(scaling)) or torch.compiler.is_compiling():
         return scaling
     return real("scaling", scaling)

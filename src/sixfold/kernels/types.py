@@ -4,8 +4,8 @@ Their tensors belong to whoever serves: a cache that grows, a static one, the bl
 Sequences of a batch may differ in length; a rectangular batch is the special case.
 """
 
-import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64, UInt8
@@ -129,8 +129,6 @@ class Pages(NamedTuple):
         lengths: Valid tokens of each page, 0 to 64. A sequence that has fewer pages than others
             has pages of 0 tokens, whose slots need only exist.
         first: Position that `starts` count from.
-        memo: For backends, to keep what they found out about these tensors: it spares them to look
-            at every pool in every step. Entries name the tensors they are about.
     """
 
     pool: Pool
@@ -138,7 +136,6 @@ class Pages(NamedTuple):
     starts: Int64[Tensor, "#batch pages"]
     lengths: Int64[Tensor, "#batch pages"]
     first: int
-    memo: dict[Any, Any]
 
 
 class Tokens(NamedTuple):
@@ -161,13 +158,42 @@ class Tokens(NamedTuple):
     slots: Int64[Tensor, " batch"] | None = None
 
 
+class Past(NamedTuple):
+    """What is held of earlier tokens, the same from step to step until a page is written.
+
+    Attributes:
+        pages: Compressed parts.
+        key_map: Of their keys (docs/key_map.md).
+        start: Tokens of `pages` at earlier positions are hidden.
+        kept: Parts in full precision beside them: sinks.
+        memo: For backends, to keep what they found out about these tensors: it spares them to look
+            at every one in every step. Never their numbers, which others may change.
+    """
+
+    pages: Sequence[Pages]
+    key_map: KeyMap
+    start: Int64[Tensor, " batch"]
+    kept: Sequence[Tokens]
+    memo: dict[Any, Any]
+
+    @classmethod
+    def of(
+        cls,
+        pages: Sequence[Pages],
+        key_map: KeyMap,
+        start: Int64[Tensor, " batch"],
+        kept: Sequence[Tokens] = (),
+    ) -> Self:
+        """Of these, of which nothing is known yet."""
+        return cls(pages, key_map, start, kept, {})
+
+
 Mask: TypeAlias = (
     Bool[Tensor, "#batch #heads queries kv"] | Float[Tensor, "#batch #heads queries kv"]
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Softmax:
+class Softmax(NamedTuple):
     """What makes weights of logits.
 
     Attributes:

@@ -3,7 +3,7 @@
 import copy
 import io
 from functools import reduce
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,8 +78,9 @@ class TurboQuantLayer(CacheLayerMixin):
             key_states, value_states = as_autocast(key_states), as_autocast(value_states)
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-        store = cast(CompressedLayer, self.store)
-        key_states, value_states = self._reconciled(key_states, value_states)
+        store = self.store
+        assert store is not None
+        key_states, value_states = self._reconciled(store, key_states, value_states)
         if self.fused:
             # Compressed when attended: until then the queries are not known.
             store.extend(key_states, value_states)
@@ -91,9 +92,10 @@ class TurboQuantLayer(CacheLayerMixin):
         store.compress()
         return keys[:, :, -masked:], values[:, :, -masked:]
 
-    def _reconciled(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _reconciled(
+        self, store: CompressedLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """New tokens and those held on one device, and in one dtype as far as nothing is lost."""
-        store = cast(CompressedLayer, self.store)
         held = store.window
         if held.keys.device != keys.device:
             # A layer is where its model's layer is.

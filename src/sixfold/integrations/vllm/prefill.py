@@ -244,7 +244,7 @@ def _vectors(
     assert layer.key_map is not None
     slots = group.pages[None]
     starts = torch.arange(slots.shape[1], device=slots.device)[None] * PAGE_TOKENS
-    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0, {})
+    pages = Pages(pool, slots, starts, torch.full_like(starts, PAGE_TOKENS), 0)
     mean, scale = layer.key_map.mean, layer.key_map.scale
     # In the model's dtype: subtracting it from new keys is one pass then.
     offset = mean.to(keys.dtype) if centred else torch.zeros_like(mean)

@@ -39,7 +39,9 @@ def page_attention(
     check_heads(heads, kv_heads)
     # Kept until the call returns: an address does not keep what `contiguous` has made.
     query, first = query.contiguous(), first_token.to(torch.int64).contiguous()
-    pages = contiguous_pages(pages._replace(starts=pages.starts + pages.first, first=0))
+    copies: list[Tensor] = []
+    tables = pages._replace(starts=pages.starts + pages.first, first=0)
+    pages = contiguous_pages(tables, copies)
     offset = None if logit_offset is None else logit_offset.contiguous()
     _readable, mask_numbers = None, NO_MASK
     if mask is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from sixfold.kernels._operation import (
     plain,
     plain_tokens,
 )
-from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
+from sixfold.kernels.types import Coding, Past, Softmax, Tokens
 
 __all__ = ["cached_attention"]
 
@@ -23,13 +24,11 @@ __all__ = ["cached_attention"]
 def cached_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
-    pages: Sequence[Pages],
+    past: Past,
     keys: Coding,
     values: Coding,
-    key_map: KeyMap,
     *,
     position: Int64[Tensor, " batch"],
-    start: Int64[Tensor, " batch"],
     scaling: float,
     mask: Bool[Tensor, "#batch #heads queries kv"]
     | Float[Tensor, "#batch #heads queries kv"]
@@ -48,12 +47,10 @@ def cached_attention(
     Args:
         query: Queries as the model made them; `heads` is a multiple of `kv_heads` (GQA).
         tokens: Uncompressed parts, of one dtype.
-        pages: Compressed parts; every token in them comes before every query.
-        keys: How the keys in `pages` were coded.
-        values: How the values in `pages` were coded.
-        key_map: Of the keys in `pages` (docs/key_map.md).
+        past: What is held beside them; every token in its pages comes before every query.
+        keys: How the keys in pages were coded.
+        values: How the values in pages were coded.
         position: Position of each sequence's first query; the others follow.
-        start: Tokens of `pages` at earlier positions are hidden.
         scaling: Factor of the logits.
         mask: True, or 0 and -inf added, where a token is attended; columns are positions. Without
             one attention is causal.
@@ -69,17 +66,18 @@ def cached_attention(
     """
     if 0 in query.shape[:3]:
         return query.new_zeros(*query.shape[:3], values.dim)
-    if query.shape[1] % (key_map.mean.shape[1] or 1):
-        check_heads(query.shape[1], key_map.mean.shape[1])
+    kv_heads = past.key_map.mean.shape[1]
+    if query.shape[1] % (kv_heads or 1):
+        check_heads(query.shape[1], kv_heads)
+    if not torch.compiler.is_compiling():
+        query, tokens = plain(query), plain_tokens(tokens)
     out: Tensor = implementation("cached_attention", query.device).cached_attention(
-        plain(query),
-        plain_tokens(tokens),
-        pages,
+        query,
+        tokens,
+        past,
         keys,
         values,
-        key_map,
         position,
-        start,
         Softmax(
             checked_scaling(scaling),
             mask if mask is None else plain(mask),

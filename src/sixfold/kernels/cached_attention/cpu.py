@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,7 +11,6 @@ from torch import Tensor
 from sixfold.kernels._groups import (
     DTYPES,
     NO_MASK,
-    PagesGroup,
     address,
     contiguous_pages,
     map_group,
@@ -21,8 +21,9 @@ from sixfold.kernels._groups import (
     tokens_group,
 )
 from sixfold.kernels._native import compiled
+from sixfold.kernels._operation import plain_tokens
 from sixfold.kernels.cached_attention import reference
-from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
+from sixfold.kernels.types import Coding, Past, Softmax, Tokens
 
 _cpu = compiled()
 
@@ -33,80 +34,132 @@ MAX_QUERIES = 16
 def cached_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
-    pages: Sequence[Pages],
+    past: Past,
     keys: Coding,
     values: Coding,
-    key_map: KeyMap,
     position: Int64[Tensor, " batch"],
-    start: Int64[Tensor, " batch"],
     softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
-    mask, sinks = softmax.mask, softmax.sink_logits
-    if not _native(query, tokens, mask, sinks):
-        return reference.cached_attention(
-            query, tokens, pages, keys, values, key_map, position, start, softmax
-        )
+    scaling, mask, sliding_window, softcap, sinks = softmax
+    if not _native(query, tokens, past, mask, sinks):
+        return reference.cached_attention(query, tokens, past, keys, values, position, softmax)
     batch, heads, queries, _ = query.shape
-    kv_heads, dims, dtype = key_map.mean.shape[1], (keys.dim, values.dim), query.dtype
+    kv_heads, dims, dtype = past.key_map.mean.shape[1], (keys.dim, values.dim), query.dtype
     # Kept until the call returns: an address does not keep what was converted.
     query, _readable, mask_numbers = query.contiguous(), None, NO_MASK
     if mask is not None:
         _readable, mask_numbers = mask_group(mask, batch, heads, queries)
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    if any([part.keys.stride(3) != 1 or part.values.stride(3) != 1 for part in tokens]):
-        tokens = [Tokens(x.keys.contiguous(), x.values.contiguous(), *x[2:]) for x in tokens]
-    kept: list[Tensor] = []
+    copies: list[Tensor] = []
+    before = _before(past, keys, values, batch, dtype, copies)
+    recent = [
+        tokens_group(x, batch, kv_heads, dims, dtype, copies) for x in _contiguous(tokens, copies)
+    ]
     out = query.new_empty(batch, heads, queries, values.dim)
     _cpu.cached_attention(
-        (batch, heads, kv_heads, queries, DTYPES[dtype], softmax.sliding_window or 0),
+        (batch, heads, kv_heads, queries, DTYPES[dtype], sliding_window or 0),
         address("query", query, dtype, (batch, heads, queries, keys.dim)),
         out.data_ptr(),
-        [tokens_group(part, batch, kv_heads, dims, dtype, kept) for part in tokens],
-        [_pages(part, batch, kv_heads, keys, values, kept) for part in pages],
-        side_group(keys, "key"),
-        side_group(values, "value"),
-        map_group(key_map, batch, kv_heads, keys.dim, kept),
-        *numbers_group(batch, ("position", "start"), (position, start), kept),
-        softmax.scaling,
+        before.kept + recent,
+        before.pages,
+        before.keys,
+        before.values,
+        before.key_map,
+        *numbers_group(batch, ("position",), (position,), copies),
+        before.start,
+        scaling,
         mask_numbers,
-        softmax.softcap or 0.0,
+        softcap or 0.0,
         0 if sinks is None else address("sink_logits", sinks, torch.float32, (heads,)),
         torch.get_num_threads(),
     )
     return out
 
 
-def _native(query: Tensor, tokens: Sequence[Tokens], *others: Tensor | None) -> bool:
+def _native(query: Tensor, tokens: Sequence[Tokens], past: Past, *others: Tensor | None) -> bool:
     """Whether the extension takes them: dtypes it knows, few queries, no gradient."""
-    dtype, grad = query.dtype, torch.is_grad_enabled()
-    if query.shape[2] > MAX_QUERIES or dtype not in DTYPES or (grad and query.requires_grad):
+    dtype = query.dtype
+    if query.shape[2] > MAX_QUERIES or dtype not in DTYPES:
         return False
-    if grad and any([x is not None and x.requires_grad for x in others]):
-        return False
-    for part in tokens:
-        for x in part[:2]:
-            if x.dtype is not dtype or (grad and x.requires_grad):
-                return False
-    return True
+    vectors = [x for part in (*past.kept, *tokens) for x in part[:2]]
+    for x in vectors:
+        if x.dtype is not dtype:
+            return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any([x is not None and x.requires_grad for x in (query, *vectors, *others)])
 
 
-def _pages(
-    part: Pages, batch: int, kv_heads: int, keys: Coding, values: Coding, copies: list[Tensor]
-) -> PagesGroup:
-    key = (batch, kv_heads, *keys[3:5], keys[6], *values[3:5], values[6], part.first)
-    tensors = (*part.pool, *part[1:4])
-    # As in `side_group`.
-    pointers = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-    held, moved, found = part.memo.get(key, ((), (), None))
-    if found is None or moved != pointers or not all(map(is_, held, tensors)):
-        kept = contiguous_pages(part)
-        found = pages_group(kept, batch, kv_heads, keys, values)
-        # A table that had to be copied may be written to: its copy is not the table.
-        if all(map(is_, kept[1:4], part[1:4])):
-            part.memo[key] = tensors, pointers, found
-        else:
-            copies += kept[1:4]
-    group: PagesGroup = found
-    return group
+class _Before(NamedTuple):
+    """A `Past` as the extension takes it."""
+
+    kept: list[tuple[Any, ...]]
+    pages: list[Any]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    key_map: tuple[int, ...]
+    start: int
+
+
+class _Known(NamedTuple):
+    """What was found out about a `Past`, of whom, and where their tensors were."""
+
+    batch: int
+    of: tuple[Any, ...]
+    tensors: list[Tensor]
+    addresses: list[int]
+    found: _Before
+
+
+def _before(
+    past: Past,
+    keys: Coding,
+    values: Coding,
+    batch: int,
+    dtype: torch.dtype,
+    copies: list[Tensor],
+) -> _Before:
+    """What stays from step to step: looked at once, unless memory of it has moved since."""
+    of = (*past[:4], keys, values)
+    known: _Known | None = past.memo.get(dtype)
+    if known is not None and known.batch == batch and all(map(is_, known.of, of)):
+        # An address is worth nothing once its memory has moved (`share_memory_`).
+        if known.addresses == [x.data_ptr() for x in known.tensors]:
+            return known.found
+    kv_heads, dims, made = past.key_map.mean.shape[1], (keys.dim, values.dim), len(copies)
+    kept = plain_tokens(past.kept)
+    if kept is not past.kept:
+        copies += [x for part in kept for x in part[:2]]
+    pages = [contiguous_pages(part, copies) for part in past.pages]
+    found = _Before(
+        [tokens_group(x, batch, kv_heads, dims, dtype, copies) for x in _contiguous(kept, copies)],
+        [pages_group(part, batch, kv_heads, keys, values) for part in pages],
+        side_group(keys, "key"),
+        side_group(values, "value"),
+        map_group(past.key_map, batch, kv_heads, keys.dim, copies),
+        *numbers_group(batch, ("start",), (past.start,), copies),
+    )
+    # A tensor that had to be copied may be written to: its copy is not the tensor.
+    if len(copies) == made:
+        tensors = [x for x in _tensors(of) if isinstance(x, Tensor)]
+        addresses = [x.data_ptr() for x in tensors]
+        past.memo[dtype] = _Known(batch, of, tensors, addresses, found)
+    return found
+
+
+def _tensors(group: Any) -> list[Any]:
+    """What tuples of tuples hold."""
+    if not isinstance(group, tuple | list):
+        return [group]
+    return [x for member in group for x in _tensors(member)]
+
+
+def _contiguous(tokens: Sequence[Tokens], copies: list[Tensor]) -> Sequence[Tokens]:
+    """The same with vectors whose coordinates follow each other."""
+    if not any([x.keys.stride(3) != 1 or x.values.stride(3) != 1 for x in tokens]):
+        return tokens
+    made = [Tokens(x.keys.contiguous(), x.values.contiguous(), *x[2:]) for x in tokens]
+    copies += [x for part in made for x in part[:2]]
+    return made

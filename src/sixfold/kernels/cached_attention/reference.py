@@ -16,18 +16,16 @@ from sixfold.kernels.attention import (
     with_sinks,
 )
 from sixfold.kernels.rotate import rotate
-from sixfold.kernels.types import Coding, KeyMap, Pages, Softmax, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Past, Softmax, Tokens
 
 
 def cached_attention(
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
-    pages: Sequence[Pages],
+    past: Past,
     keys: Coding,
     values: Coding,
-    key_map: KeyMap,
     position: Int64[Tensor, " batch"],
-    start: Int64[Tensor, " batch"],
     softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.cached_attention.cached_attention`."""
@@ -43,13 +41,13 @@ def cached_attention(
             sliding_window=softmax.sliding_window,
             softcap=softmax.softcap,
         )
-        for part in tokens
+        for part in (*past.kept, *tokens)
     ]
-    if pages:
-        first_token = start[:, None].expand_as(own)
+    if past.pages:
+        first_token = past.start[:, None].expand_as(own)
         if softmax.sliding_window is not None and softmax.mask is None:
             first_token = torch.maximum(first_token, own - softmax.sliding_window + 1)
-        mapped, offset = _to_keys(query.float() * softmax.scaling, key_map)
+        mapped, offset = _to_keys(query.float() * softmax.scaling, past.key_map)
         mapped = rotate(mapped, keys.turns, keys.factor)
         coded = [
             page_attention(
@@ -62,7 +60,7 @@ def cached_attention(
                 mask=softmax.mask,
                 softcap=softmax.softcap,
             )
-            for part in pages
+            for part in past.pages
         ]
         merged = merge_partials(coded)
         out = rotate(merged.out, values.turns, values.factor, inverse=True)
