@@ -58,5 +58,35 @@ def vector_scale_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def vector_kinds_table(results: dict[str, Any]) -> str:
+    """One row a number of bits."""
+    kinds = {
+        "as they are": "plain",
+        "calibrated": "calibrated",
+        "with one subject": "one_subject",
+        "lengths vary": "lengths",
+        "the same, calibrated": "lengths_calibrated",
+        "refined": "refined",
+    }
+    lines = [_joined(["bits", *kinds]), _joined(["---:"] * (len(kinds) + 1))]
+    for row in results["rows"]:
+        lines.append(
+            _joined([f"{row['bits']:g}", *(f"{row[name]:.3f}" for name in kinds.values())])
+        )
+    vectors, dim = results["vectors"]
+    gains = [
+        f"{min(own):.1f} to {max(own):.1f} times at {batch}"
+        for batch in results["rows"][0]["speedups"]
+        for own in [[row["speedups"][batch] for row in results["rows"]]]
+    ]
+    note = (
+        f"How many of the ten nearest are among the ten found: {vectors:,} vectors of {dim} "
+        f"coordinates, {results['queries']:,} queries; {results['sample']:,} vectors to calibrate "
+        f"with; lengths of 1 to {results['lengths']:g}. Two threads are faster than one by "
+        f"{', '.join(gains)} queries at once."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _joined(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -1,39 +1,64 @@
 // Products of some queries with a range of pages, and the best of them.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <optional>
+
 #include "attention/attention-inl.h"
 #include "nearest/nearest.h"
 
 namespace sixfold {
 namespace {
 
-struct NearestScratch {
+// What a part takes. Queries are operands [kMostQueries, query_stride].
+struct PartScratch {
     std::uint8_t* tile;
-    std::int32_t* queries;  // [kMostQueries, query_stride]: operands
+    std::int32_t* queries;
     std::int64_t query_stride;
-    float *padded, *factor;
-    std::int32_t *start, *products;
-    std::int64_t bytes;
+    float* factor;
+    std::int32_t* start;
+};
 
-    NearestScratch(const Codec& codec, std::byte* memory) {
-        std::int64_t used = 0;
-        auto take = [&]<class T>(T*& pointer, std::int64_t count) {
-            pointer = reinterpret_cast<T*>(memory + used);
-            used += rounded_up(count * static_cast<std::int64_t>(sizeof(T)), kUnitBytes);
-        };
-        query_stride = rounded_up(codec.steps, kLanes);
-        take(tile, codec.tile_bytes);
-        take(queries, kMostQueries * query_stride);
-        take(padded, padded_length(codec));
-        take(factor, kMostQueries);
-        take(start, kMostQueries);
+struct NearestScratch {
+    std::int64_t bytes = 0;
+    float* padded;
+    std::int32_t* products;  // [kManyRows, 64]
+    float* sums;             // [kMostQueries, 64]; of one part there are none
+
+    NearestScratch(const NearestTask& task, std::byte* memory) : memory_(memory) {
+        std::int64_t padded_floats = 0;
+        for (const NearestPart& part : task.parts)
+            padded_floats = std::max(padded_floats, padded_length(*part.codec));
+        take(padded, padded_floats);
         take(products, kManyRows * kPageTokens);
-        bytes = used;
+        take(sums, task.parts.size() > 1 ? kMostQueries * kPageTokens : 0);
     }
+    // The next part's: asked for in order.
+    PartScratch part(const Codec& codec) {
+        PartScratch made{};
+        made.query_stride = rounded_up(codec.steps, kLanes);
+        take(made.tile, codec.tile_bytes);
+        take(made.queries, kMostQueries * made.query_stride);
+        take(made.factor, kMostQueries);
+        take(made.start, kMostQueries);
+        return made;
+    }
+
+private:
+    template <class T>
+    void take(T*& pointer, std::int64_t count) {
+        pointer = reinterpret_cast<T*>(memory_ + bytes);
+        bytes += rounded_up(count * static_cast<std::int64_t>(sizeof(T)), kUnitBytes);
+    }
+
+    std::byte* memory_;
 };
 
 std::int64_t nearest_scratch_bytes(const NearestTask& task) {
-    return NearestScratch(*task.codec, nullptr).bytes;
+    NearestScratch scratch(task, nullptr);
+    for (const NearestPart& part : task.parts) scratch.part(*part.codec);
+    return scratch.bytes;
 }
 
 // Whether the first of two is the worse one: the lower score, of equal ones the later vector.
@@ -72,6 +97,19 @@ inline float bar(const Best& best, std::int64_t wanted) {
     return best.count < wanted ? -kInfinity : best.scores[0];
 }
 
+inline float floor_of(const Best& best) {
+    return best.floor ? best.floor->load(std::memory_order_relaxed) : -kInfinity;
+}
+
+// Lets others know what `wanted` vectors of these reach.
+inline void raise_floor(const Best& best, std::int64_t wanted) {
+    if (!best.floor || best.count < wanted) return;
+    float known = best.floor->load(std::memory_order_relaxed);
+    while (known < best.scores[0] &&
+           !best.floor->compare_exchange_weak(known, best.scores[0], std::memory_order_relaxed)) {
+    }
+}
+
 inline void offer(Best& best, std::int64_t wanted, float score, std::int64_t slot) {
     if (best.count < wanted)
         rise(best, score, slot);
@@ -79,11 +117,11 @@ inline void offer(Best& best, std::int64_t wanted, float score, std::int64_t slo
         sink(best, 0, score, slot);
 }
 
-// One page: what scores are made of but for the products.
+// One page: what is added to the sums of the parts.
 struct NearestPage {
     std::uint64_t allowed;
     std::int64_t first_slot;
-    alignas(64) float scales[kPageTokens], offsets[kPageTokens];
+    alignas(64) float offsets[kPageTokens];
 };
 
 inline void load_offsets(const NearestTask& task, std::int64_t page, float* offsets) {
@@ -104,88 +142,173 @@ struct Scoring {
 };
 
 template <bool kFloats>
-void keep_best(const NearestPage& page, const std::int32_t* products, const Scoring& scoring,
-               std::int64_t wanted, Best& best) {
+F32x16 scaled(const std::int32_t* products, float factor) {
+    const I32x16 sum = load(products);
+    return mul(kFloats ? as<F32x16>(sum) : to_floats(sum), set1(factor));
+}
+
+// Adds what a part has of a query's scores to `sums`, or sets those.
+template <bool kFloats>
+void add_part(const std::int32_t* products, float factor, const float* scales, bool sets,
+              float* sums) {
+    for (int t = 0; t < kPageTokens; t += kLanes) {
+        const F32x16 before = sets ? set1(0.0f) : load(sums + t);
+        store(sums + t, fma(scaled<kFloats>(products + t, factor), load(scales + t), before));
+    }
+}
+
+// With what the last part, or the only one, adds to `sums`, which may be null.
+template <bool kFloats>
+void keep_best(const NearestPage& page, const std::int32_t* products, const float* scales,
+               const float* sums, const Scoring& scoring, std::int64_t wanted, Best& best) {
     alignas(64) float scores[kPageTokens];
     F32x16 most = set1(-kInfinity);
     for (int t = 0; t < kPageTokens; t += kLanes) {
-        const I32x16 sum = load(products + t);
-        const F32x16 x = mul(kFloats ? as<F32x16>(sum) : to_floats(sum), set1(scoring.factor));
-        const F32x16 exact =
-            fma(load(page.offsets + t), set1(scoring.weight), set1(scoring.constant));
-        const F32x16 score = fma(x, load(page.scales + t), exact);
+        F32x16 exact = fma(load(page.offsets + t), set1(scoring.weight), set1(scoring.constant));
+        if (sums) exact = add(exact, load(sums + t));
+        const F32x16 score =
+            fma(scaled<kFloats>(products + t, scoring.factor), load(scales + t), exact);
         store(scores + t, score);
         most = larger(score, most);
     }
-    if (!(largest(most) > bar(best, wanted))) return;
+    const float floor = floor_of(best);
+    if (!(largest(most) > bar(best, wanted)) || largest(most) < floor) return;
     for (std::uint64_t left = page.allowed; left; left &= left - 1) {
         const int t = __builtin_ctzll(left);
-        offer(best, wanted, scores[t], page.first_slot + t);
+        // Equal ones may come first: slots decide.
+        if (!(scores[t] < floor)) offer(best, wanted, scores[t], page.first_slot + t);
     }
+    raise_floor(best, wanted);
 }
 
 static_assert(kManyRows >= kRowBlock && kMostQueries % kManyRows == 0);
 
-// Products of up to kManyRows queries, from the first of them on.
-void multiply_many(const NearestTask& task, const NearestScratch& scratch, int first) {
-    for (int r = 0; r < kManyRows; ++r)
-        for (int t = 0; t < kPageTokens; t += kLanes)
-            store(scratch.products + r * kPageTokens + t, set1(scratch.start[first + r]));
-    task.many->multiply({scratch.tile, task.codec->strip_stride, task.codec->steps,
-                         scratch.queries + first * scratch.query_stride, scratch.query_stride,
-                         scratch.products});
-}
+// One part of the vectors, and the queries' coordinates of it.
+class PartProducts {
+public:
+    PartProducts(const NearestWork& work, const NearestPart& part, const float* query,
+                 NearestScratch& scratch)
+        : codec_(*part.codec), part_(part), scratch_(scratch.part(codec_)),
+          method_(codec_, work.queries),
+          many_(codec_.arithmetic == Arithmetic::bytes && work.queries > kRowBlock ? work.task->many
+                                                                                   : nullptr) {
+        clear_padded(codec_, scratch.padded);
+        for (int q = 0; q < work.queries; ++q)
+            scratch_.factor[q] = prepare_query(
+                codec_, query + q * work.task->query_stride, scratch.padded,
+                scratch_.queries + q * scratch_.query_stride, scratch_.start + q);
+    }
+
+    bool many() const { return many_ != nullptr; }
+    // Before pages are multiplied, and wherever another part has been since.
+    void begin() const {
+        if (many_) many_->begin(codec_.steps);
+    }
+    // Levels and scales of a page, and where the next one's codes are.
+    void read(std::int64_t page, bool last) {
+        decode_scales(part_.scales + page * kPageTokens, scales_);
+        const std::uint8_t* codes = part_.codes + page * codec_.page_bytes;
+        levels_ = method_.levels(codes, scratch_.tile);
+        next_ = last ? codes : codes + codec_.page_bytes;
+    }
+    // Products of `rows` queries with the page, from the query `first` on: [rows, 64].
+    void multiply(int first, int rows, std::int32_t* products) const {
+        if (many_)
+            multiply_many(first, products);
+        else
+            multiply_rows(first, rows, products);
+    }
+    void add(int first, int rows, bool sets, const std::int32_t* products, float* sums) const {
+        const auto add = floats() ? add_part<true> : add_part<false>;
+        for (int r = 0; r < rows; ++r)
+            add(products + r * kPageTokens, scratch_.factor[first + r], scales_, sets,
+                sums + r * kPageTokens);
+    }
+    void keep(const NearestWork& work, const NearestPage& page, int first, int rows,
+              const std::int32_t* products, const float* sums) const {
+        const auto keep = floats() ? keep_best<true> : keep_best<false>;
+        for (int r = 0; r < rows; ++r) {
+            const std::int64_t query = work.first_query + first + r;
+            keep(page, products + r * kPageTokens, scales_, sums ? sums + r * kPageTokens : nullptr,
+                 {scratch_.factor[first + r], work.task->weight[query], work.task->constant[query]},
+                 work.task->best, work.best[first + r]);
+        }
+    }
+
+private:
+    bool floats() const { return codec_.arithmetic == Arithmetic::floats; }
+    void multiply_rows(int first, int rows, std::int32_t* out) const {
+        // Kernels take as many rows as they are made for.
+        for (int done = 0, at_once; done < rows; done += at_once) {
+            at_once = rows_at_once(rows - done);
+            const int q = first + done;
+            const Products products{levels_,
+                                    scratch_.queries + q * scratch_.query_stride,
+                                    scratch_.query_stride,
+                                    scratch_.start + q,
+                                    out + done * kPageTokens,
+                                    nullptr,
+                                    0,
+                                    nullptr,
+                                    next_,
+                                    q == 0 ? codec_.page_bytes : 0};
+            method_.multiply<false>(at_once)(codec_, products);
+        }
+    }
+    void multiply_many(int first, std::int32_t* products) const {
+        for (int r = 0; r < kManyRows; ++r)
+            for (int t = 0; t < kPageTokens; t += kLanes)
+                store(products + r * kPageTokens + t, set1(scratch_.start[first + r]));
+        many_->multiply({scratch_.tile, codec_.strip_stride, codec_.steps,
+                         scratch_.queries + first * scratch_.query_stride, scratch_.query_stride,
+                         products});
+    }
+
+    const Codec& codec_;
+    const NearestPart& part_;
+    const PartScratch scratch_;
+    const Method method_;
+    const ManyKernel* many_;
+    const std::uint8_t *levels_ = nullptr, *next_ = nullptr;
+    alignas(64) float scales_[kPageTokens];
+};
 
 void nearest_in_pages(const NearestWork& work) {
     const NearestTask& task = *work.task;
-    const Codec& codec = *task.codec;
-    const NearestScratch scratch(codec, work.scratch);
-    const Method method(codec, work.queries);
-    clear_padded(codec, scratch.padded);
-    for (int q = 0; q < work.queries; ++q)
-        scratch.factor[q] = prepare_query(
-            codec, task.query + (work.first_query + q) * codec.dim, scratch.padded,
-            scratch.queries + q * scratch.query_stride, scratch.start + q);
-    const bool many =
-        task.many && codec.arithmetic == Arithmetic::bytes && work.queries > kRowBlock;
-    if (many) task.many->begin(codec.steps);
+    NearestScratch scratch(task, work.scratch);
+    std::array<std::optional<PartProducts>, kMostParts> parts;
+    const std::size_t last = task.parts.size() - 1;
+    const float* query = task.query + work.first_query * task.query_stride;
+    bool many = false;
+    for (std::size_t i = 0; i <= last; ++i) {
+        many |= parts[i].emplace(work, task.parts[i], query, scratch).many();
+        query += task.parts[i].codec->dim;
+    }
+    if (last == 0) parts[0]->begin();
+    const int most = many ? kManyRows : kRowBlock;
+    const auto each = [&](const auto& body) {
+        for (int rows, q = 0; q < work.queries; q += rows) {
+            rows = std::min(work.queries - q, most);
+            body(q, rows, scratch.sums + q * kPageTokens);
+        }
+    };
     NearestPage page;
     for (std::int64_t p = work.first_page; p < work.last_page; ++p) {
         page.allowed = task.allowed[p];
         if (!page.allowed) continue;
         page.first_slot = p * kPageTokens;
-        decode_scales(task.scales + p * kPageTokens, page.scales);
         load_offsets(task, p, page.offsets);
-        const std::uint8_t* codes = task.codes + p * codec.page_bytes;
-        const std::uint8_t* levels = method.levels(codes, scratch.tile);
-        const std::uint8_t* next = p + 1 < work.last_page ? codes + codec.page_bytes : codes;
-        for (int rows, q = 0; q < work.queries; q += rows) {
-            rows = work.queries - q;
-            if (many) {
-                rows = rows < kManyRows ? rows : kManyRows;
-                multiply_many(task, scratch, q);
-            } else {
-                rows = rows_at_once(rows);
-                const Products products{levels,
-                                        scratch.queries + q * scratch.query_stride,
-                                        scratch.query_stride,
-                                        scratch.start + q,
-                                        scratch.products,
-                                        nullptr,
-                                        0,
-                                        nullptr,
-                                        next,
-                                        q == 0 ? codec.page_bytes : 0};
-                method.multiply<false>(rows)(codec, products);
-            }
-            for (int r = 0; r < rows; ++r) {
-                const auto keep =
-                    codec.arithmetic == Arithmetic::floats ? keep_best<true> : keep_best<false>;
-                const std::int64_t query = work.first_query + q + r;
-                keep(page, scratch.products + r * kPageTokens,
-                     {scratch.factor[q + r], task.weight[query], task.constant[query]}, task.best,
-                     work.best[q + r]);
-            }
+        for (std::size_t i = 0; i <= last; ++i) {
+            PartProducts& part = *parts[i];
+            if (last > 0) part.begin();
+            part.read(p, p + 1 == work.last_page);
+            each([&](int q, int rows, float* sums) {
+                part.multiply(q, rows, scratch.products);
+                if (i < last)
+                    part.add(q, rows, i == 0, scratch.products, sums);
+                else
+                    part.keep(work, page, q, rows, scratch.products, last > 0 ? sums : nullptr);
+            });
         }
     }
     if (many) task.many->end();

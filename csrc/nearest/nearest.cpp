@@ -1,6 +1,7 @@
 #include "nearest/nearest.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <new>
@@ -14,8 +15,6 @@ namespace {
 
 // About what waking a thread costs, and fewer than pay for preparing the queries.
 constexpr std::int64_t kPagesPerThread = 32, kSplitPages = 16;
-// Items a thread: one may be late.
-constexpr std::int64_t kItemsPerThread = 4;
 
 constexpr std::int64_t ceil_divide(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 
@@ -32,16 +31,20 @@ public:
         chunk_ = std::min<std::int64_t>(chunk_, std::min<std::int64_t>(kMostQueries, task.queries));
         chunks_ = ceil_divide(task.queries, chunk_);
         const std::int64_t most = std::max<std::int64_t>(ceil_divide(task.pages, kSplitPages), 1);
-        const std::int64_t items = threads > 1 ? threads * kItemsPerThread : 1;
-        splits_ = std::clamp<std::int64_t>(ceil_divide(items, chunks_), 1, most);
+        // Each has heaps of its own to fill: no more of them than there are threads.
+        splits_ = std::clamp<std::int64_t>(ceil_divide(threads, chunks_), 1, most);
         // No more than there are vectors.
         room_ = std::min(task.best, std::max<std::int64_t>(task.pages, 1) * kPageTokens);
         const auto heaps = static_cast<std::size_t>(splits_ * task.queries);
         scores_.resize(heaps * static_cast<std::size_t>(room_));
         slots_.resize(scores_.size());
+        const auto queries = static_cast<std::size_t>(task.queries);
+        floors_ = std::vector<std::atomic<float>>(splits_ > 1 ? queries : 0);
+        for (auto& floor : floors_) floor = -std::numeric_limits<float>::infinity();
         for (std::size_t i = 0; i < heaps; ++i)
             best_.push_back({scores_.data() + i * static_cast<std::size_t>(room_),
-                             slots_.data() + i * static_cast<std::size_t>(room_), 0});
+                             slots_.data() + i * static_cast<std::size_t>(room_), 0,
+                             splits_ > 1 ? &floors_[i % queries] : nullptr});
         scratch_bytes_ = ceil_divide(kernels.scratch_bytes(task), 64) * 64;
         scratch_.reset(static_cast<std::byte*>(::operator new(
             static_cast<std::size_t>(threads * scratch_bytes_), std::align_val_t{64})));
@@ -93,6 +96,7 @@ private:
     std::int64_t chunks_, chunk_, splits_, room_, scratch_bytes_;
     std::vector<float> scores_;
     std::vector<std::int64_t> slots_;
+    std::vector<std::atomic<float>> floors_;
     std::vector<Best> best_;
     std::unique_ptr<std::byte, Free> scratch_;
 };
@@ -101,8 +105,13 @@ private:
 
 bool nearest(const NearestKernels& kernels, NearestTask task, int threads) {
     if (task.queries == 0 || task.best == 0) return true;
-    const auto codec = find_codec(task.key);
-    task.codec = codec.get();
+    std::vector<std::shared_ptr<const Codec>> codecs;
+    task.query_stride = 0;
+    for (NearestPart& part : task.parts) {
+        codecs.push_back(find_codec(part.key));
+        part.codec = codecs.back().get();
+        task.query_stride += part.codec->dim;
+    }
     const std::int64_t work = task.pages * ceil_divide(task.queries, 8);
     threads = static_cast<int>(
         std::clamp<std::int64_t>(work / kPagesPerThread, 1, std::max(threads, 1)));

@@ -1,3 +1,6 @@
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
 #include <string_view>
 
 #include "python/bindings.h"
@@ -10,8 +13,10 @@ namespace nb = nanobind;
 namespace sixfold {
 namespace {
 
-// codes, scales, offsets (0: none), whether these are float32, allowed, pages.
-using VectorPages = std::tuple<Address, Address, Address, bool, Address, Count>;
+// code, codes, scales.
+using VectorPart = std::tuple<PageCode, Address, Address>;
+// parts, offsets (0: none), whether these are float32, allowed, pages.
+using VectorPages = std::tuple<std::vector<VectorPart>, Address, bool, Address, Count>;
 // query, weight, constant, queries.
 using Queries = std::tuple<Address, Address, Address, Count>;
 // scores, slots, best.
@@ -21,13 +26,15 @@ const ManyKernel* many_of(const Kernels& isa) {
     return std::string_view(isa.isa) == "avx512" ? many_kernel() : nullptr;
 }
 
-void nearest_in_pages(const PageCode& code, const VectorPages& pages, const Queries& queries,
-                  const Found& found, int threads) {
+void nearest_in_pages(const VectorPages& pages, const Queries& queries, const Found& found,
+                      int threads) {
     NearestTask task{};
-    task.key = codec_of(code);
-    const auto [codes, scales, offsets, single, allowed, count] = pages;
-    task.codes = at<const std::uint8_t>(codes);
-    task.scales = at<const std::uint16_t>(scales);
+    const auto& [parts, offsets, single, allowed, count] = pages;
+    if (parts.empty() || parts.size() > kMostParts)
+        throw std::invalid_argument("vectors have 1 to 8 parts");
+    for (const auto& [code, codes, scales] : parts)
+        task.parts.push_back({codec_of(code), nullptr, at<const std::uint8_t>(codes),
+                              at<const std::uint16_t>(scales)});
     task.offsets = at<const void>(offsets);
     task.offset_kind = !offsets ? OffsetKind::none : single ? OffsetKind::single : OffsetKind::half;
     task.allowed = at<const std::uint64_t>(allowed);

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sixfold
 from sixfold.errors import FormatError, SixfoldError
+from sixfold.index import code
 from sixfold.index.files import KIND
 from sixfold.io import open_container, write_container
 
@@ -28,10 +29,16 @@ def vectors(n: int, seed: int = 0) -> np.ndarray:
 
 
 def filled(
-    bits: int = 4, metric: Any = "cosine", strings: bool = False, few: bool = False
+    bits: int = 4,
+    metric: Any = "cosine",
+    strings: bool = False,
+    few: bool = False,
+    calibrated: bool = False,
 ) -> sixfold.Index:
     """Two segments, with holes; or so few that their mean is not settled."""
     index = sixfold.Index(DIM, bits, metric, seed=3)
+    if calibrated:
+        index.calibrate(vectors(500, 7) * np.linspace(3, 0.1, DIM, dtype=np.float32))
     for start, count in ((0, 70), (70, 20)) if few else ((0, 1100), (1100, 1100)):
         ids = [f"ä{i}" for i in range(start, start + count)] if strings else None
         index.add(vectors(count, start) + np.float32(start / 100), ids)
@@ -40,18 +47,31 @@ def filled(
     return index
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups even of few coordinates."""
+    monkeypatch.setattr(code, "BLOCK", 4)
+    monkeypatch.setattr(code, "SCALE_BITS", 0)
+
+
+@pytest.mark.filterwarnings("ignore:these vectors vary in other directions")
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_what_is_written_is_read(
-    bits: int, metric: Any, strings: bool, few: bool, tmp_path: Path
+    bits: int, metric: Any, strings: bool, few: bool, calibrated: bool, tmp_path: Path
 ) -> None:
-    index = filled(bits, metric, strings, few)
+    index = filled(bits, metric, strings, few, calibrated)
+    assert len(index._state.code.groups) == 1 or calibrated
     index.save(tmp_path / "index")
     again = sixfold.Index.load(tmp_path / "index")
     assert (again.dim, again.bits, again.metric, again.seed) == (DIM, bits, metric, 3)
     assert again.ids.tolist() == index.ids.tolist()
+    assert again.calibrated == calibrated
+    assert again.nbytes == index.nbytes
     queries = vectors(7, 9)
     for found, expected in zip(again.search(queries), index.search(queries), strict=True):
         assert np.array_equal(found, expected)
@@ -70,6 +90,10 @@ def test_what_is_written_is_read(
 
 
 def test_an_index_without_vectors(tmp_path: Path) -> None:
+    index = sixfold.Index(DIM)
+    index.calibrate(vectors(300))
+    index.save(tmp_path / "index")
+    assert sixfold.Index.load(tmp_path / "index").calibrated
     index = sixfold.Index(DIM)
     index.save(tmp_path / "index")
     assert len(sixfold.Index.load(tmp_path / "index")) == 0
@@ -137,6 +161,8 @@ def changed(description: dict[str, Any], tensors: dict[str, Tensor], source: ran
     tensors[name] = x
 
 
+@pytest.mark.filterwarnings("ignore:these vectors vary in other directions")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
@@ -145,7 +171,7 @@ def test_a_hostile_file_is_refused_or_works(
 ) -> None:
     """Its digest is right, and what it says is not."""
     path = tmp_path / "index"
-    filled(2, "ip", strings, few).save(path)
+    filled(2, "ip", strings, few, calibrated=strings).save(path)
     with open_container(path, KIND) as container:
         original = container.description, container.read()
     source = random.Random(count)

@@ -29,12 +29,18 @@ def build(
     ids: Annotated[
         Path | None, typer.Option(help="A text file with an id a line; numbers from 0 otherwise.")
     ] = None,
+    calibrate: Annotated[
+        int, typer.Option(min=0, help="Fit the codes to so many of the vectors, say 2048.")
+    ] = 0,
     json: JsonOption = None,
 ) -> None:
     """Compress the vectors of a file into an index."""
     output = Output(json)
     x = _vectors(vectors)
     index = Index(x.shape[1], bits, _metric(metric))
+    if calibrate:
+        chosen = np.random.default_rng(0).permutation(len(x))[:calibrate]
+        index.calibrate(x[np.sort(chosen)])
     index.add(x, None if ids is None else ids.read_text(encoding="utf-8").splitlines())
     index.save(out)
     _describe(output, index, out)
@@ -69,10 +75,10 @@ def info(index: IndexArgument, json: JsonOption = None) -> None:
 
 def _describe(output: Output, index: Index, path: Path) -> None:
     plain = 4 * len(index) * index.dim
+    how = f"{index.bits} bits{', calibrated' if index.calibrated else ''}"
     output.say(
-        f"{path}: {len(index):,} vectors of {index.dim} coordinates at {index.bits} bits, by "
-        f"{index.metric}: {human_bytes(path.stat().st_size)} in the file, {human_bytes(plain)} in "
-        "float32."
+        f"{path}: {len(index):,} vectors of {index.dim} coordinates at {how}, by {index.metric}: "
+        f"{human_bytes(path.stat().st_size)} in the file, {human_bytes(plain)} in float32."
     )
     output.json(
         {
@@ -80,6 +86,7 @@ def _describe(output: Output, index: Index, path: Path) -> None:
             "dim": index.dim,
             "bits": index.bits,
             "metric": index.metric,
+            "calibrated": index.calibrated,
             "nbytes": index.nbytes,
             "file_bytes": path.stat().st_size,
         }

@@ -1,5 +1,7 @@
 """An index in a file (docs/format.md, "An index")."""
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -9,17 +11,19 @@ import torch
 from torch import Tensor
 
 from sixfold.arguments import MOST_SEED
-from sixfold.cache.coder import Coder
 from sixfold.errors import FormatError
+from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, Group, VectorCode, numbered
 from sixfold.index.ids import objects, repeated
 from sixfold.index.metric import Metric, offset_dtype
 from sixfold.index.rows import MOST_SUM
-from sixfold.index.segment import BITS, LEARNED, MOST_DIM, Segment, coded_dim
+from sixfold.index.segment import LEARNED, Segment
 from sixfold.index.state import MOST_SEGMENTS, State
 from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
 from sixfold.packing import PAGE_TOKENS, decode_scale
 
 KIND = "index"
+# How far products of a basis's rows may be from 0 and 1.
+ORTHONORMAL = 1e-9
 # The square of twice the longest vector, and some.
 MOST_OFFSET = 1e37
 Kind = tuple[int, int, Metric, int]
@@ -28,7 +32,8 @@ Kind = tuple[int, int, Metric, int]
 def save_index(path: str | os.PathLike[str], kind: Kind, state: State) -> None:
     """Write everything; see `Index.save`."""
     dim, bits, metric, seed = kind
-    tensors: dict[str, Tensor] = {}
+    code = state.code
+    tensors: dict[str, Tensor] = {} if code.basis is None else {"basis": code.basis}
     for number, segment in enumerate(state.segments):
         held = _tensors(segment, bool(state.strings))
         tensors |= {f"segments.{number}.{name}": x for name, x in held.items()}
@@ -39,6 +44,7 @@ def save_index(path: str | os.PathLike[str], kind: Kind, state: State) -> None:
         "seed": seed,
         "next_id": state.next_id,
         "strings": state.strings,
+        "groups": None if code.basis is None else [list(group) for group in code.groups],
         "used": [segment.used for segment in state.segments],
         "fitted": [segment.fitted for segment in state.segments],
     }
@@ -49,8 +55,8 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     pages = segment.pages
     held = {
         "mean": segment.mean,
-        "codes": segment.codes[:pages],
-        "scales": segment.scales[:pages],
+        **numbered("codes", [x[:pages] for x in segment.codes]),
+        **numbered("scales", [x[:pages] for x in segment.scales]),
         "offsets": segment.offsets[:pages],
         "allowed": torch.from_numpy(segment.allowed[:pages].view(np.uint8).copy()),
     }
@@ -71,24 +77,34 @@ def load_index(path: str | os.PathLike[str]) -> tuple[Kind, State]:
         described = container.description
         try:
             kind, used = _kind(described), _used(described)
+            groups = described["groups"]
+            code = _code(kind, groups)
             strings = described["strings"]
             _check_numbers(described, used)
-            expected = _expected(kind, used, bool(strings), container.specs)
+            expected = _expected(
+                kind, code, groups is not None, used, bool(strings), container.specs
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
         container.expect(expected)
         tensors = container.read()
     try:
+        code = _with_basis(code, tensors.get("basis"))
         segments = tuple(
             _segment(
-                kind, count, bool(strings), _part(tensors, number), described["fitted"][number]
+                code,
+                kind,
+                count,
+                bool(strings),
+                _part(tensors, number),
+                described["fitted"][number],
             )
             for number, count in enumerate(used)
         )
         _check_ids(segments, described["next_id"])
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
-    return kind, State(segments, None, None, described["next_id"], strings)
+    return kind, State(code, kind[2], segments, None, None, described["next_id"], strings)
 
 
 def _kind(described: Mapping[str, Any]) -> Kind:
@@ -125,17 +141,21 @@ def _check_numbers(described: Mapping[str, Any], used: Sequence[int]) -> None:
 
 
 def _expected(
-    kind: Kind, used: Sequence[int], strings: bool, found: Mapping[str, TensorSpec]
+    kind: Kind,
+    code: VectorCode,
+    calibrated: bool,
+    used: Sequence[int],
+    strings: bool,
+    found: Mapping[str, TensorSpec],
 ) -> dict[str, TensorSpec]:
-    coder, metric = _coder(kind), kind[2]
-    dim, page_bytes = coder.dim, coder.page_bytes
-    specs: dict[str, TensorSpec] = {}
+    dim, metric = kind[0], kind[2]
+    specs = {"basis": TensorSpec((dim, dim), "F64")} if calibrated else {}
     for number, count in enumerate(used):
         pages = -(-count // PAGE_TOKENS)
         own = {
             "mean": TensorSpec((dim,), "F32"),
-            "codes": TensorSpec((pages, page_bytes), "U8"),
-            "scales": TensorSpec((pages, PAGE_TOKENS), "F16"),
+            **numbered("codes", [TensorSpec((pages, x.page_bytes), "U8") for x in code.coders]),
+            **numbered("scales", [TensorSpec((pages, PAGE_TOKENS), "F16") for _ in code.coders]),
             "offsets": TensorSpec((pages, PAGE_TOKENS), DTYPE_NAMES[offset_dtype(metric)]),
             "allowed": TensorSpec((8 * pages,), "U8"),
             "ids": TensorSpec((count,), "I64"),
@@ -150,9 +170,32 @@ def _expected(
     return specs
 
 
-def _coder(kind: Kind) -> Coder:
+def _code(kind: Kind, groups: Any) -> VectorCode:
+    """The code without its basis."""
     dim, bits, _, seed = kind
-    return Coder("key", coded_dim(dim), bits, seed, "unbiased")
+    if groups is None:
+        return VectorCode.plain(dim, bits, seed)
+    if not isinstance(groups, list) or not all(
+        isinstance(x, list) and len(x) == 2 and type(x[0]) is type(x[1]) is int for x in groups
+    ):
+        raise ValueError("groups are no pairs of numbers")
+    found = tuple(Group(*x) for x in groups)
+    falling = all(a.bits > b.bits for a, b in itertools.pairwise(found))
+    known = all(x.width > 0 and x.bits in (0, *BITS) for x in found)
+    if not falling or not known or sum(x.width for x in found) != dim or not found[0].bits:
+        raise ValueError(f"groups are {groups!r}")
+    if dim > MOST_FITTED:
+        raise ValueError("it has groups of too many coordinates")
+    return VectorCode(dim, bits, seed, found)
+
+
+def _with_basis(code: VectorCode, basis: Tensor | None) -> VectorCode:
+    if basis is None:
+        return code
+    exact = torch.eye(code.dim, dtype=torch.float64, device="cpu")
+    if not bool(((basis @ basis.mT - exact).abs() <= ORTHONORMAL).all()):
+        raise ValueError("its basis is not orthonormal")
+    return dataclasses.replace(code, basis=basis)
 
 
 def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
@@ -161,9 +204,17 @@ def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 
 def _segment(
-    kind: Kind, used: int, strings: bool, held: Mapping[str, Tensor], fitted: int
+    code: VectorCode,
+    kind: Kind,
+    used: int,
+    strings: bool,
+    held: Mapping[str, Tensor],
+    fitted: int,
 ) -> Segment:
-    pages = len(held["codes"])
+    pages = len(held["offsets"])
+    codes, scales = (
+        tuple(held[key] for key in numbered(name, code.coders)) for name in ("codes", "scales")
+    )
     allowed = held["allowed"].numpy().view("<u8")
     last = used - PAGE_TOKENS * (pages - 1)
     if last < PAGE_TOKENS and int(allowed[-1]) >> last:
@@ -178,17 +229,17 @@ def _segment(
     _check_bounded("offsets", held["offsets"], MOST_OFFSET)
     if raw is not None:
         _check_vectors("raw", raw, kind)
-    scales = decode_scale(held["scales"])
-    if not bool(((scales >= 0) & scales.isfinite()).all()):
-        raise ValueError("scales are not finite, or negative")
+    for x in map(decode_scale, scales):
+        if not bool(((x >= 0) & x.isfinite()).all()):
+            raise ValueError("scales are not finite, or negative")
     ids = np.empty(pages * PAGE_TOKENS, dtype=object if strings else np.int64)
     ids[:used] = _texts(held["ids"], held["ids_end"]) if strings else held["ids"].numpy()
     return Segment(
-        _coder(kind),
+        code,
         kind[2],
         held["mean"],
-        held["codes"],
-        held["scales"],
+        codes,
+        scales,
         held["offsets"],
         ids,
         allowed,

@@ -1,7 +1,9 @@
 """A vector index that holds codes and nothing else."""
 
+import dataclasses
 import os
 import threading
+import warnings
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn, Self, get_args
@@ -11,13 +13,15 @@ import torch
 from torch import Tensor
 
 from sixfold.arguments import MOST_SEED, choice, flag, whole
-from sixfold.cache.coder import Coder
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
+from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, VectorCode
 from sixfold.index.files import load_index, save_index
 from sixfold.index.ids import Ids, IdTable, checked_ids, missing, repeated
 from sixfold.index.metric import Metric, prepared
+from sixfold.index.refine import Originals, candidates, refined
+from sixfold.index.refine import source as source_of
 from sixfold.index.rows import Rows
-from sixfold.index.segment import BITS, MOST_DIM, bitmap, coded_dim
+from sixfold.index.segment import bitmap
 from sixfold.index.state import PLACES, State
 from sixfold.kernels._autocast import outside_autocast, outside_inference_mode
 
@@ -25,6 +29,8 @@ from sixfold.kernels._autocast import outside_autocast, outside_inference_mode
 QUERY_BLOCK = 1024
 # Vectors, from all over those that are added, that a mean is estimated from.
 SAMPLE = 8192
+# Fewer say nothing of directions.
+LEAST_SAMPLE = 256
 MOST_FOUND = 2**24
 
 
@@ -70,15 +76,15 @@ class Index:
         self.bits = choice("bits", bits, BITS)
         self.metric = choice("metric", metric, get_args(Metric))
         self.seed = whole("seed", seed, 0, MOST_SEED - 1)
-        self._coder = Coder("key", coded_dim(self.dim), self.bits, self.seed, "unbiased")
-        self._state = State()
+        code = VectorCode.plain(self.dim, self.bits, self.seed)
+        self._state = State(code, self.metric)
         self._begin()
         _indexes.add(self)
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
         # Made again from the state whenever it is not that state's: after an interrupt, say.
-        self._table: tuple[State, IdTable] = State(), IdTable()
+        self._table: tuple[State | None, IdTable] = None, IdTable()
 
     def __len__(self) -> int:
         """Vectors held."""
@@ -117,13 +123,56 @@ class Index:
         """Bytes of all vectors held, with their ids; removed ones count until they are cleared."""
         state, (known, table) = self._state, self._table
         table = table if known is state else state.table()
-        return sum(segment.nbytes for segment in state.segments) + table.nbytes
+        held = sum(segment.nbytes for segment in state.segments)
+        return held + table.nbytes + state.code.nbytes
 
     @property
     def ids(self) -> np.ndarray:
         """The ids of all vectors held, in the order in which they were added."""
         found = [s.ids[s.live_slots()] for s in self._state.segments]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    @outside_autocast
+    @outside_inference_mode
+    @torch.no_grad()
+    def calibrate(self, sample: Any) -> None:
+        """Fit the codes to vectors like those to come: more is found with as many bytes.
+
+        Directions in which the sample varies much get more bits, others fewer or none. So vectors
+        that vary in other directions are found less well than without: `add` warns of them.
+        2,048 vectors chosen at random are enough for 384 coordinates, a few times `dim` for more.
+        Of fewer than that less is learned, and nothing is lost.
+
+        Args:
+            sample: [n, dim], at least 256: like the vectors of `add`. None of them is added.
+
+        Raises:
+            ShapeError: They are not [n, dim].
+            SixfoldError: They are too few, or not finite; the index holds vectors already, or more
+                than 8,192 coordinates a vector.
+        """
+        source = Rows("sample", sample, self.dim)
+        if self.dim > MOST_FITTED:
+            raise SixfoldError(f"calibrate takes at most {MOST_FITTED} coordinates, got {self.dim}")
+        if len(source) < LEAST_SAMPLE:
+            raise SixfoldError(
+                f"sample: expected at least {LEAST_SAMPLE} vectors, got {len(source)}: without "
+                "calibrate an index needs none"
+            )
+        rows = prepared(source.everything(self.metric), self.metric)
+        code = VectorCode.fitted(rows, self.bits, self.seed)
+        with self._alone():
+            if self._state.live:
+                raise SixfoldError(
+                    f"the index holds {self._state.live} vectors, whose codes stay as they are: "
+                    "calibrate one without any, then add them"
+                )
+            self._state = dataclasses.replace(self._state, code=code)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the codes were fitted to a sample."""
+        return self._state.code.basis is not None
 
     @outside_autocast
     @outside_inference_mode
@@ -161,10 +210,13 @@ class Index:
                     "vectors, or remove them before"
                 )
             state, moved = self._state.without(old)
-            state = state.expecting(self._prepared(source.sample(SAMPLE)), len(source))
+            sample = state.prepared(source.sample(SAMPLE))
+            if unlike := state.code.unlike(sample):
+                warnings.warn(unlike, stacklevel=5)
+            state = state.expecting(sample, len(source))
             left = len(source)
             for rows, part in source.blocks(given):
-                state = state.added(self._prepared(rows), part, left, self._coder, self.metric)
+                state = state.added(state.prepared(rows), part, left)
                 left -= len(rows)
             self._replace(state, moved, added=given)
         return given
@@ -187,7 +239,9 @@ class Index:
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
-    def search(self, queries: Any, k: int = 10, *, filter: Any = None) -> Neighbors:
+    def search(
+        self, queries: Any, k: int = 10, *, filter: Any = None, refine: Originals = None
+    ) -> Neighbors:
         """The `k` vectors of highest score for each query.
 
         What a query finds depends neither on other queries nor on threads, and is what a filter
@@ -198,6 +252,10 @@ class Index:
             k: How many are wanted of each, at most 2**24.
             filter: Ids of vectors that may be found; ids that are not in the index are ignored. By
                 default all.
+            refine: The vectors themselves, wherever they are kept: an array (a memory map, say)
+                whose row i is the vector of the number i as an id, or a function that is called
+                with an array of ids and returns their vectors. A few times as many vectors as
+                wanted are ranked by their exact scores then, which are returned.
 
         Returns:
             Scores and ids, [n, k], or [k] for one query. Where fewer vectors are held or allowed
@@ -206,8 +264,11 @@ class Index:
         Raises:
             ShapeError: Queries are not [n, dim].
             SixfoldError: They are not finite, or another argument is none of its kind.
+            OutOfRangeError: `refine` has no row for an id that was found.
         """
         k = whole("k", k, 1, MOST_FOUND)
+        read = None if refine is None else source_of(refine, self.dim)
+        wanted = k if read is None else min(candidates(k, self.bits), MOST_FOUND)
         source = Rows("queries", queries, self.dim)
         asked = source.everything(self.metric)
         state, allowed = self._state, None
@@ -218,9 +279,12 @@ class Index:
             allowed = _bitmaps(state, slots[slots >= 0])
         found = [
             # In float64, where sums do not depend on how many queries there are.
-            _search(state, self._prepared(rows.double()).float(), k, allowed)
+            _search(state, state.prepared(rows.double()), wanted, allowed)
             for rows in asked.split(QUERY_BLOCK)
         ]
+        if read is not None:
+            blocks = zip(asked.split(QUERY_BLOCK), found, strict=True)
+            found = [refined(rows, *own, k, read, self.metric) for rows, own in blocks]
         if len(found) == 1 and not source.single:
             return Neighbors(*found[0])
         scores = np.concatenate([more for more, _ in found])
@@ -245,7 +309,7 @@ class Index:
         for number, segment in enumerate(segments):
             own = slots // PLACES == number
             if own.any():
-                out[own] = segment.decode(slots[own] % PLACES).numpy()[:, : self.dim]
+                out[own] = segment.decode(slots[own] % PLACES).numpy()
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -288,11 +352,6 @@ class Index:
             )
         return self._lock
 
-    def _prepared(self, x: Tensor) -> Tensor:
-        x = prepared(x, self.metric)
-        more = self._coder.dim - self.dim
-        return torch.nn.functional.pad(x, (0, more)) if more else x
-
     def _checked_new(self, ids: Ids | None, count: int) -> Ids:
         state = self._state
         if ids is None:
@@ -317,7 +376,7 @@ class Index:
         """Take a new state, whose last vectors are those that were added."""
         table = self._current_table()
         # Interrupted, the table is not that of the state, and is made again when it is needed.
-        self._table = State(), table
+        self._table = None, table
         self._state = state
         if moved:
             return

@@ -59,6 +59,17 @@ class Rows:
             part = slice(start, start + BLOCK)
             yield self._floats(self._given[part]), ids[part]
 
+    def at(self, numbers: np.ndarray) -> Tensor:
+        """These vectors.
+
+        Raises:
+            SixfoldError: A number is not finite.
+        """
+        rows = self._floats(self._given[numbers])
+        if not bool(rows.isfinite().all()):
+            raise SixfoldError(f"{self.name} must be finite numbers, got others")
+        return rows
+
     def sample(self, most: int) -> Tensor:
         """Some of the vectors, evenly spread."""
         return self._floats(self._given[:: max(1, -(-len(self) // most))])

@@ -1,8 +1,9 @@
 """Vectors that were added one after another: codes in pages of 64, with one mean."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,32 +13,18 @@ from torch import Tensor
 from sixfold.cache.coder import Coder
 from sixfold.cache.memory import empty
 from sixfold.codebooks import expected_mse
-from sixfold.hadamard import hadamard_factor
+from sixfold.index.code import CPU, VectorCode
 from sixfold.index.metric import Metric, asked, offset_dtype, offsets
 from sixfold.kernels import decode as decoding
 from sixfold.kernels.encode import encode_pages
 from sixfold.kernels.nearest import nearest
-from sixfold.kernels.rotate import rotate
-from sixfold.kernels.types import Coding, KeyMap, VectorPages
+from sixfold.kernels.types import Coding, KeyMap, VectorPages, VectorPart
 from sixfold.packing import PAGE_TOKENS, from_pages, to_pages
 
-CPU = torch.device("cpu")
-BITS = (1, 2, 3, 4, 8)
-# Sums of products of 8 bits must fit 32.
-MOST_DIM = 2**16
-# Up to here a rotation may be a dense matrix.
-MOST_DENSE = 512
 # A mean is fitted again whenever twice as many vectors are there, until it is of so many.
 LEARNED = 1024
 # Pages that are taken apart and put together at a time.
 SOME_PAGES = 256
-
-
-def coded_dim(dim: int) -> int:
-    """Coordinates that are coded, zeros behind those of a vector: as many as rotate fast."""
-    while dim > MOST_DENSE and hadamard_factor(dim) is None:
-        dim += 1
-    return dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +32,11 @@ class Segment:
     """A snapshot: what is added or removed later is in other ones, which may share its memory.
 
     Attributes:
-        coder: How vectors are coded.
+        code: How vectors are coded, which are here in its basis.
         metric: What scores are.
         mean: What was subtracted from all vectors.
-        codes: In the key layout.
-        scales: Of each vector.
+        codes: Of each group of coordinates, in the key layout.
+        scales: Likewise, of each vector.
         offsets: What each adds to its scores.
         ids: Of each vector.
         allowed: Which of them count: see `VectorPages`. Not written to once it is here.
@@ -59,11 +46,11 @@ class Segment:
         fitted: To how many it is.
     """
 
-    coder: Coder
+    code: VectorCode
     metric: Metric
     mean: Float32[Tensor, " dim"]
-    codes: UInt8[Tensor, "pages page_bytes"]
-    scales: Float16[Tensor, "pages page"]
+    codes: tuple[UInt8[Tensor, "pages page_bytes"], ...]
+    scales: tuple[Float16[Tensor, "pages page"], ...]
     offsets: Float[Tensor, "pages page"]
     ids: np.ndarray
     allowed: np.ndarray
@@ -74,16 +61,19 @@ class Segment:
 
     @classmethod
     def allocate(
-        cls, coder: Coder, metric: Metric, mean: Tensor, capacity: int, kind: np.dtype
+        cls, code: VectorCode, metric: Metric, mean: Tensor, capacity: int, kind: np.dtype
     ) -> Self:
         """Room for `capacity` vectors, or up to 63 more; ids are of the dtype `kind`."""
         pages = -(-capacity // PAGE_TOKENS)
         return cls(
-            coder,
+            code,
             metric,
             mean,
-            empty(pages, coder.page_bytes, dtype=torch.uint8, device=CPU),
-            empty(pages, PAGE_TOKENS, dtype=torch.float16, device=CPU),
+            tuple(
+                empty(pages, coder.page_bytes, dtype=torch.uint8, device=CPU)
+                for coder in code.coders
+            ),
+            tuple(empty(pages, PAGE_TOKENS, dtype=torch.float16, device=CPU) for _ in code.coders),
             empty(pages, PAGE_TOKENS, dtype=offset_dtype(metric), device=CPU).zero_(),
             np.empty(pages * PAGE_TOKENS, dtype=kind),
             np.zeros(pages, dtype="<u8"),
@@ -133,15 +123,19 @@ class Segment:
         """The same vectors in memory of their own, as much as they take, in the same order."""
         slots = self.live_slots()
         chosen = torch.from_numpy(slots)
-        made = self.allocate(self.coder, self.metric, self.mean, len(slots), self.ids.dtype)
+        made = self.allocate(self.code, self.metric, self.mean, len(slots), self.ids.dtype)
         step = SOME_PAGES * PAGE_TOKENS
         for start in range(0, len(slots), step):
             part = slots[start : start + step]
-            rows = torch.nn.functional.pad(self._rows(part), (0, 0, 0, -len(part) % PAGE_TOKENS))
             pages = slice(start // PAGE_TOKENS, -(-(start + len(part)) // PAGE_TOKENS))
-            pieces = rows.unflatten(0, (-1, PAGE_TOKENS))
-            made.codes[pages] = to_pages(pieces, *self._coding.row, "key")
-        for old, new in ((self.scales, made.scales), (self.offsets, made.offsets)):
+            for coder, old, new in zip(self.code.coders, self.codes, made.codes, strict=True):
+                rows = _rows(old, part, coder)
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, -len(part) % PAGE_TOKENS))
+                pieces = rows.unflatten(0, (-1, PAGE_TOKENS))
+                new[pages] = to_pages(pieces, *coder.coding(CPU).row, "key")
+        for old, new in zip(
+            (*self.scales, self.offsets), (*made.scales, made.offsets), strict=True
+        ):
             new.zero_()
             new.view(-1)[: len(slots)] = old.view(-1)[chosen]
         made.ids[: len(slots)] = self.ids[slots]
@@ -171,34 +165,39 @@ class Segment:
             best: How many; no more than there are vectors are returned.
             allowed: Which vectors take part, like the attribute.
         """
-        coding, pages = self._coding, self._whole
+        pages = self._whole
         vectors, weights, constants = asked(queries, self.mean, self._square, self.metric)
         if allowed is not self.allowed:
             pages = pages._replace(allowed=self._bytes(allowed))
-        rotated = rotate(vectors, coding.turns, coding.factor)
-        return nearest(rotated, weights, constants, pages, coding, best=min(best, self.live))
+        rotated = self.code.rotated(vectors)
+        return nearest(rotated, weights, constants, pages, best=min(best, self.live))
 
     def decode(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:
         """Vectors as codes have them: those of least squared error."""
-        coding = self._coding
-        scales = self.scales.view(-1)[torch.from_numpy(slots)]
-        decoded = decoding.decode(
-            self._rows(slots),
-            scales,
-            coding.turns,
-            coding.factor,
-            coding.centroids,
-            dim=coding.dim,
-            bits=coding.bits,
-        )
-        # Scales make inner products right on average, for which vectors are too long.
-        return decoded * (1 - expected_mse(coding.dim, coding.bits)) + self.mean
+        chosen, parts = torch.from_numpy(slots), []
+        for coder, codes, scales in zip(self.code.coders, self.codes, self.scales, strict=True):
+            coding = coder.coding(CPU)
+            part = decoding.decode(
+                _rows(codes, slots, coder),
+                scales.view(-1)[chosen],
+                coding.turns,
+                coding.factor,
+                coding.centroids,
+                dim=coding.dim,
+                bits=coding.bits,
+            )
+            # Scales make inner products right on average, for which vectors are too long.
+            parts.append(part * (1 - expected_mse(coding.dim, coding.bits)))
+        return self.code.from_basis(self.code.joined(parts) + self.mean)
 
     @cached_property
     def _whole(self) -> VectorPages:
         count = self.pages
-        codes, scales, offsets = (x[:count] for x in self._tensors)
-        return VectorPages(codes, scales, offsets, self._bytes(self.allowed))
+        parts = [
+            VectorPart(codes[:count], scales[:count], coder.coding(CPU))
+            for codes, scales, coder in zip(self.codes, self.scales, self.code.coders, strict=True)
+        ]
+        return VectorPages(parts, self.offsets[:count], self._bytes(self.allowed))
 
     def _bytes(self, allowed: np.ndarray) -> UInt8[Tensor, "pages bitmap"]:
         count = self.pages
@@ -208,26 +207,12 @@ class Segment:
     def _square(self) -> float:
         return float(self.mean.double().square().sum())
 
-    @property
-    def _coding(self) -> Coding:
-        return self.coder.coding(CPU)
-
-    def _rows(self, slots: Int64[np.ndarray, " n"]) -> UInt8[Tensor, "n row_bytes"]:
-        """Packed codes of single vectors."""
-        found = []
-        for start in range(0, len(slots), SOME_PAGES):
-            part = slots[start : start + SOME_PAGES]
-            pages, place = np.unique(part // PAGE_TOKENS, return_inverse=True)
-            rows = from_pages(self.codes[torch.from_numpy(pages)], *self._coding.row, "key")
-            found.append(rows[torch.from_numpy(place), torch.from_numpy(part % PAGE_TOKENS)])
-        return torch.cat(found) if found else self.codes.new_empty(0, self.coder.page_bytes // 64)
-
     def _with_room(self, count: int, coming: int) -> Self:
         """The same in memory for `count` more vectors: more than that, for what else will come."""
         if len(self.ids) - self.used >= count:
             return self
         capacity = self.used + max(coming, self.used // 4, LEARNED)
-        made = self.allocate(self.coder, self.metric, self.mean, capacity, self.ids.dtype)
+        made = self.allocate(self.code, self.metric, self.mean, capacity, self.ids.dtype)
         pages = self.pages
         for old, new in zip(self._tensors, made._tensors, strict=True):
             new[:pages] = old[:pages]
@@ -238,12 +223,12 @@ class Segment:
         )
 
     @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.codes, self.scales, self.offsets
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return *self.codes, *self.scales, self.offsets
 
     def _fitted(self, mean: Tensor, raw: Tensor, ids: np.ndarray) -> Self:
         """These vectors, of which the first are those that are here, coded with this mean."""
-        made = self.allocate(self.coder, self.metric, mean, len(raw) + LEARNED, ids.dtype)
+        made = self.allocate(self.code, self.metric, mean, len(raw) + LEARNED, ids.dtype)
         made = made._written(raw, ids)
         removed = np.setdiff1d(np.arange(self.used), self.live_slots())
         made = made.without(removed)
@@ -259,34 +244,67 @@ class Segment:
             self._fill_page(x[: whole - first])
         if whole < stop:
             pages = slice(whole // PAGE_TOKENS, -(-stop // PAGE_TOKENS))
-            self._encode(x[whole - first :], self.codes[pages], self.scales[pages])
+            for part, codes, scales in self._parts(x[whole - first :]):
+                _encode(part, codes[pages], scales[pages])
         self.ids[first:stop] = ids
         allowed = _with_bits(self.allowed, np.arange(first, stop), True)
         return dataclasses.replace(self, allowed=allowed, used=stop, live=self.live + len(x))
 
-    def _encode(self, x: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """Encode vectors into pages of their own; the last is filled up with zeros."""
-        key_map = KeyMap(self.mean[None, None], torch.ones_like(self.mean)[None, None])
-        whole = len(x) // PAGE_TOKENS
-        rest = x[whole * PAGE_TOKENS :]
-        rest = torch.nn.functional.pad(rest, (0, 0, 0, -len(rest) % PAGE_TOKENS))
-        for part, pages in ((x[: whole * PAGE_TOKENS], slice(whole)), (rest, slice(whole, None))):
-            if not len(part):
-                continue
-            slots = torch.arange(len(part) // PAGE_TOKENS, device=CPU)[None]
-            written = codes[pages, None], scales[pages, None]
-            encode_pages(part[None, None], slots, self._coding, "key", *written, key_map)
+    def _parts(self, x: Float32[Tensor, "n dim"]) -> Iterator[tuple["_Part", Tensor, Tensor]]:
+        """What is coded of vectors, and where the codes and scales are."""
+        split, means = self.code.split(x), self.code.split(self.mean[None])
+        for own, mean, coder, codes, scales in zip(
+            split, means, self.code.coders, self.codes, self.scales, strict=True
+        ):
+            yield _Part(own, mean[0], coder.coding(CPU)), codes, scales
 
     def _fill_page(self, x: Tensor) -> None:
         """Encode vectors behind those of the last page, whose codes stay as they are."""
         page, place = divmod(self.used, PAGE_TOKENS)
-        codes, scales = self.codes[page : page + 1].clone(), self.scales[page : page + 1].clone()
-        self._encode(x, codes, scales)
-        row = self._coding.row
-        old = from_pages(self.codes[page : page + 1], *row, "key")
-        old[:, place : place + len(x)] = from_pages(codes, *row, "key")[:, : len(x)]
-        self.codes[page : page + 1] = to_pages(old, *row, "key")
-        self.scales[page, place : place + len(x)] = scales[0, : len(x)]
+        own, new = slice(page, page + 1), slice(place, place + len(x))
+        for part, all_codes, all_scales in self._parts(x):
+            codes, scales = all_codes[own].clone(), all_scales[own].clone()
+            _encode(part, codes, scales)
+            row = part.coding.row
+            old = from_pages(all_codes[own], *row, "key")
+            old[:, new] = from_pages(codes, *row, "key")[:, : len(x)]
+            all_codes[own] = to_pages(old, *row, "key")
+            all_scales[page, new] = scales[0, : len(x)]
+
+
+class _Part(NamedTuple):
+    """What of some vectors is coded together."""
+
+    x: Float32[Tensor, "n coded"]
+    mean: Float32[Tensor, " coded"]
+    coding: Coding
+
+
+def _encode(part: _Part, codes: Tensor, scales: Tensor) -> None:
+    """Encode vectors into pages of their own; the last is filled up with zeros."""
+    key_map = KeyMap(part.mean[None, None], torch.ones_like(part.mean)[None, None])
+    whole = len(part.x) // PAGE_TOKENS
+    rest = part.x[whole * PAGE_TOKENS :]
+    rest = torch.nn.functional.pad(rest, (0, 0, 0, -len(rest) % PAGE_TOKENS))
+    for x, pages in ((part.x[: whole * PAGE_TOKENS], slice(whole)), (rest, slice(whole, None))):
+        if not len(x):
+            continue
+        slots = torch.arange(len(x) // PAGE_TOKENS, device=CPU)[None]
+        written = codes[pages, None], scales[pages, None]
+        encode_pages(x[None, None], slots, part.coding, "key", *written, key_map)
+
+
+def _rows(
+    codes: UInt8[Tensor, "pages page_bytes"], slots: Int64[np.ndarray, " n"], coder: Coder
+) -> UInt8[Tensor, "n row_bytes"]:
+    """Packed codes of single vectors."""
+    row, found = coder.coding(CPU).row, []
+    for start in range(0, len(slots), SOME_PAGES):
+        part = slots[start : start + SOME_PAGES]
+        pages, place = np.unique(part // PAGE_TOKENS, return_inverse=True)
+        rows = from_pages(codes[torch.from_numpy(pages)], *row, "key")
+        found.append(rows[torch.from_numpy(place), torch.from_numpy(part % PAGE_TOKENS)])
+    return torch.cat(found) if found else codes.new_empty(0, coder.page_bytes // PAGE_TOKENS)
 
 
 def bitmap(slots: Int64[np.ndarray, " n"], pages: int) -> np.ndarray:

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from sixfold.cache.coder import Coder
+from sixfold.index.code import VectorCode
 from sixfold.index.ids import Ids, IdTable
-from sixfold.index.metric import Metric
+from sixfold.index.metric import Metric, prepared
 from sixfold.index.segment import LEARNED, Segment
 
 # A slot is a segment's number and a place in it.
@@ -70,6 +70,8 @@ class State:
     """The vectors of an index.
 
     Attributes:
+        code: How they are coded.
+        metric: What scores are.
         segments: Where they are, in the order in which they were added.
         recent: Of those in the last segment.
         mean: Of the next segment, if there is to be one.
@@ -77,6 +79,8 @@ class State:
         strings: Whether ids are strings; None as long as there are none.
     """
 
+    code: VectorCode
+    metric: Metric
     segments: tuple[Segment, ...] = ()
     recent: Recent | None = None
     mean: Float32[Tensor, " dim"] | None = None
@@ -87,6 +91,10 @@ class State:
     def live(self) -> int:
         """Vectors held."""
         return sum(segment.live for segment in self.segments)
+
+    def prepared(self, x: Float[Tensor, "n dim"]) -> Float32[Tensor, "n dim"]:
+        """Vectors or queries as segments take them."""
+        return self.code.in_basis(prepared(x, self.metric))
 
     def expecting(self, sample: Float32[Tensor, "n dim"], count: int) -> "State":
         """The state before `count` vectors are added that look like these."""
@@ -108,13 +116,11 @@ class State:
             return dataclasses.replace(self, segments=(*others, last), mean=mean, recent=None)
         return self
 
-    def added(
-        self, x: Float32[Tensor, "n dim"], ids: Ids, coming: int, coder: Coder, metric: Metric
-    ) -> "State":
+    def added(self, x: Float32[Tensor, "n dim"], ids: Ids, coming: int) -> "State":
         """The state with more vectors, at least one, the first of `coming`."""
         segments, recent, mean = list(self.segments), self.recent, None
         if not segments or self.mean is not None:
-            segments.append(self._opened(x, ids, coming, coder, metric))
+            segments.append(self._opened(x, ids, coming))
             recent = None
         else:
             segments[-1] = segments[-1].append(x, ids, coming)
@@ -127,14 +133,21 @@ class State:
         next_id = self.next_id
         if ids.dtype != object:
             next_id = max(next_id, min(int(ids.max()) + 1, 2**63 - 1))
-        return State(tuple(segments), recent, mean, next_id, ids.dtype == object)
+        return dataclasses.replace(
+            self,
+            segments=tuple(segments),
+            recent=recent,
+            mean=mean,
+            next_id=next_id,
+            strings=ids.dtype == object,
+        )
 
-    def _opened(self, x: Tensor, ids: Ids, coming: int, coder: Coder, metric: Metric) -> Segment:
+    def _opened(self, x: Tensor, ids: Ids, coming: int) -> Segment:
         """A segment of these vectors."""
         mean = x.mean(0) if self.mean is None else self.mean
         capacity = max(coming, self.live // 4, LEARNED)
         kind = np.dtype(object if ids.dtype == object else np.int64)
-        made = Segment.allocate(coder, metric, mean, capacity, kind)
+        made = Segment.allocate(self.code, self.metric, mean, capacity, kind)
         if self.mean is None and len(x) < LEARNED:
             made = dataclasses.replace(made, raw=x[:0], fitted=0)
         return made.append(x, ids, coming)
@@ -154,10 +167,11 @@ class State:
                 left, moved = left.compacted(), True
             segments.append(left)
         if not segments:
-            return State(next_id=self.next_id), True
+            return State(self.code, self.metric, next_id=self.next_id), True
         kept = segments[-1].mean is self.segments[-1].mean
         recent, mean = (self.recent, self.mean) if kept else (None, None)
-        return State(tuple(segments), recent, mean, self.next_id, self.strings), moved
+        changed = dataclasses.replace(self, segments=tuple(segments), recent=recent, mean=mean)
+        return changed, moved
 
     def closed(self) -> "State":
         """The same, for another index: neither adds to memory of the other."""

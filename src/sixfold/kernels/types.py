@@ -101,19 +101,31 @@ class Pool(NamedTuple):
     value_scales: Float16[Tensor, "slots kv_heads page"]
 
 
-class VectorPages(NamedTuple):
-    """Vectors of an index, 64 a page.
+class VectorPart(NamedTuple):
+    """Coordinates of vectors that are coded together: all of them, or a group.
 
     Attributes:
         codes: In the key layout (docs/format.md).
         scales: Scale of every vector, as coded by `packing.encode_scale`.
+        coding: How they were coded.
+    """
+
+    codes: UInt8[Tensor, "pages page_bytes"]
+    scales: Float16[Tensor, "pages page"]
+    coding: Coding
+
+
+class VectorPages(NamedTuple):
+    """Vectors of an index, 64 a page.
+
+    Attributes:
+        parts: Their coordinates, in order; 1 to 8 parts.
         offsets: What each adds to its scores, by a query's weight; None: nothing.
         allowed: Bit i of byte j says whether vector 8j + i of the page counts. Others may hold
             anything.
     """
 
-    codes: UInt8[Tensor, "pages page_bytes"]
-    scales: Float16[Tensor, "pages page"]
+    parts: Sequence[VectorPart]
     offsets: Float[Tensor, "pages page"] | None
     allowed: UInt8[Tensor, "pages bitmap"]
 

@@ -5,25 +5,25 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels._groups import address, page_code
+from sixfold.kernels._groups import PageCode, address, page_code
 from sixfold.kernels._native import compiled
-from sixfold.kernels.types import Coding, VectorPages
+from sixfold.kernels.types import VectorPages, VectorPart
 from sixfold.packing import PAGE_TOKENS, row_bytes
 
 _cpu = compiled()
 
 
 def nearest(
-    queries: Float32[Tensor, "nq dim"],
+    queries: Float32[Tensor, "nq coordinates"],
     weights: Float32[Tensor, " nq"],
     constants: Float32[Tensor, " nq"],
     pages: VectorPages,
-    coding: Coding,
     *,
     best: int,
 ) -> tuple[Float32[Tensor, "nq {best}"], Int64[Tensor, "nq {best}"]]:
     """See `sixfold.kernels.nearest.nearest`."""
-    n_queries, count = len(queries), len(pages.codes)
+    n_queries, count = len(queries), len(pages.allowed)
+    dim = sum(part.coding.dim for part in pages.parts)
     queries, weights = queries.contiguous(), weights.contiguous()
     constants = constants.contiguous()
     scores = torch.empty(n_queries, best, dtype=torch.float32, device="cpu")
@@ -31,12 +31,9 @@ def nearest(
     offsets = pages.offsets
     if offsets is not None and offsets.dtype not in (torch.float16, torch.float32):
         raise ShapeError(f"offsets: expected float16 or float32, got {offsets.dtype}")
-    page_bytes = PAGE_TOKENS * row_bytes(*coding.row)
     _cpu.nearest(
-        page_code(coding, "key"),
         (
-            address("codes", pages.codes, torch.uint8, (count, page_bytes)),
-            address("scales", pages.scales, torch.float16, (count, PAGE_TOKENS)),
+            [_part(part, count) for part in pages.parts],
             0
             if offsets is None
             else address("offsets", offsets, offsets.dtype, (count, PAGE_TOKENS)),
@@ -45,7 +42,7 @@ def nearest(
             count,
         ),
         (
-            address("queries", queries, torch.float32, (n_queries, coding.dim)),
+            address("queries", queries, torch.float32, (n_queries, dim)),
             address("weights", weights, torch.float32, (n_queries,)),
             address("constants", constants, torch.float32, (n_queries,)),
             n_queries,
@@ -54,3 +51,12 @@ def nearest(
         torch.get_num_threads(),
     )
     return scores, slots
+
+
+def _part(part: VectorPart, pages: int) -> tuple[PageCode, int, int]:
+    page_bytes = PAGE_TOKENS * row_bytes(*part.coding.row)
+    return (
+        page_code(part.coding, "key"),
+        address("codes", part.codes, torch.uint8, (pages, page_bytes)),
+        address("scales", part.scales, torch.float16, (pages, PAGE_TOKENS)),
+    )

@@ -1,0 +1,118 @@
+"""What `Index` finds of other kinds of data, or of the same by other means.
+
+``python -m benchmarks.vector_kinds BASE QUERIES --json FILE``: two .npy files of vectors. How many
+of the exact ten nearest are among the ten found: calibrated with vectors chosen at random, with
+those of one subject alone (the nearest to one of them), and with none; by inner products where
+lengths vary by 100; ranked again by the vectors themselves. And how much a second thread is worth
+to batches, by the clock.
+"""
+
+import argparse
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import machine
+from benchmarks.vector_index import K, exact_neighbors, sample, unit
+from sixfold import Index
+from sixfold.eval.timing import Case, Contender, measure
+from sixfold.index.metric import Metric
+
+BITS = (1, 2, 3, 4)
+LENGTHS = 100.0
+REPEATS = 31
+BATCHES = (1, 100, 256)
+
+
+def subject(base: np.ndarray) -> np.ndarray:
+    """As many vectors as `sample`, all about one thing."""
+    return base[np.argsort(-(base @ base[0]))[: len(sample(base))]]
+
+
+def found_of(index: Index, base: np.ndarray, queries: np.ndarray, refine: Any = None) -> float:
+    """The share of the nearest that an index of `base` finds."""
+    exact = exact_neighbors(base, queries)
+    found = index.search(queries, K, refine=refine).ids
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    return float(np.mean(hits)) / K
+
+
+def filled(base: np.ndarray, bits: int, metric: Metric, fit: np.ndarray | None = None) -> Index:
+    """An index of these vectors."""
+    index = Index(base.shape[1], bits, metric)
+    if fit is not None:
+        index.calibrate(fit)
+    with warnings.catch_warnings():
+        # That a subject does not speak for all is what is measured.
+        warnings.simplefilter("ignore")
+        index.add(base)
+    return index
+
+
+def kinds(base: np.ndarray, queries: np.ndarray, bits: int) -> dict[str, Any]:
+    """One row."""
+    lengths = LENGTHS ** np.random.default_rng(1).random((len(base), 1), dtype=np.float32)
+    long = base * lengths
+    plain, fitted = filled(base, bits, "cosine"), filled(base, bits, "cosine", sample(base))
+    return {
+        "bits": bits,
+        "plain": found_of(plain, base, queries),
+        "calibrated": found_of(fitted, base, queries),
+        "one_subject": found_of(filled(base, bits, "cosine", subject(base)), base, queries),
+        "lengths": found_of(filled(long, bits, "ip"), long, queries),
+        "lengths_calibrated": found_of(filled(long, bits, "ip", sample(long)), long, queries),
+        "refined": found_of(plain, base, queries, refine=base),
+        "speedups": {str(batch): _speedup(plain, queries[:batch]) for batch in BATCHES},
+    }
+
+
+def _speedup(index: Index, queries: np.ndarray) -> float:
+    """Of all these queries at once, on two threads."""
+    contenders = [
+        Contender(
+            str(threads),
+            lambda: index.search(queries, K),
+            result=None,
+            # Awake, as after a call before.
+            lead=lambda: index.search(queries, K),
+            prepare=partial(torch.set_num_threads, threads),
+        )
+        for threads in (1, 2)
+    ]
+    one, two = measure(Case(contenders), repeats=REPEATS)
+    return one.seconds.median / two.seconds.median
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("base", type=Path, help=".npy of float vectors [n, dim]")
+    parser.add_argument("queries", type=Path, help="the same of queries, at least 100")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    base, queries = unit(np.load(arguments.base)), unit(np.load(arguments.queries))
+    rows = []
+    for bits in BITS:
+        rows.append(kinds(base, queries, bits))
+        print(rows[-1], flush=True)
+    if arguments.json:
+        document = {
+            "machine": machine.describe(),
+            "vectors": list(base.shape),
+            "queries": len(queries),
+            "k": K,
+            "lengths": LENGTHS,
+            "sample": len(sample(base)),
+            "rows": rows,
+        }
+        text = json.dumps(document, indent=2) + "\n"
+        arguments.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What was found by codes, ranked again by the vectors themselves."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor
+
+from sixfold.arguments import shown
+from sixfold.errors import OutOfRangeError, SixfoldError
+from sixfold.index.ids import Ids
+from sixfold.index.metric import Metric, prepared
+from sixfold.index.rows import Rows
+
+Originals: TypeAlias = Any
+"""An array whose row i is the vector of id i, or a function from ids to their vectors."""
+
+# Candidates of each vector that is wanted, and some: of 30,688 embeddings they held 99.9 % or more
+# of the ten nearest ones (docs/vector_search.md).
+CANDIDATES = {1: 16, 2: 4, 3: 3, 4: 2, 8: 2}
+MORE = 32
+# Products that are made at a time.
+PRODUCTS = 2**23
+
+
+def candidates(k: int, bits: int) -> int:
+    """How many are looked at again."""
+    return CANDIDATES[bits] * k + MORE
+
+
+def source(originals: Originals, dim: int) -> Callable[[Ids], Tensor]:
+    """A function from ids to their vectors, float32, checked.
+
+    Raises:
+        SixfoldError: It is no array, and cannot be called.
+        ShapeError: Its rows are not of `dim` coordinates.
+    """
+    if callable(originals):
+        return lambda ids: _given(originals(ids), ids, dim)
+    rows = Rows("refine", originals, dim)
+
+    def read(ids: Ids) -> Tensor:
+        if ids.dtype == object:
+            raise SixfoldError(
+                "refine: ids of this index are strings: pass a function from ids to their vectors"
+            )
+        outside = ids[(ids < 0) | (ids >= len(rows))]
+        if len(outside):
+            raise OutOfRangeError(
+                f"refine: expected a row for each id, got {len(rows)} rows and id {outside[0]}: "
+                "pass a function from ids to their vectors"
+            )
+        return rows.at(ids)
+
+    return read
+
+
+def _given(vectors: Any, ids: Ids, dim: int) -> Tensor:
+    rows = Rows("refine", vectors, dim)
+    if len(rows) != len(ids):
+        raise SixfoldError(
+            f"refine: expected a vector for each of {len(ids)} ids, got {shown(len(rows))}"
+        )
+    return rows.at(np.arange(len(ids)))
+
+
+def refined(
+    queries: Float32[Tensor, "nq dim"],
+    scores: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    read: Callable[[Ids], Tensor],
+    metric: Metric,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` best by exact scores, of those found; where scores are -inf there was nothing."""
+    there = scores > -np.inf
+    every, places = np.unique(ids[there], return_inverse=True)
+    own = prepared(read(every).double(), metric) if len(every) else queries.double()
+    which = np.zeros(ids.shape, dtype=np.int64)
+    which[there] = places
+    asked, chosen = prepared(queries.double(), metric), torch.from_numpy(which)
+    step = max(1, PRODUCTS // max(chosen.shape[1] * own.shape[1], 1))
+    exact = torch.cat(
+        [
+            _scores(some, own[slots], metric)
+            for some, slots in zip(asked.split(step), chosen.split(step), strict=True)
+        ]
+    )
+    exact = exact.masked_fill(~torch.from_numpy(there), -torch.inf)
+    # Of equal ones those that were found first come first.
+    best, order = exact.sort(dim=1, descending=True, stable=True)
+    found = np.take_along_axis(ids, order.numpy(), 1)[:, :k]
+    return best[:, :k].float().numpy(), found
+
+
+def _scores(
+    queries: Float64[Tensor, "nq dim"], vectors: Float64[Tensor, "nq n dim"], metric: Metric
+) -> Float64[Tensor, "nq n"]:
+    if metric == "l2":
+        return -(queries[:, None] - vectors).square().sum(2)
+    # Row by row, so that sums do not depend on other queries.
+    return (queries[:, None] * vectors).sum(2)

@@ -1,0 +1,198 @@
+"""An index whose codes were fitted to a sample: what that is worth, and what it must not cost."""
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sixfold.errors import ShapeError, SixfoldError
+from sixfold.index import Index
+from sixfold.index.code import VectorCode
+from tests.unit.test_index import METRICS, exact_scores, recall
+
+pytestmark = pytest.mark.usefixtures("unhooked")
+
+DIM = 128
+
+
+def basis(dim: int, seed: int = 0) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))[0]
+
+
+def vectors(n: int, seed: int, dim: int = DIM, axes: int = 0, power: float = 1.0) -> np.ndarray:
+    """Vectors whose variance falls off along axes of their own, with a mean."""
+    scale = np.arange(1, dim + 1) ** -power
+    x = np.random.default_rng(seed).normal(size=(n, dim)) * scale
+    return (x @ basis(dim, axes) + 0.1).astype(np.float32)
+
+
+def calibrated(bits: int, metric: Any = "cosine", rows: int = 2048, **kind: Any) -> Index:
+    index = Index(kind.get("dim", DIM), bits, metric)
+    index.calibrate(vectors(rows, 99, **kind))
+    return index
+
+
+def nearest(queries: np.ndarray, x: np.ndarray, metric: str) -> np.ndarray:
+    return np.argsort(-exact_scores(queries, x, metric), 1, kind="stable")[:, :10]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("bits", "gain"), [(1, 0.1), (2, 0.03), (4, 0.01)])
+def test_more_is_found_with_as_many_bytes(bits: int, gain: float, metric: Any) -> None:
+    x, queries = vectors(4000, 1), vectors(60, 2)
+    plain, index = Index(DIM, bits, metric), calibrated(bits, metric)
+    assert index.calibrated
+    assert not plain.calibrated
+    for one in (plain, index):
+        one.add(x)
+    code = index._state.code
+    assert len(code.groups) > 1
+    assert index.nbytes - code.nbytes <= plain.nbytes
+    best = nearest(queries, x, metric)
+    found = [recall(one.search(queries).ids, best) for one in (plain, index)]
+    assert found[1] > found[0] + gain
+    exact = exact_scores(queries, x, metric)
+    every = index.search(queries, k=len(x))
+    error = every.scores - np.take_along_axis(exact, every.ids, 1)
+    assert abs(error.mean()) < 0.01 * exact.std()
+    lost = [np.square(one.decode(one.ids) - plain_of(x, metric)).sum() for one in (plain, index)]
+    assert lost[1] < 0.8 * lost[0]
+
+
+def plain_of(x: np.ndarray, metric: str) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True) if metric == "cosine" else x
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [256, 1000])
+def test_of_few_vectors_nothing_is_learned(rows: int, power: float) -> None:
+    """Their own axes say much that is not so of others."""
+    x, queries = vectors(3000, 1, 384, power=power), vectors(60, 2, 384, power=power)
+    best = nearest(queries, x, "cosine")
+    plain, index = Index(384, 2), calibrated(2, rows=rows, dim=384, power=power)
+    found = []
+    for one in (plain, index):
+        one.add(x)
+        found.append(recall(one.search(queries).ids, best))
+    assert found[1] > found[0] - 0.02
+
+
+@pytest.mark.parametrize("dim", [1, 2, 20, 33, 100, 700])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_any_dimension(dim: int, bits: int) -> None:
+    index = calibrated(bits, "l2", 400, dim=dim)
+    x = vectors(200, 3, dim)
+    index.add(x)
+    assert sum(width for width, _ in index._state.code.groups) == dim
+    assert sum(width * b for width, b in index._state.code.groups) <= dim * bits
+    if bits == 8 and dim > 1:
+        best = exact_scores(x, x, "l2").argmax(1)
+        assert (index.search(x, 1).ids[:, 0] == best).mean() > 0.95
+    assert np.isfinite(index.decode(index.ids)).all()
+
+
+@pytest.mark.parametrize("queries", [1, 7, 130])
+def test_a_query_finds_the_same_alone(queries: int) -> None:
+    index = calibrated(3)
+    index.add(vectors(2500, 1))
+    asked = vectors(queries, 2)
+    scores, ids = index.search(asked, 20)
+    for q in range(0, queries, 3):
+        alone = index.search(asked[q], 20)
+        assert np.array_equal(alone.scores, scores[q])
+        assert np.array_equal(alone.ids, ids[q])
+
+
+def test_the_reference_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, queries = calibrated(2), vectors(20, 2)
+    index.add(vectors(1500, 1))
+    found = index.search(queries)
+    monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
+    plain = index.search(queries)
+    assert recall(plain.ids, found.ids) > 0.95
+    np.testing.assert_allclose(plain.scores, found.scores, atol=0.02)
+
+
+def test_vectors_come_and_go(tmp_path: Any) -> None:
+    """Whatever was done, scores are those of the vectors held."""
+    index, held = calibrated(4, "ip"), {}
+    random = np.random.default_rng(5)
+    for turn in range(30):
+        count = int(random.integers(1, 400))
+        ids = random.choice(3000, count, replace=False)
+        if turn % 3 == 2:
+            gone = [int(i) for i in ids if int(i) in held]
+            index.remove(gone)
+            for i in gone:
+                del held[i]
+        else:
+            x = vectors(count, turn)
+            index.add(x, ids, upsert=True)
+            held |= dict(zip(ids.tolist(), x, strict=True))
+        if turn % 7 == 6:
+            index.save(tmp_path / "index")
+            index = Index.load(tmp_path / "index")
+        if turn % 5 == 4:
+            index = copy.deepcopy(index)
+        assert index.calibrated
+    x = np.array([held[i] for i in index.ids.tolist()])
+    assert len(index) == len(held) == len(x)
+    queries = vectors(20, 77)
+    exact = exact_scores(queries, x, "ip")
+    every = index.search(queries, len(held))
+    place = {id: row for row, id in enumerate(index.ids.tolist())}
+    rows = np.vectorize(place.__getitem__)(every.ids)
+    error = every.scores - np.take_along_axis(exact, rows, 1)
+    assert np.sqrt(np.square(error).mean()) < 0.06 * exact.std()
+
+
+def test_vectors_that_the_sample_does_not_speak_for() -> None:
+    index = calibrated(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index.add(vectors(1000, 4))
+    with pytest.warns(UserWarning, match="vary in other directions than the sample"):
+        index.add(vectors(1000, 5, axes=8))
+
+
+def test_when_and_with_what() -> None:
+    index = Index(DIM, 2)
+    for wrong, kind in (
+        (vectors(255, 0), SixfoldError),
+        (vectors(500, 0)[:, :-1], ShapeError),
+        (np.full((500, DIM), np.nan), SixfoldError),
+        ("no", SixfoldError),
+    ):
+        with pytest.raises(kind, match="sample"):
+            index.calibrate(wrong)
+        assert not index.calibrated
+    index.calibrate(vectors(300, 0))
+    index.calibrate(vectors(400, 0))
+    assert len(index) == 0
+    index.add(vectors(10, 1))
+    with pytest.raises(SixfoldError, match="holds 10 vectors"):
+        index.calibrate(vectors(500, 0))
+    index.remove(index.ids)
+    index.calibrate(np.ones((300, DIM)))
+    index.add(vectors(10, 1))
+    assert np.isfinite(index.search(vectors(1, 2)).scores).all()
+    with pytest.raises(SixfoldError, match="8192 coordinates"):
+        Index(8193).calibrate(np.ones((256, 8193), np.float16))
+
+
+def test_queries_and_vectors_agree_while_an_index_is_fitted_anew() -> None:
+    """Codes belong to what is held, not to the index."""
+    index = calibrated(4)
+    index.add(vectors(2000, 1))
+    state = index._state
+    twin = copy.copy(index)
+    twin.remove(twin.ids)
+    twin.calibrate(vectors(500, 3, axes=5))
+    twin.add(vectors(300, 4, axes=5))
+    assert isinstance(twin._state.code, VectorCode)
+    assert index._state is state
+    x = vectors(2000, 1)
+    queries = vectors(40, 2)
+    assert recall(index.search(queries).ids, nearest(queries, x, "cosine")) > 0.85
