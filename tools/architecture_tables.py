@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tools.blocks import table_row
+
 OUTCOMES = {
     "fused": "attention runs on the codes",
     "partly fused": "attention of some layers runs on the codes, others get tensors dequantized",
@@ -19,20 +21,20 @@ OUTCOMES = {
 def architecture_table(results: dict[str, Any]) -> str:
     """How many of each outcome, then a row for every class that was compared, then the others."""
     rows = results["rows"]
-    lines = [_joined(["outcome", "classes", "meaning"]), _joined(["---", "---:", "---"])]
+    lines = [table_row(["outcome", "classes", "meaning"]), table_row(["---", "---:", "---"])]
     for outcome, meaning in OUTCOMES.items():
         count = sum(row["status"] == outcome for row in rows)
-        lines.append(_joined([outcome, str(count), meaning]))
+        lines.append(table_row([outcome, str(count), meaning]))
     lines += ["", f"{len(rows)} classes of transformers {results['transformers']}.", ""]
     columns = ["class", "outcome", "layers: on codes, compressed, all", "error on codes"]
     columns += ["error dequantized", "tolerance"]
-    lines += [_joined(columns), _joined(["---", "---", *["---:"] * 4])]
+    lines += [table_row(columns), table_row(["---", "---", *["---:"] * 4])]
     lines += [_compared(row) for row in rows if "tolerance" in row]
-    lines += ["", _joined(["class", "outcome", "why"]), _joined(["---"] * 3)]
+    lines += ["", table_row(["class", "outcome", "why"]), table_row(["---"] * 3)]
     for row in rows:
         if "tolerance" not in row:
             cells = [f"`{row['class']}`", row["status"], row["reason"].replace("|", "\\|")]
-            lines.append(_joined(cells))
+            lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -42,16 +44,16 @@ def transformers_tests_table(results: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys((row["setting"], row["mode"]) for row in rows))
     found = {(row["architecture"], row["setting"], row["mode"]): row for row in rows}
     columns = ["architecture", *(f"{setting}, {mode}" for setting, mode in kinds)]
-    lines = [_joined(columns), _joined(["---", *["---:"] * len(kinds)])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * len(kinds)])]
     for name in dict.fromkeys(row["architecture"] for row in rows):
         cells = [_passed(found[name, *kind]["counts"]) for kind in kinds]
-        lines.append(_joined([f"`{name}`", *cells]))
+        lines.append(table_row([f"`{name}`", *cells]))
     sums = [_total(rows, kind) for kind in kinds]
-    lines.append(_joined(["all", *map(_passed, sums)]))
+    lines.append(table_row(["all", *map(_passed, sums)]))
     on_codes = [str(x["on codes"]) if x["on codes"] else "none" for x in sums]
-    lines.append(_joined(["passed, and tokens were read from codes", *on_codes]))
+    lines.append(table_row(["passed, and tokens were read from codes", *on_codes]))
     worst = [max(row["error"] for row in rows if _kind(row) == kind) for kind in kinds]
-    lines.append(_joined(["largest error of scores", *(f"{size:.2g}" for size in worst)]))
+    lines.append(table_row(["largest error of scores", *(f"{size:.2g}" for size in worst)]))
     return "\n".join(lines)
 
 
@@ -75,8 +77,4 @@ def _compared(row: dict[str, Any]) -> str:
     cells = [f"`{row['class']}`", row["status"]]
     cells.append(f"{layers['fused']}, {layers['compressed']}, {layers['all']}")
     errors = ("fused_error", "dequantized_error", "tolerance")
-    return _joined([*cells, *(f"{row[name]:.4f}" for name in errors)])
-
-
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return table_row([*cells, *(f"{row[name]:.4f}" for name in errors)])

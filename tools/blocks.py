@@ -1,7 +1,7 @@
 """Parts of documents that are written from files of results."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,3 +35,8 @@ class Block:
         if not found_begin or not found_end:
             raise SystemExit(f"{self.document} must hold the markers {begin!r} and {end!r}")
         return f"{before}{begin}\n{self.table(self.data())}\n{end}{after}"
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"

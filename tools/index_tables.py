@@ -2,17 +2,19 @@
 
 from typing import Any
 
+from tools.blocks import table_row
+
 
 def vector_index_table(results: dict[str, Any]) -> str:
     """One row a method, those of equal bits together, the fastest first."""
     columns = ["index", "bits", "10 of 10 found", "first found", "queries/s, batch of 100"]
     columns += ["one query, ms", "build, s"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * 6])]
     order = sorted(results["rows"], key=lambda row: (row["bits"], -row["queries_per_second"]))
     for row in order:
         name = f"**{row['method']}**" if row["method"].startswith("sixfold") else row["method"]
         lines.append(
-            _joined(
+            table_row(
                 [
                     name,
                     f"{row['bits']:g}",
@@ -38,10 +40,10 @@ def vector_index_table(results: dict[str, Any]) -> str:
 def vector_scale_table(results: dict[str, Any]) -> str:
     """One row a size."""
     columns = ["vectors", "memory", "build, s", "one query, ms", "batch of 100, queries/s"]
-    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    lines = [table_row(columns), table_row(["---:"] * len(columns))]
     for row in results["rows"]:
         lines.append(
-            _joined(
+            table_row(
                 [
                     f"{row['vectors']:,}",
                     f"{row['nbytes'] / 1e6:,.0f} MB",
@@ -68,10 +70,10 @@ def vector_kinds_table(results: dict[str, Any]) -> str:
         "the same, calibrated": "lengths_calibrated",
         "refined": "refined",
     }
-    lines = [_joined(["bits", *kinds]), _joined(["---:"] * (len(kinds) + 1))]
+    lines = [table_row(["bits", *kinds]), table_row(["---:"] * (len(kinds) + 1))]
     for row in results["rows"]:
         lines.append(
-            _joined([f"{row['bits']:g}", *(f"{row[name]:.3f}" for name in kinds.values())])
+            table_row([f"{row['bits']:g}", *(f"{row[name]:.3f}" for name in kinds.values())])
         )
     vectors, dim = results["vectors"]
     gains = [
@@ -86,7 +88,3 @@ def vector_kinds_table(results: dict[str, Any]) -> str:
         f"{', '.join(gains)} queries at once."
     )
     return "\n".join([*lines, "", note])
-
-
-def _joined(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

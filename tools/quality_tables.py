@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tools.blocks import table_row
+
 
 def evaluation_table(results: dict[str, Any]) -> str:
     """One row for every cache, by the bits it holds a value of a long context."""
     columns = ["cache", f"bits at {results['long_context']:,} tokens", "bits in this run"]
     columns += ["mean KL, nats", "99 % KL", "perplexity", "change", "same top token"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * (len(columns) - 1)])]
     for row in results["rows"]:
         kl, change, top = row["kl"], row["perplexity_change"], row["top1_agreement"]
         cells = [row["cache"], f"{row['bits_long']:.2f}", f"{row['bits_per_value']:.2f}"]
         cells += [f"{kl['mean']:.4f} ± {kl['half_width']:.4f}", f"{row['kl_p99']:.4f}"]
         cells += [f"{row['perplexity']:.2f}"]
         cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}", f"{top['mean']:.1%}"]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     windows, tokens = results["windows"]
     plain = results["rows"][0]["uncompressed_perplexity"]
     # What older runs, which do not say it, were measured in.
@@ -49,7 +51,7 @@ def evaluation_targets(results: dict[str, Any]) -> str:
     """What was aimed at, and what the rows with the default windows measure."""
     rows = {row["cache"]: row for row in results["rows"]}
     columns = ["bits", "perplexity: at most", "measured", "same top token: at least", "measured"]
-    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    lines = [table_row(columns), table_row(["---:"] * len(columns))]
     for bits, (most, least, _) in TARGETS.items():
         row = rows[f"**sixfold {bits:g}**"]
         change, top = row["perplexity_change"], row["top1_agreement"]
@@ -57,7 +59,7 @@ def evaluation_targets(results: dict[str, Any]) -> str:
         cells += [f"{change['mean']:+.2%} ± {change['half_width']:.2%}"]
         cells += ["-" if least is None else f"{least:.1%}"]
         cells += [f"{top['mean']:.1%} ± {top['half_width']:.1%}"]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -66,12 +68,12 @@ def needle_targets(results: dict[str, Any]) -> str:
     rows = {row["cache"]: row for row in results["rows"]}
     plain = sum(rows["uncompressed"]["exact"].values())
     asked = sum(rows["uncompressed"]["asked"].values())
-    lines = [_joined(["bits", "needles lost: at most", "measured"]), _joined(["---:"] * 3)]
+    lines = [table_row(["bits", "needles lost: at most", "measured"]), table_row(["---:"] * 3)]
     for bits, (_, _, most) in TARGETS.items():
         found = sum(rows[f"**sixfold {bits:g}**"]["exact"].values())
         aim = "-" if most is None else f"{100 * most:.1f} points"
         lost = f"{100 * (plain - found) / asked:.2f} points ({found} of {plain} found)"
-        lines.append(_joined([f"{bits:g}", aim, lost]))
+        lines.append(table_row([f"{bits:g}", aim, lost]))
     return "\n".join(lines)
 
 
@@ -79,13 +81,13 @@ def needle_table(results: dict[str, Any]) -> str:
     """One row for every cache, a column for every length of document."""
     lengths = list(results["rows"][0]["asked"])
     columns = ["cache", "bits at 32,768 tokens", *(f"{int(n):,} tokens" for n in lengths), "all"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * (len(columns) - 1)])]
     for row in results["rows"]:
         asked, exact = row["asked"], row["exact"]
         shares = [exact[n] / asked[n] for n in lengths]
         whole = sum(exact.values()) / sum(asked.values())
         cells = [row["cache"], f"{row['bits_long']:.2f}", *(f"{share:.1%}" for share in shares)]
-        lines.append(_joined([*cells, f"{whole:.1%}"]))
+        lines.append(table_row([*cells, f"{whole:.1%}"]))
     lines += [
         "",
         f"{results['documents']} documents of every length, {results['needles']} needles in each, "
@@ -127,13 +129,13 @@ def _cases(rows: list[dict[str, Any]], *, needles: bool = False) -> list[str]:
     columns = ["model", "bits", "case", "bits at 32,768 tokens", "mean KL, nats"]
     columns += ["against the first", "99 % KL", "perplexity", "same top token"]
     columns += ["needles"] * needles
-    lines = [_joined(columns), _joined(["---", "---:", "---", *["---:"] * (len(columns) - 3)])]
+    lines = [table_row(columns), table_row(["---", "---:", "---", *["---:"] * (len(columns) - 3)])]
     for row in sorted(rows, key=lambda row: (models.index(row["model"]), -row["bits"])):
         cells = [row["model"], f"{row['bits']:g}", row["case"], f"{row['bits_long']:.2f}"]
         cells += _recipe_quality(row) if "kl" in row else ["-"] * 5
         if needles:
             cells.append(f"{row['needles_exact'] / row['needles_asked']:.1%}")
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     return lines
 
 
@@ -152,7 +154,3 @@ def _change(estimate: dict[str, Any], digits: int = 0) -> str:
     """A relative change, and half its interval where there is more than one window."""
     width = estimate["half_width"]
     return f"{estimate['mean']:+.{digits}%}" + (f" ± {width:.{digits}%}" if width else "")
-
-
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

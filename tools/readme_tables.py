@@ -1,7 +1,8 @@
 """Tables of README."""
 
-from collections.abc import Sequence
 from typing import Any
+
+from tools.blocks import table_row
 
 LONG = 32768
 COLUMNS = (
@@ -12,7 +13,7 @@ COLUMNS = (
 
 def demo_table(results: dict[str, Any]) -> str:
     """The README's table and the sentence under it."""
-    lines = [_joined(COLUMNS), _joined(["---:"] * len(COLUMNS)), *map(_line, results["rows"])]
+    lines = [table_row(COLUMNS), table_row(["---:"] * len(COLUMNS)), *map(_line, results["rows"])]
     windows, tokens = results["perplexity_windows"]
     machine = results["machine"]
     lines += [
@@ -41,20 +42,20 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['compression_ratio']:.2f}×",
         f"{row['tokens_per_second']:.0f}",
     ]
-    return _joined(cells)
+    return table_row(cells)
 
 
 def speed_table(results: dict[str, Any]) -> str:
     """Tokens a second with a long context, every cache that was timed with one."""
     rows = [row for row in results["rows"] if row["tokens"] == LONG]
     columns = ["model", "cache", "tokens per second", "cache holds"]
-    lines = [_joined(columns), _joined(["---", "---", "---:", "---:"])]
+    lines = [table_row(columns), table_row(["---", "---", "---:", "---:"])]
     titles = {"embedded": "in the package", "random": "layers as in Llama 3 8B"}
     for row in rows:
         speed, held = row["tokens_per_second"], row["held_bytes"] / 1e6
         name = row["contender"].replace("sixfold", "Sixfold,")
         cells = [titles[row["model"]], name, f"{speed:.3g}", f"{held:,.0f} MB"]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     machine = results["machine"]
     return "\n".join(
         [
@@ -64,7 +65,3 @@ def speed_table(results: dict[str, Any]) -> str:
             f"{machine['processor']} with AVX-512; weights in bfloat16.",
         ]
     )
-
-
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.blocks import table_row
+
 Results = dict[str, Any]
 # Directories of tests, and names on the hub.
 TITLES = {
@@ -52,15 +54,15 @@ def real_models_table(results: Results) -> str:
     )
     titles = [TITLES.get(model, model) for model in models]
     lines = [
-        _joined(["cache", "bits per value", *titles]),
-        _joined(["---", "---:", *["---:"] * len(models)]),
+        table_row(["cache", "bits per value", *titles]),
+        table_row(["---", "---:", *["---:"] * len(models)]),
     ]
     for name in caches:
         rows = [found[model, name] for model in models]
         held = sorted(f"{row['bits_long']:.1f}" for row in rows)
         bits = held[0] if held[0] == held[-1] else f"{held[0]} to {held[-1]}"
         label = PEERS.get(name, f"Sixfold, `bits={name}`")
-        lines.append(_joined([label, bits, *map(_cell, rows)]))
+        lines.append(table_row([label, bits, *map(_cell, rows)]))
     return "\n".join([*lines, "", _note(results, models, titles)])
 
 
@@ -86,10 +88,6 @@ def _note(results: Results, models: Sequence[str], titles: Sequence[str]) -> str
         "Sixfold keeps the first 4 and the last 64 to 127 tokens exactly, which is much of such "
         "short windows."
     )
-
-
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -4,13 +4,12 @@ No document states a number that no committed file holds: a test runs this and e
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import needles
 from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table, transformers_tests_table
-from tools.blocks import RESULTS, ROOT, Block
+from tools.blocks import RESULTS, ROOT, Block, table_row
 from tools.index_tables import vector_index_table, vector_kinds_table, vector_scale_table
 from tools.quality_tables import (
     codes_table,
@@ -24,20 +23,16 @@ from tools.readme_tables import demo_table, speed_table
 from tools.real_models import real_models_table
 
 
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def key_map_table(results: dict[str, Any]) -> str:
     """One row for every variant of the map, on the plain and on the hard model."""
     names = list(results["rows"][0]["kl"])
     lines = [
-        _joined(["model", "scaled channels", *(f"{name} bits" for name in names)]),
-        _joined(["---", "---", *["---:"] * len(names)]),
+        table_row(["model", "scaled channels", *(f"{name} bits" for name in names)]),
+        table_row(["---", "---", *["---:"] * len(names)]),
     ]
     for row in results["rows"]:
         cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
-        lines.append(_joined([row["model"], row["variant"], *cells]))
+        lines.append(table_row([row["model"], row["variant"], *cells]))
     windows, tokens = results["windows"]
     lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
     return "\n".join(lines)
@@ -47,13 +42,13 @@ def key_map_chunks_table(results: dict[str, Any]) -> str:
     """One row for every way a prompt comes in and every map, on every model."""
     names = list(results["rows"][0]["kl"])
     heads = ["model", "prompt", "map", "codes unlike", *(f"{name} bits" for name in names)]
-    lines = [_joined(heads), _joined(["---"] * 3 + ["---:"] * (1 + len(names)))]
+    lines = [table_row(heads), table_row(["---"] * 3 + ["---:"] * (1 + len(names)))]
     for row in results["rows"]:
         chunk = row["chunk"]
         prompt = {0: "one piece", 1: "token by token"}.get(chunk, f"chunks of {chunk}")
         cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
         share = f"{row['differing']:.2%}"
-        lines.append(_joined([row["model"], prompt, row["map"], share, *cells]))
+        lines.append(table_row([row["model"], prompt, row["map"], share, *cells]))
     windows, tokens = results["windows"]
     lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
     return "\n".join(lines)
@@ -63,12 +58,12 @@ def key_map_beginnings_table(results: dict[str, Any]) -> str:
     """One row for every number of tokens that maps were fitted to; a column for every model."""
     rows = results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [_joined(["maps fitted to", *models]), _joined(["---", *["---:"] * len(models)])]
+    lines = [table_row(["maps fitted to", *models]), table_row(["---", *["---:"] * len(models)])]
     for fitted in dict.fromkeys(row["fitted to"] for row in rows):
         found = {row["model"]: row for row in rows if row["fitted to"] == fitted}
         cells = [f"{found[m]['kl']:.4f} ± {found[m]['standard_error']:.4f}" for m in models]
         what = f"{int(fitted):,} tokens of another" if fitted.isdigit() else fitted
-        lines.append(_joined([what, *cells]))
+        lines.append(table_row([what, *cells]))
     windows, tokens = results["windows"]
     lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
     return "\n".join(lines)
@@ -77,13 +72,13 @@ def key_map_beginnings_table(results: dict[str, Any]) -> str:
 def rotation_table(results: dict[str, Any]) -> str:
     """One row for every kind of vector, dimension and width; a column for every round."""
     lines = [
-        _joined(["vectors", "dim", "bits", "1 round", "2 rounds", "3 rounds"]),
-        _joined(["---", *["---:"] * 5]),
+        table_row(["vectors", "dim", "bits", "1 round", "2 rounds", "3 rounds"]),
+        table_row(["---", *["---:"] * 5]),
     ]
     for row in results["rows"]:
         pairs = zip(row["error"], row["standard_error"], strict=True)
         cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in pairs]
-        lines.append(_joined([row["vectors"], str(row["dim"]), f"{row['bits']:g}", *cells]))
+        lines.append(table_row([row["vectors"], str(row["dim"]), f"{row['bits']:g}", *cells]))
     lines += [
         "",
         f"{results['seeds']} rotations a row, a vector each; ± one standard error.",
@@ -94,9 +89,9 @@ def rotation_table(results: dict[str, Any]) -> str:
 def trellis_choices_table(results: dict[str, Any]) -> str:
     """One row for every codebook and seam, a column for every width."""
     widths = list(results["rows"][0]["error"])
-    lines = [_joined(["bits", *widths]), _joined(["---", *["---:"] * len(widths)])]
+    lines = [table_row(["bits", *widths]), table_row(["---", *["---:"] * len(widths)])]
     for row in results["rows"]:
-        lines.append(_joined([row["variant"], *(f"{row['error'][b]:.5f}" for b in widths)]))
+        lines.append(table_row([row["variant"], *(f"{row['error'][b]:.5f}" for b in widths)]))
     return "\n".join([*lines, "", f"{results['vectors']} Gaussian vectors."])
 
 
@@ -105,12 +100,12 @@ def trellis_distortion_table(results: dict[str, Any]) -> str:
     codes = list(results["rows"][0]["error"])
     names = [f"{code} states" if code.isdigit() else f"`{code}`" for code in codes]
     columns = ["dim", "bits", *names, "256 states: less by", "bound 4^-bits"]
-    lines = [_joined(columns), _joined(["---:"] * len(columns))]
+    lines = [table_row(columns), table_row(["---:"] * len(columns))]
     for row in results["rows"]:
         found = row["error"]
         cells = [str(row["dim"]), f"{row['bits']:g}", *(f"{found[code]:.5f}" for code in codes)]
         cells += [f"{1 - found['256'] / found[codes[0]]:.0%}", f"{row['bound']:.5f}"]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     vectors = results["vectors"] * results["rotations"]
     return "\n".join([*lines, "", f"{vectors} Gaussian vectors a row."])
 
@@ -119,14 +114,14 @@ def trellis_speed_table(results: dict[str, Any]) -> str:
     """One row for every instruction set, number of states and width: GB/s, and the error."""
     columns = ["instruction set", "states", "bits", "encode, GB/s of bf16", "decode, GB/s of f32"]
     columns += ["scores, million rows/s", "error"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * 6])]
     rows = results["rows"]
     for encode, decode, scores in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         cells = [encode["isa"], str(encode["states"]), f"{encode['bits']:g}"]
         for row in (encode, decode):
             cells.append(f"{row['gigabytes_per_second']:.2f}")
         cells.append(f"{results['vectors'] / scores['seconds']['median'] / 1e6:.1f}")
-        lines.append(_joined([*cells, f"{decode['error'] ** 2:.4f}"]))
+        lines.append(table_row([*cells, f"{decode['error'] ** 2:.4f}"]))
     lines += [
         "",
         f"{results['vectors']} vectors of dim {results['dim']}, {results['queries']} queries at "
@@ -139,13 +134,13 @@ def trellis_speed_table(results: dict[str, Any]) -> str:
 def trellis_kl_table(results: dict[str, Any]) -> str:
     """One row for every model and width: both codes, and their difference."""
     columns = ["model", "bits", "bits in this run", "codebook", "trellis", "difference", "ratio"]
-    lines = [_joined(columns), _joined(["---", *["---:"] * 6])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * 6])]
     for row in results["rows"]:
         codebook, trellis = row["codebook"], row["trellis"]
         cells = [row["model"], f"{row['bits']:g}", f"{trellis['bits_per_value']:.2f}"]
         for one in (codebook["kl"], trellis["kl"], row["difference"]):
             cells += [f"{one['mean']:.4f} ± {one['half_width']:.4f}"]
-        lines.append(_joined([*cells, f"{trellis['kl']['mean'] / codebook['kl']['mean']:.2f}"]))
+        lines.append(table_row([*cells, f"{trellis['kl']['mean'] / codebook['kl']['mean']:.2f}"]))
     windows, tokens = results["windows"]
     lines += [
         "",
@@ -161,12 +156,12 @@ def benchmark_table(results: dict[str, Any]) -> str:
     wanted = {name: any(row.get(name) is not None for row in rows) for name in OPTIONAL_COLUMNS}
     columns = ["", "tokens", "threads", "median (quartiles)"]
     columns += [title for name, title in OPTIONAL_COLUMNS.items() if wanted[name]]
-    lines = [_joined(columns), _joined(["---", *["---:"] * (len(columns) - 1)])]
+    lines = [table_row(columns), table_row(["---", *["---:"] * (len(columns) - 1)])]
     for row in rows:
         name = " ".join(part for part in (row.get("model"), row["contender"]) if part)
         cells = [name, f"{row['tokens']:,}", str(row["threads"]), _time(row["seconds"])]
         cells += [_optional(name, row.get(name)) for name in OPTIONAL_COLUMNS if wanted[name]]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     reads = " and ".join(
         f"{speed / 1e9:.1f} GB/s with {count} threads"
         for count, speed in results["read_bandwidth"].items()
@@ -189,11 +184,11 @@ def kernels_table(results: dict[str, Any]) -> str:
         kernels.setdefault(row["kernel"].partition(" ")[0], []).append(row)
     targets = list(results["rows"][0]["targets"])
     columns = ["kernel", "target", "variants", "registers", "shared memory, kB", "spills"]
-    lines = [_joined([*columns, "tensor cores"]), _joined(["---", "---", *["---:"] * 4, "---"])]
+    lines = [table_row([*columns, "tensor cores"]), table_row(["---", "---", *["---:"] * 4, "---"])]
     for name, rows in kernels.items():
         for target in targets:
             needs = [row["targets"][target] for row in rows]
-            lines.append(_joined([f"`{name}`", target, str(len(rows)), *_ranges(needs)]))
+            lines.append(table_row([f"`{name}`", target, str(len(rows)), *_ranges(needs)]))
     spilling = [
         f"- {row['kernel']}, {target}: {row['targets'][target]['spills']}"
         for row in results["rows"]

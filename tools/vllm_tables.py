@@ -1,7 +1,8 @@
 """Tables of docs/vllm.md."""
 
-from collections.abc import Sequence
 from typing import Any
+
+from tools.blocks import table_row
 
 Results = dict[str, Any]
 NAMES = {"auto": "bfloat16", "fp8": "fp8"}
@@ -13,14 +14,14 @@ def capacity(results: Results) -> str:
     """Tokens in the same memory, beside bfloat16."""
     dims = results["dims"]
     lines = [
-        _joined(["backend", *(f"head dimension {dim}" for dim in dims)]),
-        _joined(["---", *["---:"] * len(dims)]),
+        table_row(["backend", *(f"head dimension {dim}" for dim in dims)]),
+        table_row(["---", *["---:"] * len(dims)]),
     ]
     for row in results["rows"]:
         cells = [
             f"{x:g} bytes, {4 * dim / x:.2f}×" for x, dim in zip(row["bytes"], dims, strict=True)
         ]
-        lines.append(_joined([f"`{row['contender']}`", *cells]))
+        lines.append(table_row([f"`{row['contender']}`", *cells]))
     return "\n".join(
         [*lines, "", "Bytes of a key and a value of one head; bfloat16 has 4 a dimension."]
     )
@@ -30,8 +31,8 @@ def divergence(results: Results) -> str:
     """KL by model and contender, chunks side by side."""
     chunks = results["asked"]["chunks"]
     lines = [
-        _joined(["model", "cache", *(f"KL, chunks of {n}" for n in chunks), "same top token"]),
-        _joined(["---", "---", *["---:"] * (len(chunks) + 1)]),
+        table_row(["model", "cache", *(f"KL, chunks of {n}" for n in chunks), "same top token"]),
+        table_row(["---", "---", *["---:"] * (len(chunks) + 1)]),
     ]
     found: dict[tuple[str, str], list[Results]] = {}
     for row in results["rows"]:
@@ -39,7 +40,7 @@ def divergence(results: Results) -> str:
     for (model, contender), rows in found.items():
         cells = [f"{row['kl']:.4f}" for row in rows]
         top = " / ".join(f"{row['same_top_token']:.1%}" for row in rows)
-        lines.append(_joined([model, _name(contender), *cells, top]))
+        lines.append(table_row([model, _name(contender), *cells, top]))
     window = results["asked"]["window"]
     read: dict[tuple[str, int], list[str]] = {
         (row["text"], row["windows"]): [] for row in results["rows"]
@@ -65,7 +66,7 @@ def load(results: Results) -> str:
     """One row a model, threads, number of streams and contender."""
     titles = ["model", "threads", "streams", "cache", "output tokens/s", "all tokens/s"]
     titles += ["first token, median", "each further", "preemptions"]
-    lines = [_joined(titles), _joined(["---", "---:", "---:", "---", *["---:"] * 5])]
+    lines = [table_row(titles), table_row(["---", "---:", "---:", "---", *["---:"] * 5])]
     for row in results["rows"]:
         speed = f"{row['output_tokens_per_second']:.1f}"
         if row["rounds"] > 1:
@@ -81,7 +82,7 @@ def load(results: Results) -> str:
             f"{row['token_ms']:.0f} ms",
             f"{row['preemptions']:.0f}",
         ]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     machine, first = results["machine"], results["rows"][0]
     memory = f", {first['memory']:g} MiB of blocks" if first["memory"] else ""
     return "\n".join(
@@ -101,8 +102,8 @@ def paired(results: Results) -> str:
     titles = ["model", "streams", "most tokens of a step", "cache", "first token, median"]
     titles += ["last first token", "each further", "decoding, tokens/s", "in all, tokens/s"]
     lines = [
-        _joined([*titles, "preemptions"]),
-        _joined(["---", *["---:"] * 2, "---", *["---:"] * 6]),
+        table_row([*titles, "preemptions"]),
+        table_row(["---", *["---:"] * 2, "---", *["---:"] * 6]),
     ]
     for row in results["rows"]:
         cells = [
@@ -117,7 +118,7 @@ def paired(results: Results) -> str:
             f"{row['output_tokens_per_second']:.1f}",
             f"{row['preemptions']:.0f}",
         ]
-        lines.append(_joined(cells))
+        lines.append(table_row(cells))
     machine, asked = results["machine"], results["asked"]
     memory = f", {asked['memory']:g} MiB of blocks" if asked["memory"] else ""
     return "\n".join(
@@ -133,7 +134,3 @@ def paired(results: Results) -> str:
 
 def _name(contender: str) -> str:
     return NAMES.get(contender, f"`{contender}`")
-
-
-def _joined(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

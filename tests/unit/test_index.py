@@ -4,6 +4,7 @@ import copy
 import enum
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +291,49 @@ def test_a_filter() -> None:
             left = [i for i in every.ids[q].tolist() if i in members][:10]
             assert found.ids[q].tolist() == left + [-1] * (10 - len(left))
     assert (index.search(queries, filter=["a"]).ids == -1).all()
+
+
+def test_a_mask_is_a_filter() -> None:
+    x = clustered(500)
+    index = sixfold.Index(64)
+    index.add(x, np.arange(500) * 2)
+    mask = np.random.default_rng(0).random(700) < 0.3
+    expected = index.search(x[:4], filter=np.flatnonzero(mask))
+    for given in (mask, torch.from_numpy(mask)):
+        found = index.search(x[:4], filter=given)
+        assert np.array_equal(found.ids, expected.ids)
+        assert np.array_equal(found.scores, expected.scores)
+    assert index.search(x[0], filter=np.zeros(3, bool)).ids.tolist() == [-1] * 10
+    for wrong in (np.ones((2, 2), bool), [True, False]):
+        with pytest.raises(SixfoldError, match="filter"):
+            index.search(x[0], filter=wrong)
+
+
+def test_what_an_index_is_does_not_change() -> None:
+    index = sixfold.Index(64, 2, "l2", seed=3)
+    assert (index.dim, index.bits, index.metric, index.seed) == (64, 2, "l2", 3)
+    for name in ("dim", "bits", "metric", "seed", "calibrated"):
+        with pytest.raises(AttributeError):
+            setattr(index, name, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others count in other units")
+def test_a_search_takes_less_memory_than_the_codes() -> None:
+    """Scores are not written: 2,000 queries on 200,000 vectors would have 1.6 GB of them."""
+    script = """
+import resource, numpy as np, sixfold
+index = sixfold.Index(64, 4)
+for part in range(20):
+    index.add(np.random.default_rng(part).normal(size=(10_000, 64)).astype(np.float32))
+codes = 200_000 * 36
+queries = np.random.default_rng(0).normal(size=(2_000, 64)).astype(np.float32)
+index.search(queries[:100])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+index.search(queries)
+print(codes, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    codes, more = map(int, printed(script))
+    assert more < codes
 
 
 def test_removed_vectors_make_room() -> None:

@@ -155,6 +155,13 @@ def test_vectors_that_the_sample_does_not_speak_for() -> None:
         index.add(vectors(1000, 4))
     with pytest.warns(UserWarning, match="vary in other directions than the sample"):
         index.add(vectors(1000, 5, axes=8))
+    # Nor do they if they come one by one.
+    index = calibrated(2)
+    x = vectors(300, 5, axes=8)
+    for i in range(255):
+        index.add(x[i])
+    with pytest.warns(UserWarning, match="vary in other directions than the sample"):
+        index.add(x[255])
 
 
 def test_when_and_with_what() -> None:

@@ -27,7 +27,7 @@ MOST_DENSE = 512
 MOST_FITTED = 8192
 # Coordinates whose bits are chosen together.
 BLOCK = 32
-# So many vectors tell in which directions they vary.
+# So many vectors tell where they lie, and in which directions they vary.
 NOTICED = 256
 # Of the error without groups: what promises less of a gain may be chance.
 WORTH = 0.9
@@ -144,9 +144,7 @@ class VectorCode:
         return torch.cat(found, 1)
 
     def unlike(self, x: Float32[Tensor, "n dim"]) -> str | None:
-        """Why vectors in the basis are coded worse than without it; None where they are not."""
-        if self.basis is None or len(x) < NOTICED:
-            return None
+        """Why vectors, in the basis, are coded worse than without it; None where they are not."""
         energy = (x - x.mean(0)).double().square().sum(0)
         if _lost(energy, self.groups) <= _lost(energy, (Group(self.dim, self.bits),)):
             return None

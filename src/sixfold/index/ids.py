@@ -38,6 +38,25 @@ def checked_ids(ids: Any, name: str = "ids") -> Ids:
         ) from error
 
 
+def checked_filter(members: Any) -> Ids:
+    """Ids, or where an array is true.
+
+    Raises:
+        SixfoldError: It holds neither.
+    """
+    mask = members.detach().cpu().numpy() if _is_mask(members, Tensor) else members
+    if _is_mask(mask, np.ndarray):
+        if mask.ndim != 1:
+            raise SixfoldError(f"filter must be a mask on one axis, got {mask.ndim} axes")
+        found: Ids = np.flatnonzero(mask)
+        return found
+    return checked_ids(members, "filter")
+
+
+def _is_mask(x: Any, kind: type) -> bool:
+    return isinstance(x, kind) and str(x.dtype) in ("bool", "torch.bool")
+
+
 def _checked(ids: Any, name: str) -> Ids:
     if isinstance(ids, Tensor):
         dense(name, ids)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sixfold.arguments import MOST_SEED, choice, flag, whole
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
-from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, VectorCode
+from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, NOTICED, VectorCode
 from sixfold.index.files import load_index, save_index
-from sixfold.index.ids import Ids, IdTable, checked_ids, missing, repeated
+from sixfold.index.ids import Ids, IdTable, checked_filter, checked_ids, missing, repeated
 from sixfold.index.metric import Metric, prepared
 from sixfold.index.refine import Originals, candidates, refined
 from sixfold.index.refine import source as source_of
@@ -53,13 +53,6 @@ class Index:
     Any number of threads may search while one changes the index: each search sees it as it was when
     it began. Everything is on the CPU.
 
-    Attributes:
-        dim: Coordinates of a vector.
-        bits: 1, 2, 3, 4 or 8 a coordinate.
-        metric: `"cosine"`, `"ip"` (inner product) or `"l2"`, for which a score is the negative
-            squared distance: the highest score is always the best.
-        seed: Of the random rotation.
-
     Source: arXiv:2504.19874; scales that make inner products unbiased from arXiv:2108.08842 (EDEN);
         subtracting the mean from vectors and queries, as RaBitQ does (arXiv:2405.12497).
     """
@@ -69,15 +62,23 @@ class Index:
     ) -> None:
         """An empty index.
 
+        Args:
+            dim: Coordinates of a vector.
+            bits: 1, 2, 3, 4 or 8 a coordinate.
+            metric: `"cosine"`, `"ip"` (inner product) or `"l2"`, for which a score is the negative
+                squared distance: the highest score is always the best.
+            seed: Of the random rotation.
+
         Raises:
-            SixfoldError: An argument has none of the values above.
+            SixfoldError: An argument has none of these values.
         """
-        self.dim = whole("dim", dim, 1, MOST_DIM)
-        self.bits = choice("bits", bits, BITS)
-        self.metric = choice("metric", metric, get_args(Metric))
-        self.seed = whole("seed", seed, 0, MOST_SEED - 1)
-        code = VectorCode.plain(self.dim, self.bits, self.seed)
-        self._state = State(code, self.metric)
+        code = VectorCode.plain(
+            whole("dim", dim, 1, MOST_DIM),
+            choice("bits", bits, BITS),
+            whole("seed", seed, 0, MOST_SEED - 1),
+        )
+        self._state = State(code, choice("metric", metric, get_args(Metric)))
+        self._unseen: Tensor | None = None
         self._begin()
         _indexes.add(self)
 
@@ -85,6 +86,26 @@ class Index:
         self._lock = threading.RLock()
         # Made again from the state whenever it is not that state's: after an interrupt, say.
         self._table: tuple[State | None, IdTable] = None, IdTable()
+
+    @property
+    def dim(self) -> int:
+        """Coordinates of a vector."""
+        return self._state.code.dim
+
+    @property
+    def bits(self) -> int:
+        """Bits a coordinate."""
+        return self._state.code.bits
+
+    @property
+    def metric(self) -> Metric:
+        """What scores are."""
+        return self._state.metric
+
+    @property
+    def seed(self) -> int:
+        """Of the random rotation."""
+        return self._state.code.seed
 
     def __len__(self) -> int:
         """Vectors held."""
@@ -211,7 +232,7 @@ class Index:
                 )
             state, moved = self._state.without(old)
             sample = state.prepared(source.sample(SAMPLE))
-            if unlike := state.code.unlike(sample):
+            if unlike := self._unlike(sample):
                 warnings.warn(unlike, stacklevel=5)
             state = state.expecting(sample, len(source))
             left = len(source)
@@ -250,8 +271,8 @@ class Index:
         Args:
             queries: [n, dim], or [dim] for one: like the vectors of `add`.
             k: How many are wanted of each, at most 2**24.
-            filter: Ids of vectors that may be found; ids that are not in the index are ignored. By
-                default all.
+            filter: Ids of vectors that may be found, or an array of True and False of which number
+                i says whether id i may; ids that are not in the index are ignored. By default all.
             refine: The vectors themselves, wherever they are kept: an array (a memory map, say)
                 whose row i is the vector of the number i as an id, or a function that is called
                 with an array of ids and returns their vectors. A few times as many vectors as
@@ -273,7 +294,7 @@ class Index:
         asked = source.everything(self.metric)
         state, allowed = self._state, None
         if filter is not None:
-            members = checked_ids(filter, "filter")
+            members = checked_filter(filter)
             with self._alone():
                 state, slots = self._state, self._slots(members)
             allowed = _bitmaps(state, slots[slots >= 0])
@@ -351,6 +372,15 @@ class Index:
                 "method of an argument, may search without a filter and nothing else"
             )
         return self._lock
+
+    def _unlike(self, sample: Tensor) -> str | None:
+        """Why vectors are found less well than without calibration: asked of enough at once."""
+        code = self._state.code
+        if code.basis is None:
+            return None
+        rows = sample if self._unseen is None else torch.cat([self._unseen, sample])
+        self._unseen = None if len(rows) >= NOTICED else rows
+        return code.unlike(rows) if len(rows) >= NOTICED else None
 
     def _checked_new(self, ids: Ids | None, count: int) -> Ids:
         state = self._state

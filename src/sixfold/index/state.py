@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from sixfold.index.code import VectorCode
+from sixfold.index.code import NOTICED, VectorCode
 from sixfold.index.ids import Ids, IdTable
 from sixfold.index.metric import Metric, prepared
 from sixfold.index.segment import LEARNED, Segment
@@ -22,8 +22,6 @@ LEAST_LIVE = 3 / 4
 DRIFT = 0.1
 # Of the square of a mean: sums in float32 are not as exact as that.
 ROUNDING = 1e-10
-# So many vectors tell that, and which mean is theirs.
-NOTICED = 256
 
 
 @dataclasses.dataclass(frozen=True)
