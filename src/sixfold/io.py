@@ -10,11 +10,12 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -131,18 +132,32 @@ class Container:
             if self.specs[name] != spec:
                 raise FormatError(f"{self._path}: {name} is {self.specs[name]}, expected {spec}.")
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self, mapped: Callable[[str], bool] = lambda _: False) -> dict[str, Tensor]:
         """All tensors, on the CPU.
+
+        Args:
+            mapped: Names of tensors that are not read but mapped, private to this process once it
+                writes to them: nobody may cut the file while they are in use.
 
         Raises:
             FormatError: The bytes are not the ones that were written.
         """
         self._handle.seek(self._body)
-        tensors = {name: self._read(name, spec) for name, spec in self.specs.items()}
+        tensors = {
+            name: (self._map if mapped(name) and spec.nbytes else self._read)(name, spec)
+            for name, spec in self.specs.items()
+        }
         digest = _digest(self._metadata["kind"], self._metadata["description"], tensors)
         if digest != self._metadata["sha256"]:
             raise FormatError(f"{self._path} is damaged: its contents do not match its checksum.")
         return tensors
+
+    def _map(self, name: str, spec: TensorSpec) -> Tensor:
+        start = self._handle.tell()
+        self._handle.seek(start + spec.nbytes)
+        # The size was compared with the header's when the file was opened.
+        memory = np.memmap(self._handle, np.uint8, "c", start, (spec.nbytes,))
+        return torch.from_numpy(memory).view(DTYPES[spec.dtype]).view(spec.shape)
 
     def _read(self, name: str, spec: TensorSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cpu")

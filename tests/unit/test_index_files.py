@@ -89,6 +89,38 @@ def test_what_is_written_is_read(
         assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("strings", [False, True])
+def test_a_file_that_is_mapped(strings: bool, tmp_path: Path) -> None:
+    """Found, added to and replaced as one that is read; the file stays as it is."""
+    path = tmp_path / "index"
+    index, queries = filled(4, "ip", strings), vectors(7, 9)
+    index.save(path)
+    data, expected = path.read_bytes(), index.search(queries)
+    mapped, other = (sixfold.Index.load(path, mmap=True) for _ in range(2))
+    assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    more = [f"n{i}" for i in range(100)] if strings else None
+    for each in (index, mapped):
+        each.add(vectors(100, 5), more)
+        each.remove(each.ids[50:120])
+    assert path.read_bytes() == data
+    for found, same in zip(mapped.search(queries), index.search(queries), strict=True):
+        assert np.array_equal(found, same)
+    mapped.save(path)
+    for found, same in zip(other.search(queries), expected, strict=True):
+        assert np.array_equal(found, same)
+    assert sixfold.Index.load(path, mmap=True).ids.tolist() == index.ids.tolist()
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(FormatError, match="checksum"):
+        sixfold.Index.load(path, mmap=True)
+    with pytest.raises(SixfoldError, match="mmap"):
+        sixfold.Index.load(path, mmap=1)  # type: ignore[arg-type]
+    path.unlink()
+    sixfold.Index(DIM).save(path)
+    assert len(sixfold.Index.load(path, mmap=True)) == 0
+
+
 def test_an_index_without_vectors(tmp_path: Path) -> None:
     index = sixfold.Index(DIM)
     index.calibrate(vectors(300))

@@ -71,7 +71,7 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     return held | {"ids": torch.from_numpy(letters), "ids_end": torch.from_numpy(ends)}
 
 
-def load_index(path: str | os.PathLike[str]) -> tuple[Kind, State]:
+def load_index(path: str | os.PathLike[str], mmap: bool) -> tuple[Kind, State]:
     """Check a file, then read it; see `Index.load`."""
     with open_container(path, KIND) as container:
         described = container.description
@@ -87,7 +87,7 @@ def load_index(path: str | os.PathLike[str]) -> tuple[Kind, State]:
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
         container.expect(expected)
-        tensors = container.read()
+        tensors = container.read(_is_codes if mmap else lambda _: False)
     try:
         code = _with_basis(code, tensors.get("basis"))
         segments = tuple(
@@ -104,7 +104,13 @@ def load_index(path: str | os.PathLike[str]) -> tuple[Kind, State]:
         _check_ids(segments, described["next_id"])
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
-    return kind, State(code, kind[2], segments, None, None, described["next_id"], strings)
+    state = State(code, kind[2], segments, None, None, described["next_id"], strings)
+    # What is mapped is not written to: whatever is added is added to a copy.
+    return kind, state.closed() if mmap else state
+
+
+def _is_codes(name: str) -> bool:
+    return ".codes" in name
 
 
 def _kind(described: Mapping[str, Any]) -> Kind:

@@ -345,14 +345,20 @@ class Index:
 
     @classmethod
     @outside_inference_mode
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Self:
         """Read an index that `save` wrote.
+
+        Args:
+            path: Of the file.
+            mmap: Map codes instead of reading them: processes that map one file share its memory.
+                Nobody may cut it or write to it meanwhile; `save` does neither, it puts another
+                file in its place. Adding vectors copies the codes of the part they are added to.
 
         Raises:
             FormatError: The file holds no index, or is damaged.
             OSError: It cannot be read.
         """
-        (dim, bits, metric, seed), state = load_index(path)
+        (dim, bits, metric, seed), state = load_index(path, flag("mmap", mmap))
         index = cls(dim, bits, metric, seed=seed)
         index._state = state
         return index
