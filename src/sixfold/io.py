@@ -154,9 +154,10 @@ class Container:
 
     def _map(self, name: str, spec: TensorSpec) -> Tensor:
         start = self._handle.tell()
-        self._handle.seek(start + spec.nbytes)
         # The size was compared with the header's when the file was opened.
         memory = np.memmap(self._handle, np.uint8, "c", start, (spec.nbytes,))
+        # NumPy has been at its end.
+        self._handle.seek(start + spec.nbytes)
         return torch.from_numpy(memory).view(DTYPES[spec.dtype]).view(spec.shape)
 
     def _read(self, name: str, spec: TensorSpec) -> Tensor:
