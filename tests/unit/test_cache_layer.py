@@ -1,5 +1,8 @@
 """One compressed layer: what it keeps, and how it attends."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from tests.layers import (
     padding_mask,
     pages,
 )
+from tests.memory import reachable_tensors, storage_bytes
 
 # For tests of many steps, where checking shapes would take most of the time.
 unhooked = pytest.mark.usefixtures("unhooked")
@@ -528,3 +532,15 @@ def test_a_mask_for_another_number_of_tokens(columns: int, sliding_window: int |
     with pytest.raises(ShapeError, match=f"got one over {mask.shape[3]}"):
         layer.attend(query, scaling=1.0, mask=mask)
     layer.attend(query, scaling=1.0, mask=torch.ones(2, 1, 3, smallest).bool())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_in_memory_of_its_own(copied: Callable[[Any], Any]) -> None:
+    """After a decode step, when tokens lie in memory to grow in, and once as much is held."""
+    layer = Shape().layer()
+    feed(layer, Shape().tokens(400), 399, 1)
+    twin = copied(layer)
+    assert storage_bytes(reachable_tensors(twin)) <= storage_bytes(reachable_tensors(layer))
+    for seed in range(3):
+        tokens = Shape().tokens(1, seed=seed + 1)
+        assert torch.equal(feed(twin, tokens), feed(layer, tokens))

@@ -20,6 +20,7 @@ from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index import index as index_module
 from sixfold.index.segment import Segment
 from tests.processes import printed
+from tests.threads import on_threads
 
 # Users have no shape checks either.
 pytestmark = pytest.mark.usefixtures("unhooked")
@@ -291,6 +292,34 @@ def test_a_filter() -> None:
             left = [i for i in every.ids[q].tolist() if i in members][:10]
             assert found.ids[q].tolist() == left + [-1] * (10 - len(left))
     assert (index.search(queries, filter=["a"]).ids == -1).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [8, 33, 384])
+def test_vectors_whose_mean_is_rounding(dim: int, metric: Any) -> None:
+    """Each with its opposite: of the mean nothing is left but what float32 cannot hold."""
+    half = np.random.default_rng(0).normal(size=(1500, dim)).astype(np.float32)
+    x, queries = np.concatenate([half, -half]), clustered(50, dim, seed=1)
+    index = sixfold.Index(dim, 8, metric)
+    index.add(x)
+    exact = exact_scores(queries, x, metric)
+    scores, ids = index.search(queries)
+    assert recall(ids, np.argsort(-exact, 1)[:, :10]) > 0.9
+    error = scores - np.take_along_axis(exact, ids, 1)
+    assert np.abs(error).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [100, 384])
+def test_many_queries_find_the_same_on_any_threads(dim: int, metric: Any) -> None:
+    """So many that PyTorch cuts them for its threads, too."""
+    index = sixfold.Index(dim, 2, metric)
+    index.add(clustered(300, dim))
+    queries = clustered(1024, dim, seed=1)
+    found = on_threads(lambda: index.search(queries), 1, 2, 3, 7)
+    for other in found[1:]:
+        assert np.array_equal(other.scores, found[0].scores)
+        assert np.array_equal(other.ids, found[0].ids)
 
 
 def test_a_mask_is_a_filter() -> None:

@@ -182,11 +182,74 @@ def test_when_and_with_what() -> None:
     with pytest.raises(SixfoldError, match="holds 10 vectors"):
         index.calibrate(vectors(500, 0))
     index.remove(index.ids)
-    index.calibrate(np.ones((300, DIM)))
-    index.add(vectors(10, 1))
-    assert np.isfinite(index.search(vectors(1, 2)).scores).all()
+    with pytest.raises(SixfoldError, match="256 different vectors, got 2"):
+        index.calibrate(np.repeat(np.eye(2, DIM), 200, 0))
     with pytest.raises(SixfoldError, match="8192 coordinates"):
         Index(8193).calibrate(np.ones((256, 8193), np.float16))
+
+
+@pytest.mark.parametrize("twins", [0.0, 0.2])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_vectors_that_come_in_pairs_teach_no_more(bits: int, twins: float) -> None:
+    """Each beside one like it, as overlapping pieces of a text are."""
+    random = np.random.default_rng(0)
+    sample = np.repeat(random.normal(size=(300, 256)), 2, 0)
+    sample[1::2] += twins * random.normal(size=(300, 256))
+    x, queries = random.normal(size=(3000, 256)), random.normal(size=(40, 256))
+    plain, index = Index(256, bits), Index(256, bits)
+    index.calibrate(sample)
+    for one in (plain, index):
+        one.add(x)
+    best = nearest(queries, x, "cosine")
+    found = [recall(one.search(queries).ids, best) for one in (plain, index)]
+    assert found[1] > found[0] - 0.03
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_few_long_vectors_do_not_decide(bits: int) -> None:
+    """Errors are relative to a vector's length; most of the energy is in one of a hundred."""
+
+    def drawn(n: int, seed: int) -> np.ndarray:
+        random = np.random.default_rng(seed)
+        x = random.normal(size=(n, 256))
+        long = random.random(n) < 0.01
+        x[long] = 0
+        x[long, :16] = 60 * random.normal(size=(long.sum(), 16))
+        return x
+
+    x, queries = drawn(4000, 1), np.random.default_rng(2).normal(size=(100, 256))
+    plain, index = Index(256, bits, "l2"), Index(256, bits, "l2")
+    index.calibrate(drawn(2048, 3))
+    for one in (plain, index):
+        one.add(x)
+    best = nearest(queries, x, "l2")
+    found = [recall(one.search(queries).ids, best) for one in (plain, index)]
+    assert found[1] > found[0] - 0.04
+
+
+def test_a_query_with_no_part_in_the_sample_finds_the_same_alone() -> None:
+    """What is nothing but rounding must not depend on what comes along either."""
+    turn = basis(DIM, 3)
+    x = np.random.default_rng(0).normal(size=(1000, DIM // 2)) @ turn[: DIM // 2]
+    queries = np.random.default_rng(1).normal(size=(40, DIM // 2)) @ turn[DIM // 2 :]
+    index = Index(DIM, 4, "ip")
+    index.calibrate(x)
+    index.add(x)
+    together = index.search(queries)
+    for q in range(0, 40, 5):
+        alone = index.search(queries[q])
+        assert np.array_equal(alone.ids, together.ids[q])
+        assert np.array_equal(alone.scores, together.scores[q])
+
+
+def test_large_numbers_are_written_and_read(tmp_path: Any) -> None:
+    random = np.random.default_rng(0)
+    x = (1 + 0.01 * random.normal(size=(1500, 100))) * 0.9e16
+    index = Index(100, 2, "ip")
+    index.calibrate(x)
+    index.add(x)
+    index.save(tmp_path / "index")
+    assert len(Index.load(tmp_path / "index")) == 1500
 
 
 def test_queries_and_vectors_agree_while_an_index_is_fitted_anew() -> None:

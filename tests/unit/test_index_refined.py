@@ -90,6 +90,7 @@ def test_what_is_no_source_of_vectors() -> None:
         ("no", SixfoldError),
         (5, ShapeError),
         (lambda ids: x[:3], SixfoldError),
+        (lambda ids: ids.resize(3, refcheck=False), SixfoldError),
         (lambda ids: np.full((len(ids), 64), np.nan), SixfoldError),
     ):
         with pytest.raises(kind, match="refine"):

@@ -72,6 +72,14 @@ class Room:
         self._ends = {0: True}
         self.add(0, tokens)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of both would not be in the same memory.
+        return {name: x for name, x in self.__dict__.items() if name != "_written"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._written = self.keys.data, self.values.data
+
     def add(self, end: int, tokens: "DenseTokens") -> bool:
         """Write `tokens` from position `end` on; False where somebody has, or there is no room."""
         stop = end + tokens.keys.shape[2]

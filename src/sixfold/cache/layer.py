@@ -101,6 +101,10 @@ class CompressedLayer:
         self.detached = False
         self._known_past: Past | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies have pages of their own.
+        return {**self.__dict__, "_known_past": None}
+
     @property
     def held(self) -> int:
         """Tokens a sequence that can still be attended."""

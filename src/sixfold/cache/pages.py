@@ -166,6 +166,14 @@ class PagedHistory:
         self.tokens = firsts[-1]
         self.parts = tuple(run.pages(first) for run, first in zip(self._runs, firsts, strict=False))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of runs have pages of their own, and parts name those.
+        return {name: x for name, x in self.__dict__.items() if name not in ("parts", "tokens")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.runs = state["_runs"]
+
     def reserve(self, batch: int, pages: int, device: torch.device) -> list[Run]:
         """Room for `pages` full pages a sequence, not yet part of the history: write, then push.
 

@@ -31,6 +31,10 @@ BLOCK = 32
 NOTICED = 256
 # Of the error without groups: what promises less of a gain may be chance.
 WORTH = 0.9
+# Entries of a basis are whole numbers of such parts of 1: see `in_basis`.
+BASIS_STEPS = 2**21
+# Distance from the mean, of a vector's length, that may be rounding.
+EQUAL = 1e-6
 # Of a scale, which each group has for each vector.
 SCALE_BITS = 16
 
@@ -72,17 +76,19 @@ class VectorCode:
 
     @classmethod
     def fitted(cls, sample: Float32[Tensor, "n dim"], bits: int, seed: int) -> Self:
-        """The code of least expected squared error, at as many bytes, for vectors like these.
+        """The code of least expected error, at as many bytes, for vectors like these.
 
-        Principal axes of the sample; bits by the variance along them. Variances are those of one
-        half along axes of the other: a sample's own axes say too much of it, and the more so the
-        smaller it is. Where groups promise little, there is one.
+        Principal axes of the sample; bits by the variance along them, each vector counted relative
+        to its length, as errors of codes are. Variances are those of one half along axes of the
+        other: a sample's own axes say too much of it, and the more so the smaller it is. (The first
+        half and the second: what lies side by side is often much alike.) Where groups promise
+        little, there is one.
 
         Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3).
         """
         dim = sample.shape[1]
-        moved = (sample - sample.mean(0)).double()
-        halves = moved[::2], moved[1::2]
+        moved = _directions(sample)
+        halves = moved.tensor_split(2)
         found = sum(
             (other @ _axes(half)).square().mean(0)
             for half, other in zip(halves, reversed(halves), strict=True)
@@ -91,7 +97,8 @@ class VectorCode:
         groups = _by_variance(found, dim * bits)
         if _lost(found, groups) > WORTH * _lost(found, (Group(dim, bits),)):
             groups = (Group(dim, bits),)
-        return cls(dim, bits, seed, groups, _axes(moved).mT.contiguous())
+        basis = (_axes(moved).mT * BASIS_STEPS).round() / BASIS_STEPS
+        return cls(dim, bits, seed, groups, basis.contiguous())
 
     @cached_property
     def coders(self) -> tuple[Coder, ...]:
@@ -108,10 +115,18 @@ class VectorCode:
         return 0 if self.basis is None else self.basis.nbytes
 
     def in_basis(self, x: Float[Tensor, "n dim"]) -> Float32[Tensor, "n dim"]:
-        """Coordinates in the basis, of sums in float64: they do not depend on what comes along."""
+        """Coordinates in the basis: they do not depend on what comes along.
+
+        Numbers of 24 bits by those of the basis are summed in float64, all of whose sums are exact.
+        """
         if self.basis is None:
             return x.float()
-        turned: Tensor = (x.double() @ self.basis.mT).float()
+        if not len(x):
+            return x.new_empty(0, self.dim, dtype=torch.float32)
+        most = x.abs().amax(1, keepdim=True).double()
+        # A power of two, by an exact division.
+        step = torch.where(most > 0, most / torch.frexp(most).mantissa, 1.0) * 2.0**-24
+        turned: Tensor = ((x.double() / step).round() @ self.basis.mT * step).float()
         return turned
 
     def from_basis(self, x: Float32[Tensor, "n dim"]) -> Float32[Tensor, "n dim"]:
@@ -145,8 +160,9 @@ class VectorCode:
 
     def unlike(self, x: Float32[Tensor, "n dim"]) -> str | None:
         """Why vectors, in the basis, are coded worse than without it; None where they are not."""
-        energy = (x - x.mean(0)).double().square().sum(0)
-        if _lost(energy, self.groups) <= _lost(energy, (Group(self.dim, self.bits),)):
+        energy = _directions(x).square().sum(0)
+        plain = _lost(energy, (Group(self.dim, self.bits),))
+        if WORTH * _lost(energy, self.groups) <= plain:
             return None
         return (
             "these vectors vary in other directions than the sample that the index was calibrated "
@@ -176,6 +192,16 @@ def numbered(name: str, each: Sequence[T]) -> dict[str, T]:
     if len(each) == 1:
         return {name: each[0]}
     return {f"{name}.{number}": x for number, x in enumerate(each)}
+
+
+def _directions(x: Float32[Tensor, "n dim"]) -> Float64[Tensor, "some dim"]:
+    """Vectors of length 1 to those that are not all but equal to the mean."""
+    wide = x.double()
+    moved = wide - wide.mean(0)
+    length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    far = length.squeeze(1) > EQUAL * torch.linalg.vector_norm(wide, dim=1)
+    found: Tensor = moved[far] / length[far]
+    return found
 
 
 def _axes(moved: Float64[Tensor, "n dim"]) -> Float64[Tensor, "dim dim"]:

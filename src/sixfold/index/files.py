@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sixfold.arguments import MOST_SEED
 from sixfold.errors import FormatError
-from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, Group, VectorCode, numbered
+from sixfold.index.code import BASIS_STEPS, BITS, MOST_DIM, MOST_FITTED, Group, VectorCode, numbered
 from sixfold.index.ids import objects, repeated
 from sixfold.index.metric import Metric, offset_dtype
 from sixfold.index.rows import MOST_SUM
@@ -23,7 +23,7 @@ from sixfold.packing import PAGE_TOKENS, decode_scale
 
 KIND = "index"
 # How far products of a basis's rows may be from 0 and 1.
-ORTHONORMAL = 1e-9
+ORTHONORMAL = 1e-5
 # The square of twice the longest vector, and some.
 MOST_OFFSET = 1e37
 Kind = tuple[int, int, Metric, int]
@@ -198,6 +198,8 @@ def _code(kind: Kind, groups: Any) -> VectorCode:
 def _with_basis(code: VectorCode, basis: Tensor | None) -> VectorCode:
     if basis is None:
         return code
+    if not torch.equal((basis * BASIS_STEPS).round() / BASIS_STEPS, basis):
+        raise ValueError("its basis has entries of too many digits")
     exact = torch.eye(code.dim, dtype=torch.float64, device="cpu")
     if not bool(((basis @ basis.mT - exact).abs() <= ORTHONORMAL).all()):
         raise ValueError("its basis is not orthonormal")
@@ -278,10 +280,9 @@ def _check_ids(segments: Sequence[Segment], next_id: int) -> None:
 
 def _check_vectors(name: str, x: Tensor, kind: Kind) -> None:
     """What `Rows` let in, and `prepared` made of it."""
-    if kind[2] == "cosine":
-        _check_bounded(name, torch.linalg.vector_norm(x, dim=1), 1.01)
-    else:
-        _check_bounded(name, x, MOST_SUM / kind[0])
+    # By length, which is the same in any basis.
+    most = 1.0 if kind[2] == "cosine" else MOST_SUM / kind[0] ** 0.5
+    _check_bounded(name, torch.linalg.vector_norm(x.double(), dim=1), 1.01 * most)
 
 
 def _check_bounded(name: str, x: Tensor, most: float) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sixfold.arguments import dense, shown
@@ -44,17 +45,18 @@ def checked_filter(members: Any) -> Ids:
     Raises:
         SixfoldError: It holds neither.
     """
-    mask = members.detach().cpu().numpy() if _is_mask(members, Tensor) else members
-    if _is_mask(mask, np.ndarray):
+    mask = None
+    if isinstance(members, Tensor) and members.dtype is torch.bool:
+        dense("filter", members)
+        mask = members.detach().cpu().numpy()
+    elif isinstance(members, np.ndarray) and members.dtype == bool:
+        mask = members
+    if mask is not None:
         if mask.ndim != 1:
             raise SixfoldError(f"filter must be a mask on one axis, got {mask.ndim} axes")
         found: Ids = np.flatnonzero(mask)
         return found
     return checked_ids(members, "filter")
-
-
-def _is_mask(x: Any, kind: type) -> bool:
-    return isinstance(x, kind) and str(x.dtype) in ("bool", "torch.bool")
 
 
 def _checked(ids: Any, name: str) -> Ids:

@@ -165,7 +165,7 @@ class Index:
         Of fewer than that less is learned, and nothing is lost.
 
         Args:
-            sample: [n, dim], at least 256: like the vectors of `add`. None of them is added.
+            sample: [n, dim], at least 256 different ones, like the vectors of `add`. None is added.
 
         Raises:
             ShapeError: They are not [n, dim].
@@ -180,7 +180,11 @@ class Index:
                 f"sample: expected at least {LEAST_SAMPLE} vectors, got {len(source)}: without "
                 "calibrate an index needs none"
             )
-        rows = prepared(source.everything(self.metric), self.metric)
+        rows = _different(prepared(source.everything(self.metric), self.metric))
+        if len(rows) < LEAST_SAMPLE:
+            raise SixfoldError(
+                f"sample: expected at least {LEAST_SAMPLE} different vectors, got {len(rows)}"
+            )
         code = VectorCode.fitted(rows, self.bits, self.seed)
         with self._alone():
             if self._state.live:
@@ -469,6 +473,12 @@ def _search(
     # Those that were added first come first among equals.
     order = np.argsort(-scores, 1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def _different(x: Tensor) -> Tensor:
+    """The first of equal vectors, in order."""
+    first = np.unique(x.numpy(), axis=0, return_index=True)[1]
+    return x[torch.from_numpy(np.sort(first))]
 
 
 def _bitmaps(state: State, slots: np.ndarray) -> list[np.ndarray]:

@@ -16,6 +16,8 @@ Metric: TypeAlias = Literal["cosine", "ip", "l2"]
 TINY, HUGE = 1e-15, 1e15
 # The least number of float32 that has all its digits.
 LEAST = 2.0**-126
+# Of ‖μ‖², from which on t is not 0.
+LEAST_SQUARE = {"cosine": 1e-6, "ip": LEAST}
 
 
 def prepared(x: Float[Tensor, "n dim"], metric: Metric) -> Float[Tensor, "n dim"]:
@@ -57,5 +59,8 @@ def asked(
         moved = queries - mean
         return 2 * moved, torch.ones_like(moved[:, 0]), -moved.double().square().sum(1).float()
     along = (queries.double() * mean).sum(1).float()
-    share = along / max(square, LEAST)
-    return torch.addr(queries, share, mean, alpha=-1), share, along
+    # Of a mean that is next to nothing, offsets are too small for their 16 bits, and t is large.
+    share = along / square if square > LEAST_SQUARE[metric] else torch.zeros_like(along)
+    # Two operations: one that does both rounds by where threads cut the rows.
+    taken = share[:, None] * mean
+    return queries - taken, share, along

@@ -21,8 +21,8 @@ Originals: TypeAlias = Any
 # of the ten nearest ones (docs/vector_search.md).
 CANDIDATES = {1: 16, 2: 4, 3: 3, 4: 2, 8: 2}
 MORE = 32
-# Products that are made at a time.
-PRODUCTS = 2**23
+# Of the vectors that are looked at at a time.
+NUMBERS = 2**22
 
 
 def candidates(k: int, bits: int) -> int:
@@ -38,7 +38,8 @@ def source(originals: Originals, dim: int) -> Callable[[Ids], Tensor]:
         ShapeError: Its rows are not of `dim` coordinates.
     """
     if callable(originals):
-        return lambda ids: _given(originals(ids), ids, dim)
+        # A copy: what becomes of it is the function's business.
+        return lambda ids: _given(originals(ids.copy()), ids, dim)
     rows = Rows("refine", originals, dim)
 
     def read(ids: Ids) -> Tensor:
@@ -75,24 +76,35 @@ def refined(
     metric: Metric,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` best by exact scores, of those found; where scores are -inf there was nothing."""
+    step = max(1, NUMBERS // max(scores.shape[1] * queries.shape[1], 1))
+    found = [
+        _ranked(own, scores[start : start + step], ids[start : start + step], k, read, metric)
+        for start, own in zip(
+            range(0, max(len(queries), 1), step), queries.split(step), strict=True
+        )
+    ]
+    return np.concatenate([x for x, _ in found]), np.concatenate([x for _, x in found])
+
+
+def _ranked(
+    queries: Float32[Tensor, "nq dim"],
+    scores: np.ndarray,
+    ids: np.ndarray,
+    k: int,
+    read: Callable[[Ids], Tensor],
+    metric: Metric,
+) -> tuple[np.ndarray, np.ndarray]:
     there = scores > -np.inf
     every, places = np.unique(ids[there], return_inverse=True)
-    own = prepared(read(every).double(), metric) if len(every) else queries.double()
+    asked = prepared(queries.double(), metric)
+    own = prepared(read(every).double(), metric) if len(every) else asked
     which = np.zeros(ids.shape, dtype=np.int64)
     which[there] = places
-    asked, chosen = prepared(queries.double(), metric), torch.from_numpy(which)
-    step = max(1, PRODUCTS // max(chosen.shape[1] * own.shape[1], 1))
-    exact = torch.cat(
-        [
-            _scores(some, own[slots], metric)
-            for some, slots in zip(asked.split(step), chosen.split(step), strict=True)
-        ]
-    )
+    exact = _scores(asked, own[torch.from_numpy(which)], metric)
     exact = exact.masked_fill(~torch.from_numpy(there), -torch.inf)
     # Of equal ones those that were found first come first.
     best, order = exact.sort(dim=1, descending=True, stable=True)
-    found = np.take_along_axis(ids, order.numpy(), 1)[:, :k]
-    return best[:, :k].float().numpy(), found
+    return best[:, :k].float().numpy(), np.take_along_axis(ids, order.numpy(), 1)[:, :k]
 
 
 def _scores(
