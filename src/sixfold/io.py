@@ -113,6 +113,7 @@ class Container:
     def __init__(self, path: Path, file: BufferedReader, header: Header, kind: str) -> None:
         self._path = path
         self._handle = file
+        self._mapped: np.ndarray | None = None
         self._body = header.body
         self._metadata = _checked_metadata(path, header.metadata, kind)
         self.description: dict[str, Any] = _parsed(path, self._metadata["description"])
@@ -154,11 +155,13 @@ class Container:
 
     def _map(self, name: str, spec: TensorSpec) -> Tensor:
         start = self._handle.tell()
-        # The size was compared with the header's when the file was opened.
-        memory = np.memmap(self._handle, np.uint8, "c", start, (spec.nbytes,))
-        # NumPy has been at its end.
-        self._handle.seek(start + spec.nbytes)
-        return torch.from_numpy(memory).view(DTYPES[spec.dtype]).view(spec.shape)
+        if self._mapped is None:
+            # One for all tensors: each takes a file descriptor. The size was compared with the
+            # header's when the file was opened.
+            self._mapped = np.memmap(self._handle, np.uint8, "c")
+        stop = self._handle.seek(start + spec.nbytes)
+        memory = torch.from_numpy(self._mapped[start:stop])
+        return memory.view(DTYPES[spec.dtype]).view(spec.shape)
 
     def _read(self, name: str, spec: TensorSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cpu")

@@ -535,10 +535,11 @@ def test_a_mask_for_another_number_of_tokens(columns: int, sliding_window: int |
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_goes_on_in_memory_of_its_own(copied: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("kept", [30, 300, 400])
+def test_a_copy_goes_on_in_memory_of_its_own(kept: int, copied: Callable[[Any], Any]) -> None:
     """After a decode step, when tokens lie in memory to grow in, and once as much is held."""
     layer = Shape().layer()
-    feed(layer, Shape().tokens(400), 399, 1)
+    feed(layer, Shape().tokens(kept), kept - 1, 1)
     twin = copied(layer)
     assert storage_bytes(reachable_tensors(twin)) <= storage_bytes(reachable_tensors(layer))
     for seed in range(3):

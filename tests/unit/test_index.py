@@ -333,7 +333,8 @@ def test_a_mask_is_a_filter() -> None:
         assert np.array_equal(found.ids, expected.ids)
         assert np.array_equal(found.scores, expected.scores)
     assert index.search(x[0], filter=np.zeros(3, bool)).ids.tolist() == [-1] * 10
-    for wrong in (np.ones((2, 2), bool), [True, False]):
+    nowhere = torch.ones(3, dtype=torch.bool, device="meta")
+    for wrong in (np.ones((2, 2), bool), [True, False], nowhere):
         with pytest.raises(SixfoldError, match="filter"):
             index.search(x[0], filter=wrong)
 

@@ -158,6 +158,10 @@ def test_vectors_that_the_sample_does_not_speak_for() -> None:
     # Nor do they if they come one by one.
     index = calibrated(2)
     x = vectors(300, 5, axes=8)
+    index.add(x[:200])
+    index.remove(index.ids)
+    # What has come before belongs to the sample before.
+    index.calibrate(vectors(2048, 99))
     for i in range(255):
         index.add(x[i])
     with pytest.warns(UserWarning, match="vary in other directions than the sample"):
@@ -184,17 +188,39 @@ def test_when_and_with_what() -> None:
     index.remove(index.ids)
     with pytest.raises(SixfoldError, match="256 different vectors, got 2"):
         index.calibrate(np.repeat(np.eye(2, DIM), 200, 0))
+    far = vectors(500, 0) + 1e6
+    for one in (index, Index(DIM, 2, "l2")):
+        with pytest.raises(SixfoldError, match="subtract the mean"):
+            one.calibrate(far)
+    # One that is elsewhere, and many that are nearly the same.
+    near = 1 + 1e-5 * vectors(500, 0)
+    near[0] = vectors(1, 3)
+    one = Index(DIM, 2, "l2")
+    one.calibrate(near)
+    one.add(near)
+    assert np.isfinite(one.search(near).scores).all()
     with pytest.raises(SixfoldError, match="8192 coordinates"):
         Index(8193).calibrate(np.ones((256, 8193), np.float16))
 
 
-@pytest.mark.parametrize("twins", [0.0, 0.2])
+@pytest.mark.parametrize("order", ["beside", "behind", "shuffled"])
+@pytest.mark.parametrize("twin", [1.0, -1.0, 3.0, None])
 @pytest.mark.parametrize("bits", [1, 2])
-def test_vectors_that_come_in_pairs_teach_no_more(bits: int, twins: float) -> None:
-    """Each beside one like it, as overlapping pieces of a text are."""
+def test_vectors_that_come_in_pairs_teach_no_more(
+    bits: int, twin: float | None, order: str
+) -> None:
+    """Each with one like it, as overlapping pieces of a text are, or opposite."""
     random = np.random.default_rng(0)
-    sample = np.repeat(random.normal(size=(300, 256)), 2, 0)
-    sample[1::2] += twins * random.normal(size=(300, 256))
+    half = random.normal(size=(300, 256))
+    other = half + 0.2 * random.normal(size=half.shape) if twin is None else twin * half
+    places = {
+        "beside": np.arange(600).reshape(2, 300).T.ravel(),
+        "behind": np.arange(600),
+        "shuffled": random.permutation(600),
+    }
+    sample = np.concatenate([half, other])[places[order]]
+    if twin == 1.0:
+        sample += 1e-6 * random.normal(size=sample.shape)
     x, queries = random.normal(size=(3000, 256)), random.normal(size=(40, 256))
     plain, index = Index(256, bits), Index(256, bits)
     index.calibrate(sample)

@@ -38,7 +38,7 @@ def filled(
     """Two segments, with holes; or so few that their mean is not settled."""
     index = sixfold.Index(DIM, bits, metric, seed=3)
     if calibrated:
-        index.calibrate(vectors(500, 7) * np.linspace(3, 0.1, DIM, dtype=np.float32))
+        index.calibrate(vectors(500, 7) * np.geomspace(3, 0.01, DIM, dtype=np.float32))
     for start, count in ((0, 70), (70, 20)) if few else ((0, 1100), (1100, 1100)):
         ids = [f"ä{i}" for i in range(start, start + count)] if strings else None
         index.add(vectors(count, start) + np.float32(start / 100), ids)
@@ -70,7 +70,8 @@ def test_what_is_written_is_read(
     again = sixfold.Index.load(tmp_path / "index")
     assert (again.dim, again.bits, again.metric, again.seed) == (DIM, bits, metric, 3)
     assert again.ids.tolist() == index.ids.tolist()
-    assert again.calibrated == calibrated
+    assert again.calibrated == index.calibrated
+    assert index.calibrated == (calibrated and bits < 8)
     assert again.nbytes == index.nbytes
     queries = vectors(7, 9)
     for found, expected in zip(again.search(queries), index.search(queries), strict=True):
@@ -121,9 +122,11 @@ def test_a_file_that_is_mapped(strings: bool, tmp_path: Path) -> None:
     assert len(sixfold.Index.load(path, mmap=True)) == 0
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_an_index_without_vectors(tmp_path: Path) -> None:
     index = sixfold.Index(DIM)
-    index.calibrate(vectors(300))
+    index.calibrate(vectors(500, 7) * np.geomspace(3, 0.01, DIM, dtype=np.float32))
+    assert index.calibrated
     index.save(tmp_path / "index")
     assert sixfold.Index.load(tmp_path / "index").calibrated
     index = sixfold.Index(DIM)

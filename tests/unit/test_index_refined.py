@@ -9,6 +9,7 @@ import torch
 
 import sixfold
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
+from tests.memory import peak_allocation
 from tests.unit.test_index import METRICS, clustered, exact_scores, recall
 
 pytestmark = pytest.mark.usefixtures("unhooked")
@@ -79,6 +80,20 @@ def test_fewer_than_are_wanted() -> None:
     assert sorted(ids[:6].tolist()) == list(range(6))
     assert index.search(x[0], 9, filter=[4], refine=x).ids.tolist() == [4] + [-1] * 8
     assert index.search(x[:0], 3, refine=x).ids.shape == (0, 3)
+
+
+def test_many_more_than_there_are() -> None:
+    """What is not there is neither read nor scored."""
+    x = clustered(300)
+    index = sixfold.Index(64, 1)
+    index.add(x)
+    peak = peak_allocation(lambda: index.search(x[:2], 2**18, refine=x))
+    assert peak < 60e6
+    scores, ids = index.search(x[:2], 2**18, refine=x)
+    assert ids[0, 0] == 0
+    assert (np.diff(scores[0, :300]) <= 0).all()
+    assert sorted(ids[0, :300].tolist()) == list(range(300))
+    assert (ids[:, 300:] == -1).all()
 
 
 def test_what_is_no_source_of_vectors() -> None:

@@ -72,14 +72,6 @@ class Room:
         self._ends = {0: True}
         self.add(0, tokens)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of both would not be in the same memory.
-        return {name: x for name, x in self.__dict__.items() if name != "_written"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._written = self.keys.data, self.values.data
-
     def add(self, end: int, tokens: "DenseTokens") -> bool:
         """Write `tokens` from position `end` on; False where somebody has, or there is no room."""
         stop = end + tokens.keys.shape[2]
@@ -115,6 +107,11 @@ class DenseTokens:
     def tokens(self) -> int:
         """Tokens a sequence."""
         return self.keys.shape[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a room and of what is part of it would be twice the memory, and not the same.
+        held = self if self.room is None else self.copy_slice(0, self.tokens)
+        return dict(held.__dict__)
 
     def append(self, other: "DenseTokens") -> Self:
         """Both, in order; without a graph in place where there is room."""

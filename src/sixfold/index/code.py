@@ -34,7 +34,9 @@ WORTH = 0.9
 # Entries of a basis are whole numbers of such parts of 1: see `in_basis`.
 BASIS_STEPS = 2**21
 # Distance from the mean, of a vector's length, that may be rounding.
-EQUAL = 1e-6
+EQUAL = 1e-7
+# Fewer of a sample's half say nothing.
+LEAST_HALF = 100
 # Of a scale, which each group has for each vector.
 SCALE_BITS = 16
 
@@ -80,25 +82,26 @@ class VectorCode:
 
         Principal axes of the sample; bits by the variance along them, each vector counted relative
         to its length, as errors of codes are. Variances are those of one half along axes of the
-        other: a sample's own axes say too much of it, and the more so the smaller it is. (The first
-        half and the second: what lies side by side is often much alike.) Where groups promise
-        little, there is one.
+        other: a sample's own axes say too much of it, and the more so the smaller it is. Where
+        groups promise little, it is the plain code.
 
         Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3).
         """
-        dim = sample.shape[1]
+        plain = cls.plain(sample.shape[1], bits, seed)
         moved = _directions(sample)
-        halves = moved.tensor_split(2)
+        halves = _halves(moved)
+        if len(halves[0]) < LEAST_HALF:
+            return plain
         found = sum(
             (other @ _axes(half)).square().mean(0)
             for half, other in zip(halves, reversed(halves), strict=True)
         )
         assert isinstance(found, Tensor)
-        groups = _by_variance(found, dim * bits)
-        if _lost(found, groups) > WORTH * _lost(found, (Group(dim, bits),)):
-            groups = (Group(dim, bits),)
+        groups = _by_variance(found, plain.dim * bits)
+        if _lost(found, groups) > WORTH * _lost(found, plain.groups):
+            return plain
         basis = (_axes(moved).mT * BASIS_STEPS).round() / BASIS_STEPS
-        return cls(dim, bits, seed, groups, basis.contiguous())
+        return cls(plain.dim, bits, seed, groups, basis.contiguous())
 
     @cached_property
     def coders(self) -> tuple[Coder, ...]:
@@ -202,6 +205,19 @@ def _directions(x: Float32[Tensor, "n dim"]) -> Float64[Tensor, "some dim"]:
     far = length.squeeze(1) > EQUAL * torch.linalg.vector_norm(wide, dim=1)
     found: Tensor = moved[far] / length[far]
     return found
+
+
+def _halves(
+    moved: Float64[Tensor, "n dim"],
+) -> tuple[Float64[Tensor, "half dim"], Float64[Tensor, "rest dim"]]:
+    """Two halves of vectors of length 1, those that are much alike, or opposite, in the same one.
+
+    By how far they reach along any one direction, in which alone the halves differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    along = torch.randn(moved.shape[1], generator=generator, dtype=moved.dtype, device=CPU)
+    lower, upper = moved[(moved @ along).abs().argsort(stable=True)].tensor_split(2)
+    return lower, upper
 
 
 def _axes(moved: Float64[Tensor, "n dim"]) -> Float64[Tensor, "dim dim"]:

@@ -45,6 +45,15 @@ def checked_filter(members: Any) -> Ids:
     Raises:
         SixfoldError: It holds neither.
     """
+    try:
+        return _from_mask(members)
+    except SixfoldError:
+        raise
+    except UNREADABLE as error:
+        raise SixfoldError(f"filter must be a mask in memory, got {shown(members)}") from error
+
+
+def _from_mask(members: Any) -> Ids:
     mask = None
     if isinstance(members, Tensor) and members.dtype is torch.bool:
         dense("filter", members)

@@ -31,6 +31,8 @@ QUERY_BLOCK = 1024
 SAMPLE = 8192
 # Fewer say nothing of directions.
 LEAST_SAMPLE = 256
+# Of a mean, in units of what vectors differ by: float32 has seven digits.
+FARTHEST = 1e5
 MOST_FOUND = 2**24
 
 
@@ -165,12 +167,13 @@ class Index:
         Of fewer than that less is learned, and nothing is lost.
 
         Args:
-            sample: [n, dim], at least 256 different ones, like the vectors of `add`. None is added.
+            sample: [n, dim], like the vectors of `add`: at least 256 different ones, of cosines in
+                different directions. None is added; of very many 8,192 are looked at.
 
         Raises:
             ShapeError: They are not [n, dim].
-            SixfoldError: They are too few, or not finite; the index holds vectors already, or more
-                than 8,192 coordinates a vector.
+            SixfoldError: They are too few, not finite, or much farther from 0 than from each other;
+                the index holds vectors already, or more than 8,192 coordinates a vector.
         """
         source = Rows("sample", sample, self.dim)
         if self.dim > MOST_FITTED:
@@ -180,11 +183,13 @@ class Index:
                 f"sample: expected at least {LEAST_SAMPLE} vectors, got {len(source)}: without "
                 "calibrate an index needs none"
             )
-        rows = _different(prepared(source.everything(self.metric), self.metric))
+        source.check_finite(self.metric)
+        rows = _different(prepared(source.sample(SAMPLE), self.metric))
         if len(rows) < LEAST_SAMPLE:
             raise SixfoldError(
                 f"sample: expected at least {LEAST_SAMPLE} different vectors, got {len(rows)}"
             )
+        _check_near(rows)
         code = VectorCode.fitted(rows, self.bits, self.seed)
         with self._alone():
             if self._state.live:
@@ -192,11 +197,11 @@ class Index:
                     f"the index holds {self._state.live} vectors, whose codes stay as they are: "
                     "calibrate one without any, then add them"
                 )
-            self._state = dataclasses.replace(self._state, code=code)
+            self._unseen, self._state = None, dataclasses.replace(self._state, code=code)
 
     @property
     def calibrated(self) -> bool:
-        """Whether the codes were fitted to a sample."""
+        """Whether the codes were fitted to a sample: not where that promised little."""
         return self._state.code.basis is not None
 
     @outside_autocast
@@ -293,10 +298,10 @@ class Index:
         """
         k = whole("k", k, 1, MOST_FOUND)
         read = None if refine is None else source_of(refine, self.dim)
-        wanted = k if read is None else min(candidates(k, self.bits), MOST_FOUND)
         source = Rows("queries", queries, self.dim)
         asked = source.everything(self.metric)
         state, allowed = self._state, None
+        wanted = k if read is None else max(k, min(candidates(k, self.bits), state.live))
         if filter is not None:
             members = checked_filter(filter)
             with self._alone():
@@ -479,6 +484,21 @@ def _different(x: Tensor) -> Tensor:
     """The first of equal vectors, in order."""
     first = np.unique(x.numpy(), axis=0, return_index=True)[1]
     return x[torch.from_numpy(np.sort(first))]
+
+
+def _check_near(x: Tensor) -> None:
+    """Refuse vectors of which a basis of float32 would leave little but what they share.
+
+    Raises:
+        SixfoldError: They are such.
+    """
+    mean = x.double().mean(0)
+    spread = float((x - mean).square().mean().sqrt())
+    if float(mean.abs().max()) > FARTHEST * spread:
+        raise SixfoldError(
+            "sample: a coordinate's mean is more than 100,000 times as large as vectors differ: "
+            "subtract the mean of the vectors, from queries too, or drop that coordinate"
+        )
 
 
 def _bitmaps(state: State, slots: np.ndarray) -> list[np.ndarray]:

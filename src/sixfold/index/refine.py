@@ -95,22 +95,25 @@ def _ranked(
     metric: Metric,
 ) -> tuple[np.ndarray, np.ndarray]:
     there = scores > -np.inf
-    every, places = np.unique(ids[there], return_inverse=True)
-    asked = prepared(queries.double(), metric)
-    own = prepared(read(every).double(), metric) if len(every) else asked
-    which = np.zeros(ids.shape, dtype=np.int64)
-    which[there] = places
-    exact = _scores(asked, own[torch.from_numpy(which)], metric)
-    exact = exact.masked_fill(~torch.from_numpy(there), -torch.inf)
+    asked, exact = prepared(queries.double(), metric), np.full(ids.shape, -np.inf)
+    if there.any():
+        every, places = np.unique(ids[there], return_inverse=True)
+        own = prepared(read(every).double(), metric)
+        pairs = (torch.from_numpy(np.nonzero(there)[0]), torch.from_numpy(places))
+        step = max(1, NUMBERS // own.shape[1])
+        each = zip(*(x.split(step) for x in pairs), strict=True)
+        found = [_scores(asked[query], own[place], metric) for query, place in each]
+        exact[there] = torch.cat(found).numpy()
     # Of equal ones those that were found first come first.
-    best, order = exact.sort(dim=1, descending=True, stable=True)
-    return best[:, :k].float().numpy(), np.take_along_axis(ids, order.numpy(), 1)[:, :k]
+    order = np.argsort(-exact, 1, kind="stable")[:, :k]
+    best = np.take_along_axis(exact, order, 1).astype(np.float32)
+    return best, np.take_along_axis(ids, order, 1)
 
 
 def _scores(
-    queries: Float64[Tensor, "nq dim"], vectors: Float64[Tensor, "nq n dim"], metric: Metric
-) -> Float64[Tensor, "nq n"]:
+    queries: Float64[Tensor, "n dim"], vectors: Float64[Tensor, "n dim"], metric: Metric
+) -> Float64[Tensor, " n"]:
     if metric == "l2":
-        return -(queries[:, None] - vectors).square().sum(2)
+        return -(queries - vectors).square().sum(1)
     # Row by row, so that sums do not depend on other queries.
-    return (queries[:, None] * vectors).sum(2)
+    return (queries * vectors).sum(1)
