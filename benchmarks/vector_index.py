@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import machine
 
-K, BATCH = 10, 100
+K, BATCH, SAMPLE = 10, 100, 2048
 ROUNDS, CALLS = 5, 9
 # Seconds that a process measures at least, so that few calls of a slow method are enough.
 LEAST_SECONDS = 0.3
@@ -60,8 +60,8 @@ def sixfold_index(bits: int, tiles: bool = True, calibrated: bool = False) -> Bu
 
 
 def sample(base: np.ndarray) -> np.ndarray:
-    """What is calibrated with: 2,048 vectors chosen at random."""
-    return np.ascontiguousarray(base[np.random.default_rng(0).choice(len(base), 2048, False)])
+    """What is calibrated with: vectors chosen at random."""
+    return np.ascontiguousarray(base[np.random.default_rng(0).choice(len(base), SAMPLE, False)])
 
 
 def turbovec_index(bits: int, calibrated: bool) -> Build:
@@ -147,15 +147,20 @@ def exact_neighbors(base: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """The share of the exact neighbours that are among those found."""
+    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+    return float(np.mean(hits)) / K
+
+
 def measure(name: str, base: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
     """One method, in this process."""
     search, build_seconds = methods()[name][2](base)
     found = search(queries, K)
-    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
     first = (found == exact[:, :1]).any(1)
     return {
         "build_seconds": build_seconds,
-        "recall": float(np.mean(hits)) / K,
+        "recall": recall(found, exact),
         "first_found": float(first.mean()),
         "batch_seconds": _seconds(lambda i: search(_some(queries, i, BATCH), K)),
         "single_seconds": _seconds(lambda i: search(_some(queries, i, 1), K)),

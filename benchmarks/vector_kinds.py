@@ -8,6 +8,7 @@ to batches, by the clock.
 """
 
 import argparse
+import dataclasses
 import json
 import warnings
 from functools import partial
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.vector_index import K, exact_neighbors, sample, unit
+from benchmarks.vector_index import SAMPLE, K, exact_neighbors, recall, sample, unit
 from sixfold import Index
 from sixfold.eval.timing import Case, Contender, measure
 from sixfold.index.metric import Metric
@@ -31,15 +32,7 @@ BATCHES = (1, 100, 256)
 
 def subject(base: np.ndarray) -> np.ndarray:
     """As many vectors as `sample`, all about one thing."""
-    return base[np.argsort(-(base @ base[0]))[: len(sample(base))]]
-
-
-def found_of(index: Index, base: np.ndarray, queries: np.ndarray, refine: Any = None) -> float:
-    """The share of the nearest that an index of `base` finds."""
-    exact = exact_neighbors(base, queries)
-    found = index.search(queries, K, refine=refine).ids
-    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
-    return float(np.mean(hits)) / K
+    return base[np.argsort(-(base @ base[0]))[:SAMPLE]]
 
 
 def filled(base: np.ndarray, bits: int, metric: Metric, fit: np.ndarray | None = None) -> Index:
@@ -54,19 +47,35 @@ def filled(base: np.ndarray, bits: int, metric: Metric, fit: np.ndarray | None =
     return index
 
 
-def kinds(base: np.ndarray, queries: np.ndarray, bits: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Vectors, and what is nearest to the queries."""
+
+    base: np.ndarray
+    queries: np.ndarray
+    exact: np.ndarray
+
+    @classmethod
+    def of(cls, base: np.ndarray, queries: np.ndarray) -> "Data":
+        return cls(base, queries, exact_neighbors(base, queries))
+
+    def found(self, index: Index, refine: Any = None) -> float:
+        """The share of the nearest that an index of them finds."""
+        return recall(index.search(self.queries, K, refine=refine).ids, self.exact)
+
+
+def kinds(unit_data: Data, long_data: Data, bits: int) -> dict[str, Any]:
     """One row."""
-    lengths = LENGTHS ** np.random.default_rng(1).random((len(base), 1), dtype=np.float32)
-    long = base * lengths
+    base, long, queries = unit_data.base, long_data.base, unit_data.queries
     plain, fitted = filled(base, bits, "cosine"), filled(base, bits, "cosine", sample(base))
     return {
         "bits": bits,
-        "plain": found_of(plain, base, queries),
-        "calibrated": found_of(fitted, base, queries),
-        "one_subject": found_of(filled(base, bits, "cosine", subject(base)), base, queries),
-        "lengths": found_of(filled(long, bits, "ip"), long, queries),
-        "lengths_calibrated": found_of(filled(long, bits, "ip", sample(long)), long, queries),
-        "refined": found_of(plain, base, queries, refine=base),
+        "plain": unit_data.found(plain),
+        "calibrated": unit_data.found(fitted),
+        "one_subject": unit_data.found(filled(base, bits, "cosine", subject(base))),
+        "lengths": long_data.found(filled(long, bits, "ip")),
+        "lengths_calibrated": long_data.found(filled(long, bits, "ip", sample(long))),
+        "refined": unit_data.found(plain, refine=base),
         "speedups": {str(batch): _speedup(plain, queries[:batch]) for batch in BATCHES},
     }
 
@@ -96,9 +105,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     base, queries = unit(np.load(arguments.base)), unit(np.load(arguments.queries))
+    lengths = LENGTHS ** np.random.default_rng(1).random((len(base), 1), dtype=np.float32)
+    unit_data, long_data = Data.of(base, queries), Data.of(base * lengths, queries)
     rows = []
     for bits in BITS:
-        rows.append(kinds(base, queries, bits))
+        rows.append(kinds(unit_data, long_data, bits))
         print(rows[-1], flush=True)
     if arguments.json:
         document = {
@@ -107,7 +118,7 @@ def main() -> None:
             "queries": len(queries),
             "k": K,
             "lengths": LENGTHS,
-            "sample": len(sample(base)),
+            "sample": SAMPLE,
             "rows": rows,
         }
         text = json.dumps(document, indent=2) + "\n"

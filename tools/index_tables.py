@@ -76,11 +76,10 @@ def vector_kinds_table(results: dict[str, Any]) -> str:
             table_row([f"{row['bits']:g}", *(f"{row[name]:.3f}" for name in kinds.values())])
         )
     vectors, dim = results["vectors"]
-    gains = [
-        f"{min(own):.1f} to {max(own):.1f} times at {batch}"
-        for batch in results["rows"][0]["speedups"]
-        for own in [[row["speedups"][batch] for row in results["rows"]]]
-    ]
+    gains = []
+    for batch in results["rows"][0]["speedups"]:
+        own = [row["speedups"][batch] for row in results["rows"]]
+        gains.append(f"{min(own):.1f} to {max(own):.1f} times at {batch}")
     note = (
         f"How many of the ten nearest are among the ten found: {vectors:,} vectors of {dim} "
         f"coordinates, {results['queries']:,} queries; {results['sample']:,} vectors to calibrate "

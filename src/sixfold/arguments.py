@@ -244,16 +244,23 @@ def rows(name: str, value: Any, count: int) -> Tensor:
     return numbers.remainder(count) if count else numbers
 
 
+def plain_floats(x: Any) -> bool:
+    """Whether `floating` accepts it without a second look, as nearly always: asked in every step.
+
+    Nobody asks while tracing: tensors have no memory there.
+    """
+    plain = type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided
+    return plain and not x.is_nested and x.data_ptr() != 0
+
+
 def floating(name: str, x: Any) -> None:
     """Refuse what is no dense tensor of numbers with fractions.
 
     Raises:
         SixfoldError: It is not dense, or not of float16, bfloat16, float32 or float64.
     """
-    # A decode step asks this of three tensors a layer: of plain ones, in one breath.
-    if type(x) is Tensor and x.dtype in FLOATS and not torch.compiler.is_compiling():
-        if x.layout is torch.strided and not x.is_nested and x.data_ptr():
-            return
+    if not torch.compiler.is_compiling() and plain_floats(x):
+        return
     dense(name, x)
     if x.dtype not in FLOATS:
         raise SixfoldError(

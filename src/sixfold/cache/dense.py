@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, floating
+from sixfold.arguments import floating, plain_floats
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 
@@ -20,9 +20,7 @@ def check_tokens(keys: Any, values: Any) -> None:
         ShapeError: They are not [batch, kv_heads, tokens, dim], alike but for `dim`.
     """
     for name, x in (("keys", keys), ("values", values)):
-        # What `floating` asks first, and nearly always all there is to ask.
-        plain = type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided
-        if not plain or x.is_nested or not x.data_ptr():
+        if not plain_floats(x):
             floating(name, x)
     shape, other = keys.shape, values.shape
     if len(shape) != 4 or len(other) != 4 or shape[:2] != other[:2]:

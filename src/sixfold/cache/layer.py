@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sixfold.arguments import FLOATS, float_dtype, floating, shown, whole
 from sixfold.arguments import device as checked_device
+from sixfold.arguments import float_dtype, floating, plain_floats, shown, whole
 from sixfold.arguments import rows as checked_rows
 from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
 from sixfold.cache.code import Code, MakeCode, page_code
@@ -495,9 +495,7 @@ def _check_query(query: Any, keys: Tensor, held: int) -> None:
         ShapeError: It is for another batch, other heads or more tokens.
     """
     batch, heads, _, dim = keys.shape
-    # What `floating` asks first, and nearly always all there is to ask.
-    plain = type(query) is Tensor and query.dtype in FLOATS and query.layout is torch.strided
-    if not plain or query.is_nested or not query.data_ptr():
+    if not plain_floats(query):
         floating("query", query)
     shape = query.shape
     fits = len(shape) == 4 and shape[0] == batch and shape[3] == dim

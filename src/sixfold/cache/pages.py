@@ -166,6 +166,12 @@ class PagedHistory:
         self.tokens = firsts[-1]
         self.parts = tuple(run.pages(first) for run, first in zip(self._runs, firsts, strict=False))
 
+    def __copy__(self) -> "PagedHistory":
+        # On the same runs, whose parts need not be made again.
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies of runs have pages of their own, and parts name those.
         return {name: x for name, x in self.__dict__.items() if name not in ("parts", "tokens")}

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -14,8 +14,6 @@ from sixfold.cache.coder import Coder
 from sixfold.codebooks import expected_mse
 from sixfold.hadamard import hadamard_factor
 from sixfold.kernels.rotate import rotate
-
-T = TypeVar("T")
 
 CPU = torch.device("cpu")
 BITS = (1, 2, 3, 4, 8)
@@ -164,7 +162,7 @@ class VectorCode:
     def unlike(self, x: Float32[Tensor, "n dim"]) -> str | None:
         """Why vectors, in the basis, are coded worse than without it; None where they are not."""
         energy = _directions(x).square().sum(0)
-        plain = _lost(energy, (Group(self.dim, self.bits),))
+        plain = _lost(energy, self.plain(self.dim, self.bits, self.seed).groups)
         if WORTH * _lost(energy, self.groups) <= plain:
             return None
         return (
@@ -188,13 +186,6 @@ def coded_dim(dim: int) -> int:
     while dim > MOST_DENSE and hadamard_factor(dim) is None:
         dim += 1
     return dim
-
-
-def numbered(name: str, each: Sequence[T]) -> dict[str, T]:
-    """Members by the names that files give those of groups: one alone has no number."""
-    if len(each) == 1:
-        return {name: each[0]}
-    return {f"{name}.{number}": x for number, x in enumerate(each)}
 
 
 def _directions(x: Float32[Tensor, "n dim"]) -> Float64[Tensor, "some dim"]:
@@ -243,7 +234,7 @@ def _by_variance(variances: Float64[Tensor, " dim"], budget: int) -> tuple[Group
         best = None
         for i, before in enumerate(chosen):
             for bits in BITS:
-                # The next of a run of equals only where it is the first: bits never rise.
+                # Bits never rise from a block to the next.
                 if bits <= before or (i > 0 and bits > chosen[i - 1]):
                     continue
                 cost = (bits - before) * widths[i]

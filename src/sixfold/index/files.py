@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sixfold.arguments import MOST_SEED
 from sixfold.errors import FormatError
-from sixfold.index.code import BASIS_STEPS, BITS, MOST_DIM, MOST_FITTED, Group, VectorCode, numbered
+from sixfold.index.code import BASIS_STEPS, BITS, MOST_DIM, MOST_FITTED, Group, VectorCode
 from sixfold.index.ids import objects, repeated
 from sixfold.index.metric import Metric, offset_dtype
 from sixfold.index.rows import MOST_SUM
@@ -26,22 +26,21 @@ KIND = "index"
 ORTHONORMAL = 1e-5
 # The square of twice the longest vector, and some.
 MOST_OFFSET = 1e37
-Kind = tuple[int, int, Metric, int]
+T = TypeVar("T")
 
 
-def save_index(path: str | os.PathLike[str], kind: Kind, state: State) -> None:
+def save_index(path: str | os.PathLike[str], state: State) -> None:
     """Write everything; see `Index.save`."""
-    dim, bits, metric, seed = kind
     code = state.code
     tensors: dict[str, Tensor] = {} if code.basis is None else {"basis": code.basis}
     for number, segment in enumerate(state.segments):
         held = _tensors(segment, bool(state.strings))
         tensors |= {f"segments.{number}.{name}": x for name, x in held.items()}
     description = {
-        "dim": dim,
-        "bits": bits,
-        "metric": metric,
-        "seed": seed,
+        "dim": code.dim,
+        "bits": code.bits,
+        "metric": state.metric,
+        "seed": code.seed,
         "next_id": state.next_id,
         "strings": state.strings,
         "groups": None if code.basis is None else [list(group) for group in code.groups],
@@ -55,8 +54,8 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     pages = segment.pages
     held = {
         "mean": segment.mean,
-        **numbered("codes", [x[:pages] for x in segment.codes]),
-        **numbered("scales", [x[:pages] for x in segment.scales]),
+        **_numbered("codes", [x[:pages] for x in segment.codes]),
+        **_numbered("scales", [x[:pages] for x in segment.scales]),
         "offsets": segment.offsets[:pages],
         "allowed": torch.from_numpy(segment.allowed[:pages].view(np.uint8).copy()),
     }
@@ -71,29 +70,27 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     return held | {"ids": torch.from_numpy(letters), "ids_end": torch.from_numpy(ends)}
 
 
-def load_index(path: str | os.PathLike[str], mmap: bool) -> tuple[Kind, State]:
+def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
     """Check a file, then read it; see `Index.load`."""
     with open_container(path, KIND) as container:
         described = container.description
         try:
-            kind, used = _kind(described), _used(described)
-            groups = described["groups"]
-            code = _code(kind, groups)
+            code, metric, used = _code(described), _metric(described), _used(described)
             strings = described["strings"]
             _check_numbers(described, used)
-            expected = _expected(
-                kind, code, groups is not None, used, bool(strings), container.specs
-            )
+            expected = _expected(code, metric, used, bool(strings), container.specs)
+            if described["groups"] is not None:
+                expected["basis"] = TensorSpec((code.dim, code.dim), "F64")
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
         container.expect(expected)
-        tensors = container.read(_is_codes if mmap else lambda _: False)
+        tensors = container.read(lambda name: mmap and ".codes" in name)
     try:
         code = _with_basis(code, tensors.get("basis"))
         segments = tuple(
             _segment(
                 code,
-                kind,
+                metric,
                 count,
                 bool(strings),
                 _part(tensors, number),
@@ -104,26 +101,31 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> tuple[Kind, State]:
         _check_ids(segments, described["next_id"])
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
-    state = State(code, kind[2], segments, None, None, described["next_id"], strings)
+    state = State(code, metric, segments, None, None, described["next_id"], strings)
     # What is mapped is not written to: whatever is added is added to a copy.
-    return kind, state.closed() if mmap else state
+    return state.closed() if mmap else state
 
 
-def _is_codes(name: str) -> bool:
-    return ".codes" in name
+def _metric(described: Mapping[str, Any]) -> Metric:
+    metric = described["metric"]
+    if metric not in get_args(Metric):
+        raise ValueError(f"the metric is {metric!r}")
+    found: Metric = metric
+    return found
 
 
-def _kind(described: Mapping[str, Any]) -> Kind:
-    dim, bits, metric, seed = (described[name] for name in ("dim", "bits", "metric", "seed"))
+def _code(described: Mapping[str, Any]) -> VectorCode:
+    """The code without its basis."""
+    dim, bits, seed, groups = (described[name] for name in ("dim", "bits", "seed", "groups"))
     if type(dim) is not int or not 1 <= dim <= MOST_DIM:
         raise ValueError(f"dim is {dim!r}")
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits are {bits!r}")
-    if metric not in get_args(Metric):
-        raise ValueError(f"the metric is {metric!r}")
     if type(seed) is not int or not 0 <= seed < MOST_SEED:
         raise ValueError(f"the seed is {seed!r}")
-    return dim, bits, metric, seed
+    if groups is None:
+        return VectorCode.plain(dim, bits, seed)
+    return VectorCode(dim, bits, seed, _groups(dim, groups))
 
 
 def _used(described: Mapping[str, Any]) -> list[int]:
@@ -147,21 +149,20 @@ def _check_numbers(described: Mapping[str, Any], used: Sequence[int]) -> None:
 
 
 def _expected(
-    kind: Kind,
     code: VectorCode,
-    calibrated: bool,
+    metric: Metric,
     used: Sequence[int],
     strings: bool,
     found: Mapping[str, TensorSpec],
 ) -> dict[str, TensorSpec]:
-    dim, metric = kind[0], kind[2]
-    specs = {"basis": TensorSpec((dim, dim), "F64")} if calibrated else {}
+    dim = code.dim
+    specs: dict[str, TensorSpec] = {}
     for number, count in enumerate(used):
         pages = -(-count // PAGE_TOKENS)
         own = {
             "mean": TensorSpec((dim,), "F32"),
-            **numbered("codes", [TensorSpec((pages, x.page_bytes), "U8") for x in code.coders]),
-            **numbered("scales", [TensorSpec((pages, PAGE_TOKENS), "F16") for _ in code.coders]),
+            **_numbered("codes", [TensorSpec((pages, x.page_bytes), "U8") for x in code.coders]),
+            **_numbered("scales", [TensorSpec((pages, PAGE_TOKENS), "F16") for _ in code.coders]),
             "offsets": TensorSpec((pages, PAGE_TOKENS), DTYPE_NAMES[offset_dtype(metric)]),
             "allowed": TensorSpec((8 * pages,), "U8"),
             "ids": TensorSpec((count,), "I64"),
@@ -176,11 +177,7 @@ def _expected(
     return specs
 
 
-def _code(kind: Kind, groups: Any) -> VectorCode:
-    """The code without its basis."""
-    dim, bits, _, seed = kind
-    if groups is None:
-        return VectorCode.plain(dim, bits, seed)
+def _groups(dim: int, groups: Any) -> tuple[Group, ...]:
     if not isinstance(groups, list) or not all(
         isinstance(x, list) and len(x) == 2 and type(x[0]) is type(x[1]) is int for x in groups
     ):
@@ -192,7 +189,7 @@ def _code(kind: Kind, groups: Any) -> VectorCode:
         raise ValueError(f"groups are {groups!r}")
     if dim > MOST_FITTED:
         raise ValueError("it has groups of too many coordinates")
-    return VectorCode(dim, bits, seed, found)
+    return found
 
 
 def _with_basis(code: VectorCode, basis: Tensor | None) -> VectorCode:
@@ -206,6 +203,13 @@ def _with_basis(code: VectorCode, basis: Tensor | None) -> VectorCode:
     return dataclasses.replace(code, basis=basis)
 
 
+def _numbered(name: str, each: Sequence[T]) -> dict[str, T]:
+    """Members by the names that files give those of groups: one alone has no number."""
+    if len(each) == 1:
+        return {name: each[0]}
+    return {f"{name}.{number}": x for number, x in enumerate(each)}
+
+
 def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     prefix = f"segments.{number}."
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -213,7 +217,7 @@ def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 def _segment(
     code: VectorCode,
-    kind: Kind,
+    metric: Metric,
     used: int,
     strings: bool,
     held: Mapping[str, Tensor],
@@ -221,7 +225,7 @@ def _segment(
 ) -> Segment:
     pages = len(held["offsets"])
     codes, scales = (
-        tuple(held[key] for key in numbered(name, code.coders)) for name in ("codes", "scales")
+        tuple(held[key] for key in _numbered(name, code.coders)) for name in ("codes", "scales")
     )
     allowed = held["allowed"].numpy().view("<u8")
     last = used - PAGE_TOKENS * (pages - 1)
@@ -233,10 +237,10 @@ def _segment(
     most = LEARNED if raw is None else min(2 * fitted, LEARNED)
     if (raw is None) != (fitted == LEARNED) or (raw is not None and used >= most):
         raise ValueError("a mean is fitted to another number of vectors")
-    _check_vectors("mean", held["mean"][None], kind)
+    _check_vectors("mean", held["mean"][None], metric)
     _check_bounded("offsets", held["offsets"], MOST_OFFSET)
     if raw is not None:
-        _check_vectors("raw", raw, kind)
+        _check_vectors("raw", raw, metric)
     for x in map(decode_scale, scales):
         if not bool(((x >= 0) & x.isfinite()).all()):
             raise ValueError("scales are not finite, or negative")
@@ -244,7 +248,7 @@ def _segment(
     ids[:used] = _texts(held["ids"], held["ids_end"]) if strings else held["ids"].numpy()
     return Segment(
         code,
-        kind[2],
+        metric,
         held["mean"],
         codes,
         scales,
@@ -278,10 +282,10 @@ def _check_ids(segments: Sequence[Segment], next_id: int) -> None:
         raise ValueError("ids that are in use would be given again")
 
 
-def _check_vectors(name: str, x: Tensor, kind: Kind) -> None:
+def _check_vectors(name: str, x: Tensor, metric: Metric) -> None:
     """What `Rows` let in, and `prepared` made of it."""
     # By length, which is the same in any basis.
-    most = 1.0 if kind[2] == "cosine" else MOST_SUM / kind[0] ** 0.5
+    most = 1.0 if metric == "cosine" else MOST_SUM / x.shape[1] ** 0.5
     _check_bounded(name, torch.linalg.vector_norm(x.double(), dim=1), 1.01 * most)
 
 

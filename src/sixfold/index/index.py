@@ -17,22 +17,16 @@ from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, NOTICED, VectorCode
 from sixfold.index.files import load_index, save_index
 from sixfold.index.ids import Ids, IdTable, checked_filter, checked_ids, missing, repeated
-from sixfold.index.metric import Metric, prepared
-from sixfold.index.refine import Originals, candidates, refined
-from sixfold.index.refine import source as source_of
+from sixfold.index.metric import Metric
+from sixfold.index.refine import Originals, candidates, reader, refined
 from sixfold.index.rows import Rows
+from sixfold.index.sample import SAMPLE, calibration_sample
 from sixfold.index.segment import bitmap
 from sixfold.index.state import PLACES, State
 from sixfold.kernels._autocast import outside_autocast, outside_inference_mode
 
 # Queries that are searched for at a time.
 QUERY_BLOCK = 1024
-# Vectors, from all over those that are added, that a mean is estimated from.
-SAMPLE = 8192
-# Fewer say nothing of directions.
-LEAST_SAMPLE = 256
-# Of a mean, in units of what vectors differ by: float32 has seven digits.
-FARTHEST = 1e5
 MOST_FOUND = 2**24
 
 
@@ -129,9 +123,7 @@ class Index:
 
     def __copy__(self) -> "Index":
         """An index of its own with the same vectors, whose memory is shared until it is changed."""
-        twin = type(self)(self.dim, self.bits, self.metric, seed=self.seed)
-        twin._state = self._state.closed()
-        return twin
+        return self._of(self._state.closed())
 
     def __deepcopy__(self, memo: Any) -> "Index":
         return self.__copy__()
@@ -175,21 +167,9 @@ class Index:
             SixfoldError: They are too few, not finite, or much farther from 0 than from each other;
                 the index holds vectors already, or more than 8,192 coordinates a vector.
         """
-        source = Rows("sample", sample, self.dim)
         if self.dim > MOST_FITTED:
             raise SixfoldError(f"calibrate takes at most {MOST_FITTED} coordinates, got {self.dim}")
-        if len(source) < LEAST_SAMPLE:
-            raise SixfoldError(
-                f"sample: expected at least {LEAST_SAMPLE} vectors, got {len(source)}: without "
-                "calibrate an index needs none"
-            )
-        source.check_finite(self.metric)
-        rows = _different(prepared(source.sample(SAMPLE), self.metric))
-        if len(rows) < LEAST_SAMPLE:
-            raise SixfoldError(
-                f"sample: expected at least {LEAST_SAMPLE} different vectors, got {len(rows)}"
-            )
-        _check_near(rows)
+        rows = calibration_sample(sample, self.dim, self.metric)
         code = VectorCode.fitted(rows, self.bits, self.seed)
         with self._alone():
             if self._state.live:
@@ -297,24 +277,21 @@ class Index:
             OutOfRangeError: `refine` has no row for an id that was found.
         """
         k = whole("k", k, 1, MOST_FOUND)
-        read = None if refine is None else source_of(refine, self.dim)
+        read = None if refine is None else reader(refine, self.dim)
         source = Rows("queries", queries, self.dim)
         asked = source.everything(self.metric)
         state, allowed = self._state, None
-        wanted = k if read is None else max(k, min(candidates(k, self.bits), state.live))
         if filter is not None:
             members = checked_filter(filter)
             with self._alone():
                 state, slots = self._state, self._slots(members)
             allowed = _bitmaps(state, slots[slots >= 0])
-        found = [
+        wanted = k if read is None else max(k, min(candidates(k, self.bits), state.live))
+        found = []
+        for rows in asked.split(QUERY_BLOCK):
             # In float64, where sums do not depend on how many queries there are.
-            _search(state, state.prepared(rows.double()), wanted, allowed)
-            for rows in asked.split(QUERY_BLOCK)
-        ]
-        if read is not None:
-            blocks = zip(asked.split(QUERY_BLOCK), found, strict=True)
-            found = [refined(rows, *own, k, read, self.metric) for rows, own in blocks]
+            own = _search(state, state.prepared(rows.double()), wanted, allowed)
+            found.append(own if read is None else refined(rows, *own, k, read, self.metric))
         if len(found) == 1 and not source.single:
             return Neighbors(*found[0])
         scores = np.concatenate([more for more, _ in found])
@@ -350,7 +327,7 @@ class Index:
         """
         # Nobody adds meanwhile: the memory of the last page is the same.
         with self._alone():
-            save_index(path, (self.dim, self.bits, self.metric, self.seed), self._state)
+            save_index(path, self._state)
 
     @classmethod
     @outside_inference_mode
@@ -367,8 +344,12 @@ class Index:
             FormatError: The file holds no index, or is damaged.
             OSError: It cannot be read.
         """
-        (dim, bits, metric, seed), state = load_index(path, flag("mmap", mmap))
-        index = cls(dim, bits, metric, seed=seed)
+        return cls._of(load_index(path, flag("mmap", mmap)))
+
+    @classmethod
+    def _of(cls, state: State) -> Self:
+        code = state.code
+        index = cls(code.dim, code.bits, state.metric, seed=code.seed)
         index._state = state
         return index
 
@@ -478,27 +459,6 @@ def _search(
     # Those that were added first come first among equals.
     order = np.argsort(-scores, 1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-
-
-def _different(x: Tensor) -> Tensor:
-    """The first of equal vectors, in order."""
-    first = np.unique(x.numpy(), axis=0, return_index=True)[1]
-    return x[torch.from_numpy(np.sort(first))]
-
-
-def _check_near(x: Tensor) -> None:
-    """Refuse vectors of which a basis of float32 would leave little but what they share.
-
-    Raises:
-        SixfoldError: They are such.
-    """
-    mean = x.double().mean(0)
-    spread = float((x - mean).square().mean().sqrt())
-    if float(mean.abs().max()) > FARTHEST * spread:
-        raise SixfoldError(
-            "sample: a coordinate's mean is more than 100,000 times as large as vectors differ: "
-            "subtract the mean of the vectors, from queries too, or drop that coordinate"
-        )
 
 
 def _bitmaps(state: State, slots: np.ndarray) -> list[np.ndarray]:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from sixfold.arguments import shown
 from sixfold.errors import OutOfRangeError, SixfoldError
 from sixfold.index.ids import Ids
 from sixfold.index.metric import Metric, prepared
@@ -30,7 +29,7 @@ def candidates(k: int, bits: int) -> int:
     return CANDIDATES[bits] * k + MORE
 
 
-def source(originals: Originals, dim: int) -> Callable[[Ids], Tensor]:
+def reader(originals: Originals, dim: int) -> Callable[[Ids], Tensor]:
     """A function from ids to their vectors, float32, checked.
 
     Raises:
@@ -61,10 +60,8 @@ def source(originals: Originals, dim: int) -> Callable[[Ids], Tensor]:
 def _given(vectors: Any, ids: Ids, dim: int) -> Tensor:
     rows = Rows("refine", vectors, dim)
     if len(rows) != len(ids):
-        raise SixfoldError(
-            f"refine: expected a vector for each of {len(ids)} ids, got {shown(len(rows))}"
-        )
-    return rows.at(np.arange(len(ids)))
+        raise SixfoldError(f"refine: expected a vector for each of {len(ids)} ids, got {len(rows)}")
+    return rows.at(slice(None))
 
 
 def refined(
@@ -76,38 +73,34 @@ def refined(
     metric: Metric,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` best by exact scores, of those found; where scores are -inf there was nothing."""
-    step = max(1, NUMBERS // max(scores.shape[1] * queries.shape[1], 1))
-    found = [
-        _ranked(own, scores[start : start + step], ids[start : start + step], k, read, metric)
-        for start, own in zip(
-            range(0, max(len(queries), 1), step), queries.split(step), strict=True
-        )
-    ]
-    return np.concatenate([x for x, _ in found]), np.concatenate([x for _, x in found])
-
-
-def _ranked(
-    queries: Float32[Tensor, "nq dim"],
-    scores: np.ndarray,
-    ids: np.ndarray,
-    k: int,
-    read: Callable[[Ids], Tensor],
-    metric: Metric,
-) -> tuple[np.ndarray, np.ndarray]:
-    there = scores > -np.inf
     asked, exact = prepared(queries.double(), metric), np.full(ids.shape, -np.inf)
-    if there.any():
-        every, places = np.unique(ids[there], return_inverse=True)
-        own = prepared(read(every).double(), metric)
-        pairs = (torch.from_numpy(np.nonzero(there)[0]), torch.from_numpy(places))
-        step = max(1, NUMBERS // own.shape[1])
-        each = zip(*(x.split(step) for x in pairs), strict=True)
-        found = [_scores(asked[query], own[place], metric) for query, place in each]
-        exact[there] = torch.cat(found).numpy()
+    step = max(1, NUMBERS // (ids.shape[1] * queries.shape[1]))
+    for start in range(0, len(ids), step):
+        some = slice(start, start + step)
+        there = scores[some] > -np.inf
+        if there.any():
+            exact[some][there] = _exact(asked[some], ids[some], there, read, metric)
     # Of equal ones those that were found first come first.
     order = np.argsort(-exact, 1, kind="stable")[:, :k]
     best = np.take_along_axis(exact, order, 1).astype(np.float32)
     return best, np.take_along_axis(ids, order, 1)
+
+
+def _exact(
+    queries: Float64[Tensor, "nq dim"],
+    ids: np.ndarray,
+    there: np.ndarray,
+    read: Callable[[Ids], Tensor],
+    metric: Metric,
+) -> np.ndarray:
+    """Scores of the pairs that are there, in order; each vector is read once."""
+    every, places = np.unique(ids[there], return_inverse=True)
+    vectors = prepared(read(every).double(), metric)
+    pairs = torch.from_numpy(np.nonzero(there)[0]), torch.from_numpy(places)
+    # Of one query there may be any number.
+    each = zip(*(x.split(max(1, NUMBERS // vectors.shape[1])) for x in pairs), strict=True)
+    found = [_scores(queries[query], vectors[place], metric) for query, place in each]
+    return torch.cat(found).numpy()
 
 
 def _scores(

@@ -59,7 +59,7 @@ class Rows:
             part = slice(start, start + BLOCK)
             yield self._floats(self._given[part]), ids[part]
 
-    def at(self, numbers: np.ndarray) -> Tensor:
+    def at(self, numbers: np.ndarray | slice) -> Tensor:
         """These vectors.
 
         Raises:

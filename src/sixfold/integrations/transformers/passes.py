@@ -105,6 +105,7 @@ class ForwardPass:
         Raises:
             SixfoldError: Layers differ in what they have seen.
         """
+        # In most steps there is nothing to settle.
         if self.lent or self.unfinished:
             self._settle(layers)
         if index not in self.growing:
