@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.eval.timing import Contender
-from sixfold.kernels.attention import page_attention
+from sixfold.kernels._dispatch import implementation
 from sixfold.kernels.encode import Scale, encode, store_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
@@ -121,7 +121,8 @@ def attend(query: Tensor, paged: Paged, code: Code) -> Tensor:
     dim, device = query.shape[-1], query.device
     keys, values = codings(dim, code, device)
     mapped = rotate(query * dim**-0.5, keys.turns, keys.factor)
-    part = page_attention(mapped, paged.pages, keys, values, paged.first_token)
+    on_pages = implementation("attention", device).page_attention
+    part = on_pages(mapped, paged.pages, keys, values, paged.first_token)
     return rotate(part.out, values.turns, values.factor, inverse=True)
 
 

@@ -17,8 +17,8 @@ from sixfold.cache.code import Code, PageCode, page_code
 from sixfold.cache.policy import CachePolicy
 from sixfold.kernels._narrow import narrow
 from sixfold.kernels.attention import dense_attention, merge_partials, with_sinks
+from sixfold.kernels.attention.parts import visible_tokens
 from sixfold.kernels.attention.reference import page_positions
-from sixfold.kernels.cached_attention.reference import visible_tokens
 from sixfold.kernels.types import KeyMap, Pages, Past, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 

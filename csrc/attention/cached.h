@@ -1,4 +1,4 @@
-// Attention over all a compressed layer holds (src/sixfold/kernels/cached_attention/README.md).
+// Attention over all a compressed layer holds (src/sixfold/kernels/attention/README.md).
 //
 // | tensor              | type             | shape                                  |
 // | ------------------- | ---------------- | -------------------------------------- |

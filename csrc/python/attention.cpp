@@ -106,7 +106,7 @@ void page_attention(const PageShape& shape, Address query, const Pages& pages,
 // batch, heads, kv_heads, queries, dtype, sliding window.
 using LayerShape = std::tuple<Count, Count, Count, Count, int, Count>;
 
-void cached_attention(const LayerShape& shape, Address query, Address out,
+void layer_attention(const LayerShape& shape, Address query, Address out,
                       const std::vector<Tokens>& tokens, const std::vector<Pages>& pages,
                       const Side& keys, const Side& values, const KeyMap& key_map,
                       Address position, Address start, float scaling, const MaskGroup& mask,
@@ -153,7 +153,7 @@ CodecKey codec_of(const PageCode& code) {
 
 void bind_attention(nb::module_& m) {
     m.def("page_attention", page_attention);
-    m.def("cached_attention", cached_attention);
+    m.def("attention", layer_attention);
 }
 
 }  // namespace sixfold

@@ -19,7 +19,7 @@ from sixfold import TurboQuantCache
 from sixfold.cache import code
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.integrations.transformers.keyword import cache_argument
-from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.attention import attention
 from sixfold.kernels.types import Past
 from tests.e2e.decoding import (
     PROMPTS,
@@ -217,13 +217,12 @@ def test_absolute_logits_are_kept(
     data = batch(steps=12)
     assert absolute_error(name, data, **options) < 0.03
 
-    def without_offset(*args: Any, **kwargs: Any) -> Tensor:
-        query, tokens, past, *codings = args
+    def without_offset(query: Tensor, tokens: Any, past: Past, *rest: Any) -> Tensor:
         zero = past.key_map._replace(mean=torch.zeros_like(past.key_map.mean))
         centred = Past.of(past.pages, zero, past.start, past.kept)
-        return cached_attention(query, tokens, centred, *codings, **kwargs)
+        return attention(query, tokens, centred, *rest)
 
-    monkeypatch.setattr(code, "cached_attention", without_offset)
+    monkeypatch.setattr(code, "attention", without_offset)
     assert absolute_error(name, data, **options) > 0.1
 
 

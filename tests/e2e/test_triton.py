@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold import TurboQuantCache
-from sixfold.kernels.cached_attention import triton as layers
+from sixfold.kernels.attention import triton as layers
 from sixfold.kernels.encode import triton as encoding
 from tests.e2e.models import ARCHITECTURES, tiny_model
 from tests.e2e.test_architectures import NO_WINDOWS, SHORT, check_decoding
@@ -24,7 +24,7 @@ FAST = ("mistral",)
 )
 def test_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"attend": 0, "store": 0}
-    attend, store = layers.cached_attention, encoding.store_pages
+    attend, store = layers.attention, encoding.store_pages
 
     def attending(*arguments: object, **options: object) -> object:
         calls["attend"] += 1
@@ -35,7 +35,7 @@ def test_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         store(*arguments)
 
     monkeypatch.setenv("SIXFOLD_BACKEND", "triton")
-    monkeypatch.setattr(layers, "cached_attention", attending)
+    monkeypatch.setattr(layers, "attention", attending)
     monkeypatch.setattr(encoding, "store_pages", storing)
     check_decoding(name, TurboQuantCache.for_model(tiny_model(name), bits=8, **NO_WINDOWS), SHORT)
     fused = set(ARCHITECTURES[name].compressed) - set(ARCHITECTURES[name].dequantized)

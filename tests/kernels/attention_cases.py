@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sixfold.codebooks import centroids
-from sixfold.kernels.attention import Partial, page_attention
+from sixfold.kernels import attention
+from sixfold.kernels.attention import Partial
 from sixfold.kernels.types import CodeName, Coding, Pages, Pool
 from sixfold.packing import (
     BITS,
@@ -92,6 +93,13 @@ def random_paths(
     rows = (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     dense = book.double()[states] * scales.double()[..., None]
     return Side(to_pages(rows, size, 8, layout), scales, book, dense, bits, "trellis")
+
+
+def page_attention(query: Tensor, *args: Any, **options: Any) -> Partial:
+    """What the backend in use does with pages (`sixfold.kernels.attention.parts.PageAttention`)."""
+    kernel = attention.implementation("attention", query.device)
+    part: Partial = kernel.page_attention(query, *args, **options)
+    return part
 
 
 @dataclasses.dataclass

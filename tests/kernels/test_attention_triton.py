@@ -155,13 +155,6 @@ def test_codewords_are_halved_once(bits: Bits) -> None:
     assert torch.equal(halved[2], (2 * book).half())
 
 
-def test_gradients_come_from_the_reference() -> None:
-    case = make_case()
-    case.query.requires_grad_()
-    case.run().out.sum().backward()
-    assert case.query.grad is not None
-
-
 def test_wrong_pages_are_refused() -> None:
     case = make_case()
     case.values.bits = 3

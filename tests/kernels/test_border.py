@@ -22,7 +22,7 @@ SHAPE = Shape(batch=1)
 
 @pytest.fixture(autouse=True, params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in available_backends("cached_attention"):
+    if request.param not in available_backends("attention"):
         pytest.skip(f"no {request.param} backend")
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")

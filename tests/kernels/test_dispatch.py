@@ -44,7 +44,7 @@ def name(module: ModuleType) -> str:
 
 @pytest.mark.parametrize(
     "operation",
-    ["rotate", "encode", "decode", "scores", "trellis", "attention", "cached_attention"],
+    ["rotate", "encode", "decode", "scores", "trellis", "attention"],
 )
 def test_every_operation_has_a_reference(operation: str) -> None:
     assert available_backends(operation)[0] == "reference"

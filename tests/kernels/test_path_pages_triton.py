@@ -17,7 +17,7 @@ from sixfold.kernels.encode import reference as encode_reference
 from sixfold.kernels.types import Coding, KeyMap, Pool, Scale
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, to_pages
 from tests.kernels.path_cases import SHAPES, case_of, coding_of, pages_of
-from tests.kernels.test_cached_attention_triton import NoKernel
+from tests.kernels.test_attention_layers_triton import NoKernel
 from tests.kernels.test_vectors_triton import DEVICE, moved, on_cpu, on_device
 from tests.kernels.vector_cases import (
     DTYPES,

@@ -9,7 +9,7 @@ from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.errors import SixfoldError
 from tests.vectors import gaussian
 
-pytest.importorskip("sixfold.kernels.cached_attention.cpu")
+pytest.importorskip("sixfold.kernels.attention.cpu")
 
 
 @pytest.mark.parametrize("masked", [True, False])

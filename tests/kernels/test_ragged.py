@@ -12,14 +12,14 @@ from sixfold.codebooks import centroids
 from sixfold.errors import ShapeError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels._native import extension
-from sixfold.kernels.attention import page_attention
-from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.attention import attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
-from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Past, Pool, Tokens
+from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Past, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS, Bits, Layout, row_bytes
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords
+from tests.kernels.attention_cases import page_attention
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 4, 2, 32, 48
@@ -30,7 +30,7 @@ ISAS = [] if isinstance(_EXTENSION, str) else _EXTENSION.available_isas()
 BACKENDS = [
     "reference",
     *(f"cpu {isa}" for isa in ISAS),
-    # Interpreted: see test_cached_attention_triton.py for a batch that `make test` can wait for.
+    # Interpreted: see test_attention_layers_triton.py for a batch that `make test` can wait for.
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in available_backends("attention")
@@ -203,7 +203,8 @@ class Batch:
         known = {name: arguments.pop(name) for name in ("pages", "key_map", "start")}
         query, tokens = arguments.pop("query"), arguments.pop("tokens")
         past = arguments.pop("past", None) or self.past(**known)
-        return cached_attention(query, tokens, past, *self.codings, **arguments)
+        position = arguments.pop("position")
+        return attention(query, tokens, past, *self.codings, position, Softmax(**arguments))
 
     def past(self, **options: Any) -> Past:
         known = self.arguments | options

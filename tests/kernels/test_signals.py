@@ -13,16 +13,16 @@ from torch import Tensor
 
 from sixfold.codebooks import centroids
 from sixfold.kernels import _native, trellis
-from sixfold.kernels.attention import page_attention
-from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.attention import attention
 from sixfold.kernels.decode import decode, decode_pages
 from sixfold.kernels.encode import encode, encode_pages
 from sixfold.kernels.rotate import rotate
 from sixfold.kernels.scores import scores
-from sixfold.kernels.types import Coding, KeyMap, Pages, Past, Pool, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Pages, Past, Pool, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS, row_bytes
 from sixfold.rotation import Rotation
 from sixfold.trellis import codewords
+from tests.kernels.attention_cases import page_attention
 
 pytestmark = [
     pytest.mark.skipif(isinstance(_native.extension(), str), reason=str(_native.extension())),
@@ -104,14 +104,14 @@ def attend_layer(seed: int = 0, pages: int = PAGES) -> Tensor:
     none = torch.zeros(1, dtype=torch.int64)
     first = torch.tensor([pages * PAGE_TOKENS])
     recent = query(seed + 1)
-    return cached_attention(
+    return attention(
         query(seed),
         [Tokens(recent, recent, first, none, first + 8)],
         Past.of([held(pages)], KeyMap(torch.zeros(1, 1, DIM), torch.ones(1, 1, DIM)), none),
         CODING,
         CODING,
-        position=first,
-        scaling=0.1,
+        first,
+        Softmax(0.1),
     )
 
 
@@ -167,7 +167,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "encode_pages": encode_whole_pages,
     "decode_pages": decode_whole_pages,
     "page_attention": attend_pages,
-    "cached_attention": attend_layer,
+    "attention": attend_layer,
 }
 
 

@@ -24,7 +24,7 @@ from sixfold.kernels.rotate import triton as rotate_triton
 from sixfold.kernels.scores import triton as scores_triton
 from sixfold.kernels.types import CodeName, Coding, KeyMap, Pool
 from sixfold.packing import Bits
-from tests.kernels.test_cached_attention_triton import NoKernel
+from tests.kernels.test_attention_layers_triton import NoKernel
 from tests.kernels.vector_cases import (
     SLOTS,
     assert_same_codes,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sixfold.cache.coder import Coder, coders
 from sixfold.cache.policy import CachePolicy
-from sixfold.kernels.cached_attention import cached_attention
+from sixfold.kernels.attention import attention
 from sixfold.kernels.decode import decode_pages
 from sixfold.kernels.encode import store_pages
 from sixfold.kernels.types import Coding, KeyMap, Pages, Past, Pool, Softmax, Tokens
@@ -60,7 +60,7 @@ class Code(Protocol):
         position: Int64[Tensor, " batch"],
         softmax: Softmax,
     ) -> Float[Tensor, "batch heads queries value_dim"]:
-        """See `sixfold.kernels.cached_attention`."""
+        """See `sixfold.kernels.attention`."""
 
 
 MakeCode: TypeAlias = Callable[[CachePolicy, int, int], Code]
@@ -121,18 +121,8 @@ class PageCode:
         softmax: Softmax,
     ) -> Tensor:
         """See `Code.attend`: on the codes."""
-        out: Tensor = cached_attention(
-            query,
-            tokens,
-            past,
-            *self._codings(query.device),
-            position=position,
-            scaling=softmax.scaling,
-            mask=softmax.mask,
-            sliding_window=softmax.sliding_window,
-            softcap=softmax.softcap,
-            sink_logits=softmax.sink_logits,
-        )
+        codings = self._codings(query.device)
+        out: Tensor = attention(query, tokens, past, *codings, position, softmax)
         return out
 
 

@@ -26,7 +26,6 @@ OPERATIONS = (
     "nearest",
     "trellis",
     "attention",
-    "cached_attention",
 )
 
 NO_BACKEND = "not part of this install"
@@ -110,7 +109,7 @@ def slow_kernels(device: torch.device) -> str | None:
     backend = _FASTEST.get(device.type)
     reason: ModuleType | str = f"it has no kernels for {device.type} devices"
     if backend is not None:
-        reason = _load("cached_attention", backend)
+        reason = _load("attention", backend)
     if not isinstance(reason, str):
         return None
     return (

@@ -1,78 +1,96 @@
-"""Attention over compressed pages, over dense tokens, and the exact merge of the two."""
+"""Attention over all a compressed layer holds: pages of codes, and tokens in full precision."""
+
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sixfold.kernels._dispatch import implementation
-from sixfold.kernels._operation import checked_softcap, operation, plain
+from sixfold.kernels._groups import check_heads
+from sixfold.kernels._operation import (
+    checked_scaling,
+    checked_softcap,
+    operation,
+    plain,
+    plain_tokens,
+)
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials, null_partial
-from sixfold.kernels.types import Coding, Pages
+from sixfold.kernels.types import Coding, Past, Softmax, Tokens
 
 __all__ = [
     "Partial",
+    "attention",
     "dense_attention",
     "exact_attention",
     "merge_partials",
     "null_partial",
-    "page_attention",
     "with_sinks",
 ]
 
 
 @operation
-def page_attention(
-    query: Float32[Tensor, "batch heads queries key_dim"],
-    pages: Pages,
+def attention(
+    query: Float[Tensor, "batch heads queries key_dim"],
+    tokens: Sequence[Tokens],
+    past: Past,
     keys: Coding,
     values: Coding,
-    first_token: Int[Tensor, "batch queries"],
-    *,
-    logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
-    mask: Bool[Tensor, "#batch #heads queries kv"]
-    | Float[Tensor, "#batch #heads queries kv"]
-    | None = None,
-    softcap: float | None = None,
-) -> Partial:
-    """Attend with rotated queries on compressed keys and values, in the rotated domain.
+    position: Int64[Tensor, " batch"],
+    softmax: Softmax,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Softmax attention of consecutive queries over a layer's tokens, compressed and not.
 
-    The logit of query i and token j is ``⟨query_i, s_j·c[codes_j]⟩ + logit_offset_i``; softmax
-    scaling, equalization and the key rotation are already in `query`. Every token of a page comes
-    before every query, so causality needs no mask.
+    Sequences may differ in all that is held of them. Compressed keys k are held as
+    k' = (k - mean)·scale, coded in a rotated domain: the
+    query is mapped, scaled and rotated once, the values' part of the output rotated back once, and
+    no key or value is decoded. All parts are merged exactly by log-sum-exp.
 
     Args:
-        query: Rotated, scaled queries; `heads` is a multiple of the KV heads (GQA: consecutive
-            query heads share a key head).
-        pages: Where the codes are; sequences may differ in pages and in tokens.
-        keys: How the keys were coded.
-        values: How the values were coded.
-        first_token: Tokens at earlier positions are ignored (padding, sinks kept elsewhere,
-            tokens that left a sliding window).
-        logit_offset: q·μ of centred keys (docs/key_map.md), already scaled.
-        mask: True, or 0 and -inf added, where a token is attended; columns are positions.
-        softcap: Logits become ``softcap·tanh(logit/softcap)`` (Gemma 2), after the offset.
+        query: Queries as the model made them; `heads` is a multiple of `kv_heads` (GQA).
+        tokens: Uncompressed parts, of one dtype.
+        past: What is held beside them; every token in its pages comes before every query.
+        keys: How the keys in pages were coded.
+        values: How the values in pages were coded.
+        position: Position of each sequence's first query; the others follow.
+        softmax: What makes weights of logits.
 
     Raises:
         SixfoldError: `softcap` is not positive, or tensors do not fit each other.
 
     Returns:
-        The output in the *rotated* value domain, float32 [batch heads queries value_dim], and its
-        log-sum-exp [batch heads queries]; zero and -inf where no token is attended.
+        The output in the dtype of `query`; zero where no token is attended.
     """
+    if 0 in query.shape[:3]:
+        return query.new_zeros(*query.shape[:3], values.dim)
+    kv_heads = past.key_map.mean.shape[1]
+    if query.shape[1] % (kv_heads or 1):
+        check_heads(query.shape[1], kv_heads)
+    if not torch.compiler.is_compiling():
+        query, tokens = plain(query), plain_tokens(tokens)
+    softmax = _checked(softmax)
     kernel = implementation("attention", query.device)
-    if query.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _wants_gradient(query, tokens, past, softmax):
         # What others compute has no graph.
         kernel = reference
-    part: Partial = kernel.page_attention(
-        plain(query),
-        pages,
-        keys,
-        values,
-        first_token,
-        logit_offset=plain(logit_offset),
-        mask=plain(mask),
-        softcap=checked_softcap(softcap),
+    out: Tensor = kernel.attention(query, tokens, past, keys, values, position, softmax)
+    return out
+
+
+def _checked(softmax: Softmax) -> Softmax:
+    scaling, mask, sliding_window, softcap, sinks = softmax
+    return Softmax(
+        checked_scaling(scaling),
+        mask if mask is None else plain(mask),
+        sliding_window,
+        softcap if softcap is None else checked_softcap(softcap),
+        sinks if sinks is None else plain(sinks),
     )
-    return part
+
+
+def _wants_gradient(query: Tensor, tokens: Sequence[Tokens], past: Past, softmax: Softmax) -> bool:
+    parts = [x for part in (*past.kept, *tokens) for x in part[:2]]
+    given = (query, *parts, softmax.mask, softmax.sink_logits)
+    return any([x is not None and x.requires_grad for x in given])

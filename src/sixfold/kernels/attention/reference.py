@@ -1,17 +1,19 @@
-"""Plain PyTorch attention over compressed pages: the ground truth for every other backend."""
+"""Attention in plain PyTorch: the ground truth for every other backend."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int, UInt8
+from jaxtyping import Float16, Float32, Int, UInt8
 from torch import Tensor
 
 from sixfold.kernels._tables import check_pages
 from sixfold.kernels.attention.dense import apply_mask
 from sixfold.kernels.attention.merge import Partial
+from sixfold.kernels.attention.parts import attend_parts
 from sixfold.kernels.decode import expand_pages
-from sixfold.kernels.types import Coding, Pages
+from sixfold.kernels.types import Coding, Mask, Pages
 from sixfold.packing import PAGE_TOKENS, Layout
 
 TILE_VALUES = 1 << 19  # coordinates expanded at once: what bounds the memory of a decode step
@@ -34,12 +36,10 @@ def page_attention(
     first_token: Int[Tensor, "batch queries"],
     *,
     logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
-    mask: Bool[Tensor, "#batch #heads queries kv"]
-    | Float[Tensor, "#batch #heads queries kv"]
-    | None = None,
+    mask: Mask | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """See `sixfold.kernels.attention.page_attention`."""
+    """See `sixfold.kernels.attention.parts.PageAttention`."""
     batch, heads, n_queries, _ = query.shape
     pool, kv_heads = pages.pool, pages.pool.key_codes.shape[1]
     widest = max(keys.dim, values.dim)
@@ -68,6 +68,9 @@ def page_attention(
             state = _update(state, logits, dense)
         parts.append(_finish(state, heads))
     return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+
+
+attention = partial(attend_parts, page_attention)
 
 
 def _tiles(n_pages: int, values_per_token: int) -> Iterator[slice]:

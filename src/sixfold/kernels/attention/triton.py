@@ -1,12 +1,17 @@
-"""Attention over compressed pages on a GPU (kernels/_triton/attention.py)."""
+"""Attention on a GPU: the reference's steps, each on its own kernels.
+
+Pages (kernels/_triton/attention.py) and rotations, whose cost grows with the history or the model,
+are Triton's. What remains is small tensors, in PyTorch, without a host synchronisation, as the
+capture of a CUDA graph demands.
+"""
 
 import math
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
 import triton
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from sixfold.errors import ShapeError
@@ -16,7 +21,8 @@ from sixfold.kernels._triton.attention import attend_pages, merge_ranges
 from sixfold.kernels._triton.operators import operator
 from sixfold.kernels._triton.paths import WINDOWS
 from sixfold.kernels.attention.merge import Partial
-from sixfold.kernels.types import CodeName, Coding, Pages
+from sixfold.kernels.attention.parts import attend_parts
+from sixfold.kernels.types import CodeName, Coding, Mask, Pages
 from sixfold.packing import Bits, n_symbols, plane_bytes, planes
 from sixfold.trellis import PAGE_STATES, codewords
 
@@ -37,12 +43,10 @@ def page_attention(
     first_token: Int[Tensor, "batch queries"],
     *,
     logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
-    mask: Bool[Tensor, "#batch #heads queries kv"]
-    | Float[Tensor, "#batch #heads queries kv"]
-    | None = None,
+    mask: Mask | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """See `sixfold.kernels.attention.page_attention`."""
+    """See `sixfold.kernels.attention.parts.PageAttention`."""
     check_pages(pages)
     out, lse = _page_attention(
         query,
@@ -62,6 +66,9 @@ def page_attention(
         softcap,
     )
     return Partial(out, lse)
+
+
+attention = partial(attend_parts, page_attention)
 
 
 def _page_attention_shapes(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,15 @@ from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
-from sixfold.kernels.cached_attention import cached_attention
-from sixfold.kernels.types import CodeName, Past, Tokens
+from sixfold.kernels.attention import attention
+from sixfold.kernels.types import CodeName, Past, Softmax, Tokens
 from sixfold.packing import Bits
 from sixfold.trellis import PAGE_BITS
 from tests.layers import pages as layer_pages
 from tests.threads import on_threads
 
 pytestmark = pytest.mark.skipif(
-    "cpu" not in available_backends("cached_attention"), reason="no compiled extension"
+    "cpu" not in available_backends("attention"), reason="no compiled extension"
 )
 
 HEADS, KV_HEADS = 6, 2
@@ -82,13 +82,14 @@ class Held:
         window = Tokens(layer.window.keys, layer.window.values, first, prefix.end)
         arguments: dict[str, Any] = {
             "pages": layer.history.parts,
-            "position": torch.full_like(layer.padding, layer.held - query.shape[2]),
             "scaling": self.dims[0] ** -0.5,
             **options,
         }
+        position = torch.full_like(layer.padding, layer.held - query.shape[2])
+        position = arguments.pop("position", position)
         past = Past.of(arguments.pop("pages"), prefix.key_map, prefix.end, prefix.part)
         coding = [coder.coding(query.device) for coder in (layer.code.keys, layer.code.values)]
-        return cached_attention(query, [window], past, *coding, **arguments)
+        return attention(query, [window], past, *coding, position, Softmax(**arguments))
 
 
 def both(

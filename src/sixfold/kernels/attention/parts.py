@@ -1,25 +1,62 @@
-"""Attention over a compressed layer in plain PyTorch, part by part."""
+"""Attention over a compressed layer part by part: the parts' own, and the exact merge of them."""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from sixfold.kernels._narrow import narrow
 from sixfold.kernels._tables import check_map, check_positions, check_table
-from sixfold.kernels.attention import (
-    Partial,
-    dense_attention,
-    merge_partials,
-    page_attention,
-    with_sinks,
-)
+from sixfold.kernels.attention.dense import dense_attention, with_sinks
+from sixfold.kernels.attention.merge import Partial, merge_partials
 from sixfold.kernels.rotate import rotate
-from sixfold.kernels.types import Coding, KeyMap, Past, Softmax, Tokens
+from sixfold.kernels.types import Coding, KeyMap, Mask, Pages, Past, Softmax, Tokens
 
 
-def cached_attention(
+@runtime_checkable
+class PageAttention(Protocol):
+    """Attention on pages alone: what backends differ in."""
+
+    def __call__(
+        self,
+        query: Float32[Tensor, "batch heads queries key_dim"],
+        pages: Pages,
+        keys: Coding,
+        values: Coding,
+        first_token: Int[Tensor, "batch queries"],
+        *,
+        logit_offset: Float32[Tensor, "batch heads queries"] | None = None,
+        mask: Mask | None = None,
+        softcap: float | None = None,
+    ) -> Partial:
+        """Attend with rotated queries on compressed keys and values, in the rotated domain.
+
+        The logit of query i and token j is ``⟨query_i, s_j·c[codes_j]⟩ + logit_offset_i``; softmax
+        scaling, equalization and the key rotation are already in `query`. Every token of a page
+        comes before every query, so causality needs no mask.
+
+        Args:
+            query: Rotated, scaled queries; `heads` is a multiple of the KV heads (GQA: consecutive
+                query heads share a key head).
+            pages: Where the codes are; sequences may differ in pages and in tokens.
+            keys: How the keys were coded.
+            values: How the values were coded.
+            first_token: Tokens at earlier positions are ignored (padding, sinks kept elsewhere,
+                tokens that left a sliding window).
+            logit_offset: q·μ of centred keys (docs/key_map.md), already scaled.
+            mask: True, or 0 and -inf added, where a token is attended; columns are positions.
+            softcap: Logits become ``softcap·tanh(logit/softcap)`` (Gemma 2), after the offset.
+
+        Returns:
+            The output in the *rotated* value domain, float32 [batch heads queries value_dim], and
+            its log-sum-exp [batch heads queries]; zero and -inf where no token is attended.
+        """
+
+
+def attend_parts(
+    page_attention: PageAttention,
     query: Float[Tensor, "batch heads queries key_dim"],
     tokens: Sequence[Tokens],
     past: Past,
@@ -28,7 +65,7 @@ def cached_attention(
     position: Int64[Tensor, " batch"],
     softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """See `sixfold.kernels.cached_attention.cached_attention`."""
+    """See `sixfold.kernels.attention.attention`; `page_attention` takes the pages."""
     check_positions("position", position)
     own = position[:, None] + torch.arange(query.shape[2], device=query.device)
     parts = [

@@ -10,14 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)
 
 from sixfold.cache import CachePolicy
-from sixfold.kernels import _tables, attention, cached_attention
-from sixfold.kernels.attention import triton as pages
-from sixfold.kernels.cached_attention import reference
-from sixfold.kernels.cached_attention import triton as backend
+from sixfold.kernels import _tables, attention
+from sixfold.kernels.attention import reference
+from sixfold.kernels.attention import triton as backend
 from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits
 from tests.kernels.attention_cases import make_case
-from tests.kernels.test_cached_attention import OPTIONS, Held, random_mask
+from tests.kernels.test_attention_layers import OPTIONS, Held, random_mask
 from tests.kernels.test_ragged import check_each, sequence
 from tests.layers import Shape, feed
 
@@ -26,8 +25,7 @@ from tests.layers import Shape, feed
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rotations by anything that fake tensors can pass through.
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
-    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
-    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    monkeypatch.setattr(attention, "implementation", lambda *_: backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -39,11 +37,10 @@ def test_kernel_is_the_reference(
     query = held.queries(queries)
     if "mask" in options:
         options = {**options, "mask": random_mask(held, queries, options["mask"])}
-    monkeypatch.setattr(cached_attention, "implementation", lambda *_: reference)
+    monkeypatch.setattr(attention, "implementation", lambda *_: reference)
     monkeypatch.setenv("SIXFOLD_BACKEND", "reference")
     expected = held.attend(query, **options)
-    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
-    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    monkeypatch.setattr(attention, "implementation", lambda *_: backend)
     found = held.attend(query, **options)
     # Operands of 11 bits: 2^-11 of a logit, and as much of a value.
     assert (found - expected).norm() < 3e-3 * expected.norm()
@@ -55,8 +52,7 @@ def test_layers_of_trellis_codes(bits: Bits, monkeypatch: pytest.MonkeyPatch) ->
     held = Held.of(200, bits=bits, code="trellis")
     query = held.queries(2)
     expected = held.attend(query)
-    monkeypatch.setattr(cached_attention, "implementation", lambda *_: backend)
-    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
+    monkeypatch.setattr(attention, "implementation", lambda *_: backend)
     assert (held.attend(query) - expected).norm() < 3e-3 * expected.norm()
 
 
@@ -74,6 +70,14 @@ def test_a_layer_stores_and_reads_trellis_codes(monkeypatch: pytest.MonkeyPatch)
     (expected, *codes), (got, *same_codes) = found
     assert all(map(torch.equal, codes, same_codes))
     assert (got - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.usefixtures("_on_triton")
+def test_gradients_come_from_the_reference() -> None:
+    held = Held.of(200)
+    query = held.queries(2).requires_grad_()
+    held.attend(query).sum().backward()
+    assert query.grad is not None
 
 
 @pytest.fixture
@@ -112,16 +116,15 @@ def test_the_launcher_asks_no_tensor_for_its_content(monkeypatch: pytest.MonkeyP
         raise AssertionError("a synchronisation")
 
     kernels = NoKernel(), NoKernel()
-    monkeypatch.setattr(pages, "attend_pages", kernels[0])
-    monkeypatch.setattr(pages, "merge_ranges", kernels[1])
+    monkeypatch.setattr(backend, "attend_pages", kernels[0])
+    monkeypatch.setattr(backend, "merge_ranges", kernels[1])
     case = make_case(lengths=(64,) * 8, queries=3, batch=1, kv_heads=1)
     case.options |= {"mask": torch.ones(1, 1, 3, 512), "softcap": 3.0}
     case.options["logit_offset"] = torch.zeros(1, 2, 3)
     arguments = case.arguments
-    monkeypatch.setattr(attention, "implementation", lambda *_: pages)
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "numpy", "cpu"):
         monkeypatch.setattr(Tensor, name, refuse)
-    pages.page_attention(*arguments, **case.options)
+    backend.page_attention(*arguments, **case.options)
     assert [kernel.launches for kernel in kernels] == [1, 1]
 
 
@@ -131,7 +134,7 @@ def test_compiles_in_one_graph() -> None:
     case = make_case(queries=2)
 
     def doubled(query: Tensor, *rest: Any) -> Tensor:
-        return pages.page_attention(2 * query, *rest, **case.options).out.relu()
+        return backend.page_attention(2 * query, *rest, **case.options).out.relu()
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*case.arguments), doubled(*case.arguments))
