@@ -3,8 +3,8 @@
 ``python -m benchmarks.vector_kinds BASE QUERIES --json FILE``: two .npy files of vectors. How many
 of the exact ten nearest are among the ten found: calibrated with vectors chosen at random, with
 those of one subject alone (the nearest to one of them), and with none; by inner products where
-lengths vary by 100; ranked again by the vectors themselves. And how much a second thread is worth
-to batches, by the clock.
+lengths vary by 100; ranked again by the vectors themselves; in some of the lists of a partition.
+And how much a second thread is worth to batches, by the clock.
 """
 
 import argparse
@@ -28,6 +28,8 @@ BITS = (1, 2, 3, 4)
 LENGTHS = 100.0
 REPEATS = 31
 BATCHES = (1, 100, 256)
+LIST_BITS = 4
+PROBES = (1, 4, 16, 64)
 
 
 def subject(base: np.ndarray) -> np.ndarray:
@@ -80,6 +82,19 @@ def kinds(unit_data: Data, long_data: Data, bits: int) -> dict[str, Any]:
     }
 
 
+def in_lists(data: Data) -> dict[str, Any]:
+    """What searches of some lists find, and what of the vectors those hold."""
+    index = filled(data.base, LIST_BITS, "cosine")
+    index.partition()
+    rows = []
+    for probes in (*PROBES, index.lists):
+        ids = index.search(data.queries, K, probes=probes).ids
+        held = index.search(data.queries, len(index), probes=probes).scores > -np.inf
+        found = recall(ids, data.exact)
+        rows.append({"probes": probes, "found": found, "looked_at": float(held.mean())})
+    return {"bits": LIST_BITS, "lists": index.lists, "rows": rows}
+
+
 def _speedup(index: Index, queries: np.ndarray) -> float:
     """Of all these queries at once, on two threads."""
     contenders = [
@@ -120,6 +135,7 @@ def main() -> None:
             "lengths": LENGTHS,
             "sample": SAMPLE,
             "rows": rows,
+            "lists": in_lists(unit_data),
         }
         text = json.dumps(document, indent=2) + "\n"
         arguments.json.write_text(text, encoding="utf-8")

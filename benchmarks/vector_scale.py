@@ -21,6 +21,7 @@ from sixfold import Index
 DIM, BITS, CENTRES = 128, 2, 1000
 SIZES = (100_000, 1_000_000, 10_000_000)
 BLOCK, BATCH, CALLS = 100_000, 100, 5
+PROBES = (1, 4, 16, 64)
 
 
 def make(path: Path, count: int) -> np.ndarray:
@@ -59,13 +60,31 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     noise = np.random.default_rng(1).standard_normal((BATCH, DIM), dtype=np.float32)
     queries = x[chosen].astype(np.float32) + 0.35 * noise
     found = index.search(queries, 1).ids[:, 0]
-    return {
+    row = {
         "vectors": count,
         "build_seconds": build,
         "nbytes": index.nbytes,
         "single_seconds": seconds(lambda: index.search(queries[0])),
         "batch_seconds": seconds(lambda: index.search(queries)),
         "found": float((found == chosen).mean()),
+    }
+    everything = index.search(queries).ids
+    begun = time.process_time()
+    index.partition()
+    row |= {"partition_seconds": time.process_time() - begun, "lists": index.lists}
+    return row | {"probed": [probed(index, queries, everything, n) for n in PROBES]}
+
+
+def probed(
+    index: Index, queries: np.ndarray, everything: np.ndarray, probes: int
+) -> dict[str, Any]:
+    """What a search of so many lists finds of what one of all finds, and how long it takes."""
+    found = index.search(queries, probes=probes).ids
+    return {
+        "probes": probes,
+        "found": float((found[:, :, None] == everything[:, None]).any(2).mean()),
+        "single_seconds": seconds(lambda: index.search(queries[0], probes=probes)),
+        "batch_seconds": seconds(lambda: index.search(queries, probes=probes)),
     }
 
 

@@ -38,24 +38,50 @@ def vector_index_table(results: dict[str, Any]) -> str:
 
 
 def vector_scale_table(results: dict[str, Any]) -> str:
-    """One row a size."""
-    columns = ["vectors", "memory", "build, s", "one query, ms", "batch of 100, queries/s"]
+    """One row a size, and one for each number of lists that are looked at."""
+    columns = ["vectors", "lists looked at", "found of what all lists hold"]
+    columns += ["one query, ms", "batch of 100, queries/s", "memory", "build, s"]
     lines = [table_row(columns), table_row(["---:"] * len(columns))]
     for row in results["rows"]:
         lines.append(
             table_row(
                 [
                     f"{row['vectors']:,}",
+                    "all",
+                    "",
+                    *_times(row, results["batch"]),
                     f"{row['nbytes'] / 1e6:,.0f} MB",
                     f"{row['build_seconds']:.2f}",
-                    f"{1e3 * row['single_seconds']:.1f}",
-                    f"{results['batch'] / row['batch_seconds']:,.0f}",
                 ]
             )
         )
+        for number, some in enumerate(row["probed"]):
+            cells = [f"{some['probes']} of {row['lists']:,}", f"{some['found']:.3f}"]
+            build = f"{row['partition_seconds']:.1f}, the lists" if not number else ""
+            lines.append(table_row(["", *cells, *_times(some, results["batch"]), "", build]))
     note = (
-        f"Synthetic vectors of {results['dim']} coordinates at {results['bits']} bits. "
-        f"One thread of {results['machine']['processor']}, seconds of the processor."
+        f"Synthetic vectors of {results['dim']} coordinates at {results['bits']} bits around a "
+        f"thousand centres, which suits lists. One thread of {results['machine']['processor']}, "
+        "seconds of the processor."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _times(row: dict[str, Any], batch: int) -> list[str]:
+    return [f"{1e3 * row['single_seconds']:.1f}", f"{batch / row['batch_seconds']:,.0f}"]
+
+
+def vector_lists_table(results: dict[str, Any]) -> str:
+    """One row a number of lists that are looked at."""
+    lists, (vectors, dim) = results["lists"], results["vectors"]
+    columns = ["lists looked at", "10 of 10 found", "of all vectors, looked at"]
+    lines = [table_row(columns), table_row(["---:"] * len(columns))]
+    for row in lists["rows"]:
+        cells = [str(row["probes"]), f"{row['found']:.3f}", f"{row['looked_at']:.1%}"]
+        lines.append(table_row(cells))
+    note = (
+        f"{vectors:,} vectors of {dim} coordinates at {lists['bits']} bits in {lists['lists']} "
+        f"lists, {results['queries']:,} queries, by cosine."
     )
     return "\n".join([*lines, "", note])
 

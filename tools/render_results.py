@@ -10,7 +10,12 @@ from benchmarks import needles
 from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table, transformers_tests_table
 from tools.blocks import RESULTS, ROOT, Block, table_row
-from tools.index_tables import vector_index_table, vector_kinds_table, vector_scale_table
+from tools.index_tables import (
+    vector_index_table,
+    vector_kinds_table,
+    vector_lists_table,
+    vector_scale_table,
+)
 from tools.quality_tables import (
     codes_table,
     evaluation_table,
@@ -334,11 +339,18 @@ KINDS_BLOCK = Block(
     "vector_kinds",
     vector_kinds_table,
 )
+LISTS_BLOCK = Block(
+    ROOT / "docs/vector_search.md",
+    RESULTS / "vector_kinds.json",
+    "vector_lists",
+    vector_lists_table,
+)
 OPTIONAL_BLOCKS = (
     REAL_BLOCK,
     INDEX_BLOCK,
     SCALE_BLOCK,
     KINDS_BLOCK,
+    LISTS_BLOCK,
     CODES_BLOCK,
     Block(ROOT / "README.md", RESULTS / "cpu_generate.json", "readme_speed", speed_table),
     *(

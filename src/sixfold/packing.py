@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Float16, Float32, UInt8
+from jaxtyping import Float, Float16, Float32, Int64, UInt8
 from torch import Tensor
 
 from sixfold.arguments import choice
@@ -169,6 +169,23 @@ def from_pages(
     tokens = pages.shape[-1] // sum(sizes)
     parts = pages.split([tokens * size for size in sizes], dim=-1)
     return torch.cat([_untile(part, tokens, layout) for part in parts], dim=-1)
+
+
+def key_rows(
+    pages: UInt8[Tensor, "pages page_bytes"],
+    page: Int64[Tensor, " n"],
+    token: Int64[Tensor, " n"],
+    n_symbols: int,
+    symbol_bits: int,
+) -> UInt8[Tensor, "n row_bytes"]:
+    """Rows of single tokens of pages in the key layout, without taking whole pages apart."""
+    sizes = _split_sizes(n_symbols, symbol_bits)
+    tokens = pages.shape[-1] // sum(sizes)
+    found = []
+    for part in pages.split([tokens * size for size in sizes], dim=-1):
+        words = torch.unflatten(part, -1, (tokens // 16, -1, 16, 4))
+        found.append(words[page, token // 16, :, token % 16].flatten(1))
+    return torch.cat(found, dim=-1)
 
 
 def encode_scale(x: Float[Tensor, "*b"]) -> Float16[Tensor, "*b"]:

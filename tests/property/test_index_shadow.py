@@ -27,8 +27,11 @@ class Shadow:
         self.saved: dict[Any, np.ndarray] | None = None
 
     def step(self) -> None:
-        operations = (self.add, self.remove, self.search, self.upsert, self.file, self.refused)
-        self.random.choices(operations, (30, 25, 30, 10, 2, 3))[0]()
+        operations = (
+            *(self.add, self.remove, self.search, self.upsert, self.file, self.refused),
+            self.partition,
+        )
+        self.random.choices(operations, (30, 25, 30, 10, 2, 3, 1))[0]()
         assert len(self.index) == len(self.held)
 
     def vectors(self, count: int) -> np.ndarray:
@@ -64,6 +67,14 @@ class Shadow:
         for id in ids:
             del self.held[id]
 
+    def partition(self) -> None:
+        if self.held:
+            most = min(len(self.held), 40)
+            self.index.partition(self.random.choice((None, self.random.randint(1, most))))
+            ids = self.index.ids.tolist()
+            assert len(ids) == len(self.held)
+            self.held = {id: self.held[id] for id in ids}
+
     def refused(self) -> None:
         unknown = self.fresh()
         assert unknown not in self.index
@@ -84,7 +95,10 @@ class Shadow:
     def search(self) -> None:
         queries, k = self.vectors(self.random.choice((1, 3))), self.random.choice((1, 10, 200))
         allowed = None if self.random.random() < 0.6 else [*self.some(300), self.fresh()]
-        scores, ids = self.index.search(queries, k, filter=allowed)
+        lists, probes = self.index.lists, None
+        if lists and self.random.random() < 0.5:
+            probes = self.random.randint(1, lists)
+        scores, ids = self.index.search(queries, k, filter=allowed, probes=probes)
         members = list(self.held) if allowed is None else [x for x in allowed if x in self.held]
         x = np.array([self.held[id] for id in members]).reshape(len(members), DIM)
         unit = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -92,7 +106,13 @@ class Shadow:
         place = {id: i for i, id in enumerate(members)}
         for q in range(len(queries)):
             found = [id for id in ids[q].tolist() if id in place]
-            assert len(found) == len(set(found)) == min(k, len(members))
+            assert len(found) == len(set(found))
+            if probes not in (None, lists):
+                assert len(found) <= min(k, len(members))
+                own = exact[q, [place[id] for id in found]]
+                assert (np.abs(own - scores[q, : len(found)]) < TOLERANCE).all()
+                continue
+            assert len(found) == min(k, len(members))
             assert (scores[q, len(found) :] == -np.inf).all()
             own = exact[q, [place[id] for id in found]]
             assert (np.abs(own - scores[q, : len(found)]) < TOLERANCE).all()

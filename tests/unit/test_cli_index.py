@@ -53,6 +53,14 @@ def test_ids_and_a_metric(folder: Path) -> None:
     assert found["scores"][3][599] is None
 
 
+def test_lists(folder: Path) -> None:
+    index = folder / "x.sixfold"
+    assert "in 10 lists" in " ".join(run("build", folder / "x.npy", index, "--lists", 10).split())
+    found = json.loads(run("search", index, folder / "q.npy", "--probes", 1, "--json", "-"))
+    assert [ids[0] for ids in found["ids"]] == list(range(25))
+    assert json.loads(run("info", index, "--json", "-"))["lists"] == 10
+
+
 def test_what_is_no_file_of_vectors(folder: Path) -> None:
     (folder / "text.npy").write_text("no numbers", encoding="utf-8")
     np.save(folder / "flat.npy", np.zeros(5))

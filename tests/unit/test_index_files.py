@@ -34,6 +34,7 @@ def filled(
     strings: bool = False,
     few: bool = False,
     calibrated: bool = False,
+    lists: int | None = None,
 ) -> sixfold.Index:
     """Two segments, with holes; or so few that their mean is not settled."""
     index = sixfold.Index(DIM, bits, metric, seed=3)
@@ -43,6 +44,10 @@ def filled(
         ids = [f"ä{i}" for i in range(start, start + count)] if strings else None
         index.add(vectors(count, start) + np.float32(start / 100), ids)
     assert few or len(index._state.segments) == 2
+    if lists is not None:
+        index.partition(lists)
+        more = [f"z{i}" for i in range(3)] if strings else None
+        index.add(vectors(3, 8), more)
     index.remove(index.ids[5:40])
     return index
 
@@ -60,11 +65,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("bits", "lists"), [(1, None), (2, 7), (3, None), (4, 7), (8, None)])
 def test_what_is_written_is_read(
-    bits: int, metric: Any, strings: bool, few: bool, calibrated: bool, tmp_path: Path
+    bits: int,
+    lists: int | None,
+    metric: Any,
+    strings: bool,
+    few: bool,
+    calibrated: bool,
+    tmp_path: Path,
 ) -> None:
-    index = filled(bits, metric, strings, few, calibrated)
+    index = filled(bits, metric, strings, few, calibrated, lists)
     assert len(index._state.code.groups) == 1 or calibrated
     index.save(tmp_path / "index")
     again = sixfold.Index.load(tmp_path / "index")
@@ -73,9 +84,15 @@ def test_what_is_written_is_read(
     assert again.calibrated == index.calibrated
     assert index.calibrated == (calibrated and bits < 8)
     assert again.nbytes == index.nbytes
+    assert again.lists == index.lists == (lists or 0)
     queries = vectors(7, 9)
-    for found, expected in zip(again.search(queries), index.search(queries), strict=True):
-        assert np.array_equal(found, expected)
+    for probes in (None, 2) if lists else (None,):
+        asked = queries, 10
+        pairs = zip(
+            again.search(*asked, probes=probes), index.search(*asked, probes=probes), strict=True
+        )
+        for found, expected in pairs:
+            assert np.array_equal(found, expected)
     # And both go on, with segments of their own.
     more = [f"n{i}" for i in range(100)] if strings else None
     for each in (index, again):
@@ -200,13 +217,14 @@ def changed(description: dict[str, Any], tensors: dict[str, Tensor], source: ran
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("lists", [None, 7])
 @pytest.mark.parametrize("count", [400, pytest.param(5000, marks=pytest.mark.slow)])
 def test_a_hostile_file_is_refused_or_works(
-    count: int, strings: bool, few: bool, tmp_path: Path
+    count: int, lists: int | None, strings: bool, few: bool, tmp_path: Path
 ) -> None:
     """Its digest is right, and what it says is not."""
     path = tmp_path / "index"
-    filled(2, "ip", strings, few, calibrated=strings).save(path)
+    filled(2, "ip", strings, few, calibrated=strings, lists=lists).save(path)
     with open_container(path, KIND) as container:
         original = container.description, container.read()
     source = random.Random(count)
@@ -227,6 +245,9 @@ def test_a_hostile_file_is_refused_or_works(
         live = found.scores[0] > -np.inf
         assert np.isfinite(found.scores[0][live]).all()
         assert live.sum() == len(index) == len(set(found.ids[0][live].tolist()))
+        if index.lists:
+            few_lists = index.search(np.ones((2, index.dim)), k=3000, probes=2)
+            assert set(few_lists.ids[0].tolist()) <= {*found.ids[0].tolist(), -1, None}
         ids = index.ids
         index.decode(ids[:50])
         index.remove(ids[:3])

@@ -32,6 +32,10 @@ def build(
     calibrate: Annotated[
         int, typer.Option(min=0, help="Fit the codes to so many of the vectors, say 2048.")
     ] = 0,
+    lists: Annotated[
+        int,
+        typer.Option(min=0, help="Put vectors into so many lists, for searches with --probes."),
+    ] = 0,
     json: JsonOption = None,
 ) -> None:
     """Compress the vectors of a file into an index."""
@@ -42,6 +46,8 @@ def build(
         chosen = np.random.default_rng(0).permutation(len(x))[:calibrate]
         index.calibrate(x[np.sort(chosen)])
     index.add(x, None if ids is None else ids.read_text(encoding="utf-8").splitlines())
+    if lists:
+        index.partition(lists)
     index.save(out)
     _describe(output, index, out)
 
@@ -51,11 +57,14 @@ def search(
     index: IndexArgument,
     queries: Annotated[Path, typer.Argument(help="A .npy file of queries, [n, dim].")],
     k: Annotated[int, typer.Option("-k", min=1, help="How many to find for each.")] = 10,
+    probes: Annotated[
+        int | None, typer.Option(min=1, help="Lists to look at; all by default.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Find the nearest vectors of an index for each query of a file."""
     output = Output(json)
-    scores, ids = Index.load(index).search(_vectors(queries), k)
+    scores, ids = Index.load(index).search(_vectors(queries), k, probes=probes)
     rows = [
         [str(number), *(f"{id} ({score:.4g})" for id, score in zip(found, own, strict=True))]
         for number, (found, own) in enumerate(zip(ids[:SHOWN], scores[:SHOWN], strict=True))
@@ -76,6 +85,7 @@ def info(index: IndexArgument, json: JsonOption = None) -> None:
 def _describe(output: Output, index: Index, path: Path) -> None:
     plain = 4 * len(index) * index.dim
     how = f"{index.bits} bits{', calibrated' if index.calibrated else ''}"
+    how += f", in {index.lists:,} lists" if index.lists else ""
     output.say(
         f"{path}: {len(index):,} vectors of {index.dim} coordinates at {how}, by {index.metric}: "
         f"{human_bytes(path.stat().st_size)} in the file, {human_bytes(plain)} in float32."
@@ -87,6 +97,7 @@ def _describe(output: Output, index: Index, path: Path) -> None:
             "bits": index.bits,
             "metric": index.metric,
             "calibrated": index.calibrated,
+            "lists": index.lists,
             "nbytes": index.nbytes,
             "file_bytes": path.stat().st_size,
         }

@@ -14,6 +14,7 @@ from sixfold.arguments import MOST_SEED
 from sixfold.errors import FormatError
 from sixfold.index.code import BASIS_STEPS, BITS, MOST_DIM, MOST_FITTED, Group, VectorCode
 from sixfold.index.ids import objects, repeated
+from sixfold.index.lists import MOST_LISTS, centroid_code
 from sixfold.index.metric import Metric, offset_dtype
 from sixfold.index.rows import MOST_SUM
 from sixfold.index.segment import LEARNED, Segment
@@ -22,6 +23,7 @@ from sixfold.io import DTYPE_NAMES, TensorSpec, open_container, write_container
 from sixfold.packing import PAGE_TOKENS, decode_scale
 
 KIND = "index"
+LISTS = "lists."
 # How far products of a basis's rows may be from 0 and 1.
 ORTHONORMAL = 1e-5
 # The square of twice the longest vector, and some.
@@ -36,6 +38,9 @@ def save_index(path: str | os.PathLike[str], state: State) -> None:
     for number, segment in enumerate(state.segments):
         held = _tensors(segment, bool(state.strings))
         tensors |= {f"segments.{number}.{name}": x for name, x in held.items()}
+    if state.lists is not None:
+        held = _tensors(state.lists, strings=False)
+        tensors |= {f"{LISTS}{name}": x for name, x in held.items()}
     description = {
         "dim": code.dim,
         "bits": code.bits,
@@ -46,6 +51,7 @@ def save_index(path: str | os.PathLike[str], state: State) -> None:
         "groups": None if code.basis is None else [list(group) for group in code.groups],
         "used": [segment.used for segment in state.segments],
         "fitted": [segment.fitted for segment in state.segments],
+        "lists": None if state.lists is None else state.lists.used,
     }
     write_container(path, KIND, description, tensors)
 
@@ -61,6 +67,8 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     }
     if segment.raw is not None:
         held["raw"] = segment.raw
+    if segment.bounds is not None:
+        held["bounds"] = torch.from_numpy(segment.bounds.astype(np.int64))
     ids = segment.ids[: segment.used]
     if not strings:
         return held | {"ids": torch.from_numpy(ids.copy())}
@@ -78,7 +86,8 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
             code, metric, used = _code(described), _metric(described), _used(described)
             strings = described["strings"]
             _check_numbers(described, used)
-            expected = _expected(code, metric, used, bool(strings), container.specs)
+            lists = _lists(described)
+            expected = _expected(code, metric, used, bool(strings), lists, container.specs)
             if described["groups"] is not None:
                 expected["basis"] = TensorSpec((code.dim, code.dim), "F64")
         except (KeyError, TypeError, ValueError) as error:
@@ -93,15 +102,18 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
                 metric,
                 count,
                 bool(strings),
-                _part(tensors, number),
+                _part(tensors, f"segments.{number}."),
                 described["fitted"][number],
             )
             for number, count in enumerate(used)
         )
+        centroids = None
+        if lists is not None:
+            centroids = _centroids(code, metric, lists, _part(tensors, LISTS))
         _check_ids(segments, described["next_id"])
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
-    state = State(code, metric, segments, None, None, described["next_id"], strings)
+    state = State(code, metric, segments, None, None, described["next_id"], strings, centroids)
     # What is mapped is not written to: whatever is added is added to a copy.
     return state.closed() if mmap else state
 
@@ -148,33 +160,50 @@ def _check_numbers(described: Mapping[str, Any], used: Sequence[int]) -> None:
         raise ValueError("means are fitted to no number of vectors")
 
 
+def _lists(described: Mapping[str, Any]) -> int | None:
+    # Files of before there were lists do not speak of them.
+    lists = described.get("lists")
+    if lists is not None and (type(lists) is not int or not 1 <= lists <= MOST_LISTS):
+        raise ValueError(f"lists is {lists!r}")
+    return lists
+
+
 def _expected(
     code: VectorCode,
     metric: Metric,
     used: Sequence[int],
     strings: bool,
+    lists: int | None,
     found: Mapping[str, TensorSpec],
 ) -> dict[str, TensorSpec]:
-    dim = code.dim
     specs: dict[str, TensorSpec] = {}
+    if lists is not None:
+        centroids = _vectors_of(centroid_code(code), metric, lists)
+        specs |= {f"{LISTS}{name}": spec for name, spec in centroids.items()}
     for number, count in enumerate(used):
-        pages = -(-count // PAGE_TOKENS)
-        own = {
-            "mean": TensorSpec((dim,), "F32"),
-            **_numbered("codes", [TensorSpec((pages, x.page_bytes), "U8") for x in code.coders]),
-            **_numbered("scales", [TensorSpec((pages, PAGE_TOKENS), "F16") for _ in code.coders]),
-            "offsets": TensorSpec((pages, PAGE_TOKENS), DTYPE_NAMES[offset_dtype(metric)]),
-            "allowed": TensorSpec((8 * pages,), "U8"),
-            "ids": TensorSpec((count,), "I64"),
-        }
+        own = _vectors_of(code, metric, count)
         if f"segments.{number}.raw" in found:
-            own["raw"] = TensorSpec((count, dim), "F32")
+            own["raw"] = TensorSpec((count, code.dim), "F32")
+        if lists is not None and f"segments.{number}.bounds" in found:
+            own["bounds"] = TensorSpec((lists + 1,), "I64")
         if strings:
             letters = found.get(f"segments.{number}.ids")
             shape = letters.shape if letters is not None and len(letters.shape) == 1 else (0,)
             own |= {"ids": TensorSpec(shape, "U8"), "ids_end": TensorSpec((count,), "I64")}
         specs |= {f"segments.{number}.{name}": spec for name, spec in own.items()}
     return specs
+
+
+def _vectors_of(code: VectorCode, metric: Metric, count: int) -> dict[str, TensorSpec]:
+    pages = -(-count // PAGE_TOKENS)
+    return {
+        "mean": TensorSpec((code.dim,), "F32"),
+        **_numbered("codes", [TensorSpec((pages, x.page_bytes), "U8") for x in code.coders]),
+        **_numbered("scales", [TensorSpec((pages, PAGE_TOKENS), "F16") for _ in code.coders]),
+        "offsets": TensorSpec((pages, PAGE_TOKENS), DTYPE_NAMES[offset_dtype(metric)]),
+        "allowed": TensorSpec((8 * pages,), "U8"),
+        "ids": TensorSpec((count,), "I64"),
+    }
 
 
 def _groups(dim: int, groups: Any) -> tuple[Group, ...]:
@@ -210,9 +239,24 @@ def _numbered(name: str, each: Sequence[T]) -> dict[str, T]:
     return {f"{name}.{number}": x for number, x in enumerate(each)}
 
 
-def _part(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    prefix = f"segments.{number}."
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _centroids(code: VectorCode, metric: Metric, lists: int, held: Mapping[str, Tensor]) -> Segment:
+    made = _segment(centroid_code(code), metric, lists, False, held, LEARNED)
+    if made.live != lists or not np.array_equal(made.ids[:lists], np.arange(lists)):
+        raise ValueError("its lists are not numbered")
+    return made
+
+
+def _bounds(bounds: Tensor | None, used: int) -> np.ndarray | None:
+    if bounds is None:
+        return None
+    ends: np.ndarray = bounds.numpy().copy()
+    if ends[0] != 0 or ends[-1] != used or bool((ends[1:] < ends[:-1]).any()):
+        raise ValueError("lists do not follow each other")
+    return ends
 
 
 def _segment(
@@ -259,6 +303,7 @@ def _segment(
         live,
         raw,
         fitted,
+        _bounds(held.get("bounds"), used),
     )
 
 

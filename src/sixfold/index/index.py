@@ -17,6 +17,7 @@ from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, NOTICED, VectorCode
 from sixfold.index.files import load_index, save_index
 from sixfold.index.ids import Ids, IdTable, checked_filter, checked_ids, missing, repeated
+from sixfold.index.lists import MOST_LISTS, usual_lists
 from sixfold.index.metric import Metric
 from sixfold.index.refine import Originals, candidates, reader, refined
 from sixfold.index.rows import Rows
@@ -139,6 +140,7 @@ class Index:
         state, (known, table) = self._state, self._table
         table = table if known is state else state.table()
         held = sum(segment.nbytes for segment in state.segments)
+        held += 0 if state.lists is None else state.lists.nbytes
         return held + table.nbytes + state.code.nbytes
 
     @property
@@ -249,8 +251,47 @@ class Index:
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
+    def partition(self, lists: int | None = None) -> None:
+        """Put vectors that lie together into lists: `search(probes=)` looks at some of them.
+
+        For millions of vectors. Codes stay as they are, in the order of lists: the same is found
+        without `probes`. Vectors that are added later are in no list and are looked at by every
+        search: partition again when they are many.
+
+        Args:
+            lists: How many; by default the square root of the number of vectors.
+
+        Raises:
+            SixfoldError: The index holds no vectors, or fewer than that.
+        """
+        if lists is not None:
+            lists = whole("lists", lists, 1, MOST_LISTS)
+        with self._alone():
+            held = self._state.live
+            if not held:
+                raise SixfoldError("the index holds no vectors: add them, then partition it")
+            if lists is not None and lists > held:
+                raise SixfoldError(f"lists must be at most the {held} vectors held, got {lists}")
+            count = usual_lists(held) if lists is None else lists
+            self._replace(self._state.partitioned(count), moved=True)
+
+    @property
+    def lists(self) -> int:
+        """Lists that vectors lie in: 0 where the index is not partitioned."""
+        centroids = self._state.lists
+        return 0 if centroids is None else centroids.live
+
+    @outside_autocast
+    @outside_inference_mode
+    @torch.no_grad()
     def search(
-        self, queries: Any, k: int = 10, *, filter: Any = None, refine: Originals = None
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        filter: Any = None,
+        refine: Originals = None,
+        probes: int | None = None,
     ) -> Neighbors:
         """The `k` vectors of highest score for each query.
 
@@ -266,6 +307,9 @@ class Index:
                 whose row i is the vector of the number i as an id, or a function that is called
                 with an array of ids and returns their vectors. A few times as many vectors as
                 wanted are ranked by their exact scores then, which are returned.
+            probes: How many lists are looked at, those whose centroids have the highest scores
+                (see `partition`), beside the vectors that are in none. By default all: what others
+                hold is not found.
 
         Returns:
             Scores and ids, [n, k], or [k] for one query. Where fewer vectors are held or allowed
@@ -280,17 +324,21 @@ class Index:
         read = None if refine is None else reader(refine, self.dim)
         source = Rows("queries", queries, self.dim)
         asked = source.everything(self.metric)
+        if probes is not None:
+            probes = whole("probes", probes, 1, MOST_LISTS)
         state, allowed = self._state, None
         if filter is not None:
             members = checked_filter(filter)
             with self._alone():
                 state, slots = self._state, self._slots(members)
             allowed = _bitmaps(state, slots[slots >= 0])
+        if probes is not None and state.lists is None:
+            raise SixfoldError("probes: the index has no lists; call partition() before")
         wanted = k if read is None else max(k, min(candidates(k, self.bits), state.live))
         found = []
         for rows in asked.split(QUERY_BLOCK):
             # In float64, where sums do not depend on how many queries there are.
-            own = _search(state, state.prepared(rows.double()), wanted, allowed)
+            own = _search(state, state.prepared(rows.double()), wanted, allowed, probes)
             found.append(own if read is None else refined(rows, *own, k, read, self.metric))
         if len(found) == 1 and not source.single:
             return Neighbors(*found[0])
@@ -437,13 +485,20 @@ class Index:
 
 
 def _search(
-    state: State, queries: Tensor, k: int, allowed: list[np.ndarray] | None
+    state: State,
+    queries: Tensor,
+    k: int,
+    allowed: list[np.ndarray] | None,
+    probes: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
+    lists = None
+    if probes is not None and state.lists is not None:
+        _, lists = state.lists.search(queries, probes, state.lists.allowed)
     none, kind = (None, object) if state.strings else (-1, np.int64)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for number, segment in enumerate(state.segments):
         bits = segment.allowed if allowed is None else segment.allowed & allowed[number]
-        more, slots = (x.numpy() for x in segment.search(queries, k, bits))
+        more, slots = (x.numpy() for x in segment.search(queries, k, bits, lists))
         own = segment.ids[slots]
         own[slots < 0] = none
         found.append((more, own))

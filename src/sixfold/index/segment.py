@@ -1,7 +1,7 @@
 """Vectors that were added one after another: codes in pages of 64, with one mean."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -19,12 +19,14 @@ from sixfold.kernels import decode as decoding
 from sixfold.kernels.encode import encode_pages
 from sixfold.kernels.nearest import nearest
 from sixfold.kernels.types import Coding, KeyMap, VectorPages, VectorPart
-from sixfold.packing import PAGE_TOKENS, from_pages, to_pages
+from sixfold.packing import PAGE_TOKENS, from_pages, key_rows, to_pages
 
 # A mean is fitted again whenever twice as many vectors are there, until it is of so many.
 LEARNED = 1024
 # Pages that are taken apart and put together at a time.
 SOME_PAGES = 256
+# The bits of a page.
+ALL = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Segment:
         live: Those that were not.
         raw: All of them uncompressed, while the mean is fitted to few.
         fitted: To how many it is.
+        bounds: Slots where the vectors of each list begin, and where the last ends: vectors in the
+            order of lists, to which none are added. None: in the order in which they came.
     """
 
     code: VectorCode
@@ -58,6 +62,32 @@ class Segment:
     live: int = 0
     raw: Float32[Tensor, "used dim"] | None = None
     fitted: int = LEARNED
+    bounds: Int64[np.ndarray, " ends"] | None = None
+
+    @classmethod
+    def joined(cls, segments: Sequence[Self]) -> Self:
+        """One segment of the vectors of some that have one mean, which is fitted for good."""
+        (first, *others), ids = segments, []
+        if not others:
+            return first
+        for one in segments:
+            unused = np.empty(one.pages * PAGE_TOKENS - one.used, dtype=one.ids.dtype)
+            ids += [one.ids[: one.used], unused]
+
+        def pages(*tensors: Tensor) -> Tensor:
+            return torch.cat([x[: s.pages] for x, s in zip(tensors, segments, strict=True)])
+
+        return dataclasses.replace(
+            first,
+            codes=tuple(map(pages, *(s.codes for s in segments))),
+            scales=tuple(map(pages, *(s.scales for s in segments))),
+            offsets=pages(*(s.offsets for s in segments)),
+            ids=np.concatenate(ids),
+            allowed=np.concatenate([s.allowed[: s.pages] for s in segments]),
+            used=sum(s.pages for s in segments) * PAGE_TOKENS,
+            live=sum(s.live for s in segments),
+            bounds=None,
+        )
 
     @classmethod
     def allocate(
@@ -122,6 +152,20 @@ class Segment:
     def compacted(self) -> Self:
         """The same vectors in memory of their own, as much as they take, in the same order."""
         slots = self.live_slots()
+        made = self._arranged(slots)
+        if self.bounds is None:
+            return made
+        return dataclasses.replace(made, bounds=np.searchsorted(slots, self.bounds))
+
+    def partitioned(self, owner: Int64[np.ndarray, " live"], lists: int) -> Self:
+        """The same vectors in the order of lists; `owner`: of those that count, in order."""
+        order = np.argsort(owner, kind="stable")
+        made = self._arranged(self.live_slots()[order])
+        ends = np.searchsorted(owner[order], np.arange(lists + 1))
+        return dataclasses.replace(made, bounds=ends)
+
+    def _arranged(self, slots: Int64[np.ndarray, " live"]) -> Self:
+        """The vectors in these slots, all that count, in this order, in memory of their own."""
         chosen = torch.from_numpy(slots)
         made = self.allocate(self.code, self.metric, self.mean, len(slots), self.ids.dtype)
         step = SOME_PAGES * PAGE_TOKENS
@@ -157,6 +201,7 @@ class Segment:
         queries: Float32[Tensor, "nq dim"],
         best: int,
         allowed: np.ndarray,
+        lists: Int64[Tensor, "nq probes"] | None = None,
     ) -> tuple[Float32[Tensor, "nq best"], Int64[Tensor, "nq best"]]:
         """Scores and slots of the best, as `kernels.nearest` returns them.
 
@@ -164,16 +209,44 @@ class Segment:
             queries: As `metric.prepared` made them.
             best: How many; no more than there are vectors are returned.
             allowed: Which vectors take part, like the attribute.
+            lists: Those whose vectors take part, of each query; None: all.
         """
-        pages = self._whole
+        pages, best = self._whole, min(best, self.live)
         vectors, weights, constants = asked(queries, self.mean, self._square, self.metric)
-        if allowed is not self.allowed:
-            pages = pages._replace(allowed=self._bytes(allowed))
         rotated = self.code.rotated(vectors)
-        return nearest(rotated, weights, constants, pages, best=min(best, self.live))
+        if lists is None or self.bounds is None:
+            if allowed is not self.allowed:
+                pages = pages._replace(allowed=self._bytes(allowed))
+            return nearest(rotated, weights, constants, pages, best=best)
+        scores = queries.new_empty(len(queries), best)
+        slots = torch.empty(len(queries), best, dtype=torch.int64, device=CPU)
+        for number, own in enumerate(lists.numpy()):
+            one = slice(number, number + 1)
+            members = pages._replace(allowed=self._bytes(allowed & self._members(own)))
+            alone = rotated[one], weights[one], constants[one]
+            scores[one], slots[one] = nearest(*alone, members, best=best)
+        return scores, slots
+
+    def _members(self, lists: Int64[np.ndarray, " probes"]) -> np.ndarray:
+        """A bitmap of the slots of these lists."""
+        assert self.bounds is not None
+        members = np.zeros(len(self.allowed) + 1, dtype="<u8")
+        # One more than there are pages: a list may end where they do.
+        for begin, end in self.bounds[lists[:, None] + [0, 1]].tolist():
+            first, last = begin // PAGE_TOKENS, end // PAGE_TOKENS
+            head, tail = ALL << begin % PAGE_TOKENS & ALL, (1 << end % PAGE_TOKENS) - 1
+            members[first] |= np.uint64(head & tail if first == last else head)
+            if first < last:
+                members[first + 1 : last] = ALL
+                members[last] |= np.uint64(tail)
+        return members[:-1]
 
     def decode(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:
         """Vectors as codes have them: those of least squared error."""
+        return self.code.from_basis(self.decoded(slots))
+
+    def decoded(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:
+        """The same in the basis."""
         chosen, parts = torch.from_numpy(slots), []
         for coder, codes, scales in zip(self.code.coders, self.codes, self.scales, strict=True):
             coding = coder.coding(CPU)
@@ -188,7 +261,7 @@ class Segment:
             )
             # Scales make inner products right on average, for which vectors are too long.
             parts.append(part * (1 - expected_mse(coding.dim, coding.bits)))
-        return self.code.from_basis(self.code.joined(parts) + self.mean)
+        return self.code.joined(parts) + self.mean
 
     @cached_property
     def _whole(self) -> VectorPages:
@@ -298,13 +371,8 @@ def _rows(
     codes: UInt8[Tensor, "pages page_bytes"], slots: Int64[np.ndarray, " n"], coder: Coder
 ) -> UInt8[Tensor, "n row_bytes"]:
     """Packed codes of single vectors."""
-    row, found = coder.coding(CPU).row, []
-    for start in range(0, len(slots), SOME_PAGES):
-        part = slots[start : start + SOME_PAGES]
-        pages, place = np.unique(part // PAGE_TOKENS, return_inverse=True)
-        rows = from_pages(codes[torch.from_numpy(pages)], *row, "key")
-        found.append(rows[torch.from_numpy(place), torch.from_numpy(part % PAGE_TOKENS)])
-    return torch.cat(found) if found else codes.new_empty(0, coder.page_bytes // PAGE_TOKENS)
+    page, token = (torch.from_numpy(x) for x in np.divmod(slots, PAGE_TOKENS))
+    return key_rows(codes, page, token, *coder.coding(CPU).row)
 
 
 def bitmap(slots: Int64[np.ndarray, " n"], pages: int) -> np.ndarray:

@@ -1,13 +1,16 @@
 """Everything that a search reads, as a value: each change makes another."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from sixfold.index.code import NOTICED, VectorCode
 from sixfold.index.ids import Ids, IdTable
+from sixfold.index.lists import centroid_segment, fitted_centroids, nearness, owners
 from sixfold.index.metric import Metric, prepared
 from sixfold.index.segment import LEARNED, Segment
 
@@ -75,6 +78,7 @@ class State:
         mean: Of the next segment, if there is to be one.
         next_id: The next number that is given as an id.
         strings: Whether ids are strings; None as long as there are none.
+        lists: Centroids of the lists that vectors lie in, but for those that were added since.
     """
 
     code: VectorCode
@@ -84,6 +88,7 @@ class State:
     mean: Float32[Tensor, " dim"] | None = None
     next_id: int = 0
     strings: bool | None = None
+    lists: Segment | None = None
 
     @property
     def live(self) -> int:
@@ -117,7 +122,7 @@ class State:
     def added(self, x: Float32[Tensor, "n dim"], ids: Ids, coming: int) -> "State":
         """The state with more vectors, at least one, the first of `coming`."""
         segments, recent, mean = list(self.segments), self.recent, None
-        if not segments or self.mean is not None:
+        if not segments or self.mean is not None or segments[-1].bounds is not None:
             segments.append(self._opened(x, ids, coming))
             recent = None
         else:
@@ -143,10 +148,12 @@ class State:
     def _opened(self, x: Tensor, ids: Ids, coming: int) -> Segment:
         """A segment of these vectors."""
         mean = x.mean(0) if self.mean is None else self.mean
+        if self.mean is None and self.segments:
+            mean = self.segments[-1].mean
         capacity = max(coming, self.live // 4, LEARNED)
         kind = np.dtype(object if ids.dtype == object else np.int64)
         made = Segment.allocate(self.code, self.metric, mean, capacity, kind)
-        if self.mean is None and len(x) < LEARNED:
+        if self.mean is None and not self.segments and len(x) < LEARNED:
             made = dataclasses.replace(made, raw=x[:0], fitted=0)
         return made.append(x, ids, coming)
 
@@ -171,6 +178,18 @@ class State:
         changed = dataclasses.replace(self, segments=tuple(segments), recent=recent, mean=mean)
         return changed, moved
 
+    def partitioned(self, lists: int) -> "State":
+        """The state whose vectors lie in so many lists."""
+        segments = _merged(self.segments)
+        centroids = fitted_centroids(segments, lists, self.code.seed, self.metric)
+        near = centroid_segment(centroids, self.code, nearness(self.metric))
+        last = segments.pop() if len(segments) == MOST_SEGMENTS else None
+        segments = [x.partitioned(owners(x, near), lists) for x in segments]
+        # What comes goes to a segment of its own, or else to one that is left as it is.
+        segments += [] if last is None else [dataclasses.replace(last, bounds=None)]
+        held = centroid_segment(centroids, self.code, self.metric)
+        return dataclasses.replace(self, segments=tuple(segments), lists=held)
+
     def closed(self) -> "State":
         """The same, for another index: neither adds to memory of the other."""
         return dataclasses.replace(self, segments=tuple(s.closed() for s in self.segments))
@@ -192,3 +211,16 @@ class State:
             slots = segment.live_slots()
             table.put(segment.ids[slots], slots + number * PLACES)
         return table
+
+
+def _merged(segments: Sequence[Segment]) -> list[Segment]:
+    """One segment for each mean, whose mean is fitted for good."""
+    settled = [x if x.raw is None else x.learned(x.raw.mean(0)) for x in segments]
+    alike: list[list[Segment]] = []
+    for one in settled:
+        group = next((g for g in alike if torch.equal(g[0].mean, one.mean)), None)
+        if group is None:
+            alike.append([one])
+        else:
+            group.append(one)
+    return [Segment.joined(group) for group in alike]
