@@ -56,6 +56,16 @@ def test_a_filled_cache_says_the_same(
     assert words[0] == words[1]
 
 
+def test_a_batch_answers_what_each_request_alone_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = EXAMPLES / "serve_batches.py"
+    together = run(path, monkeypatch, capsys, "--batch", "3")
+    assert run(path, monkeypatch, capsys, "--batch", "1") == together
+    lengths = {len(line) for line in together.splitlines()}
+    assert len(lengths) > 2
+
+
 def test_search_finds_a_sentence_by_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
