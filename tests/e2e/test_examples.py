@@ -1,5 +1,6 @@
 """The programs in examples/ run, on the model inside the package, and print what they say."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -64,6 +65,28 @@ def test_a_batch_answers_what_each_request_alone_does(
     assert run(path, monkeypatch, capsys, "--batch", "1") == together
     lengths = {len(line) for line in together.splitlines()}
     assert len(lengths) > 2
+
+
+def test_the_notebook_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    notebook = json.loads((EXAMPLES / "what_quantization_does.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    space: dict[str, object] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), space)
+    pictures = len(pyplot.get_fignums())
+    pyplot.close("all")
+    assert pictures == 4
+    # The text that is shown with it is what it says.
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum(output["output_type"] == "display_data" for output in outputs) == pictures
+    shown = [line for output in outputs for line in output.get("text", ())]
+    said = capsys.readouterr().out.splitlines(keepends=True)
+    assert [line.split(":")[0] for line in said] == [line.split(":")[0] for line in shown]
 
 
 def test_search_finds_a_sentence_by_its_words(
