@@ -200,6 +200,7 @@ class TestOptions:
             ({"keymap": "x"}, "did you mean key_map"),
             ({"key_map": 3}, "expected a file that KeyMaps.save wrote, got 3"),
             ({"key_map": "no such file"}, "expected a file"),
+            ({"key_map": ""}, "expected a file that KeyMaps.save wrote"),
             ({"sink_tokens": -1}, "sink_tokens"),
             ({"sink_tokens": 65}, "sink_tokens"),
             ({"recent_window": 32}, "expected 0 or 64 tokens, got 32"),
@@ -213,6 +214,12 @@ class TestOptions:
         with pytest.raises(SixfoldError, match=message):
             Options.read({"sixfold": given})
 
-    def test_a_section_of_another_name(self) -> None:
+    @pytest.mark.parametrize("name", ["sixfld", "SIXFOLD", "Sixfold", "six_fold"])
+    def test_a_section_of_another_name(self, name: str) -> None:
         with pytest.raises(SixfoldError, match='did you mean "sixfold"'):
-            Options.read({"sixfld": {"key_map": "x"}})
+            Options.read({name: {"key_map": "x"}})
+
+    def test_options_outside_of_their_section(self) -> None:
+        with pytest.raises(SixfoldError, match='"key_map" belongs one level deeper'):
+            Options.read({"key_map": "x"})
+        assert Options.read({"code": 3, "sixfold": {}}) == Options()

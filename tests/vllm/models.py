@@ -21,10 +21,24 @@ COMMON = {
     "pad_token_id": 1,
 }
 GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": 128}
-# Window and full layers, soft-capped logits, biases, wide heads, one KV head.
+# Window and full layers, soft-capped logits, biases, wide heads, one KV head; layers whose heads
+# differ, of which vLLM makes blocks of one size.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"num_hidden_layers": 4, **GEMMA}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"num_hidden_layers": 6, **GEMMA}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": 128,
+            "global_head_dim": 128,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 1024,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        },
+    ),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_hidden_layers": 4}),
     "mistral": (
         "MistralConfig",

@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     from sixfold.integrations.vllm import announce, prefill, prefill_cpu, prefill_cuda, selection
     from sixfold.integrations.vllm import backend as backend_module
     from sixfold.integrations.vllm import impl as impl_module
+    from sixfold.integrations.vllm.alignment import LayerBlock, aligned_nbytes
     from sixfold.integrations.vllm.backend import Sixfold8Bit
     from sixfold.integrations.vllm.beside import Beside, scratch_blocks
     from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
@@ -414,9 +415,15 @@ def test_the_log_says_that_no_gpu_has_run_it(
         )
     engine = Engine(monkeypatch, cuda_kernel())
     monkeypatch.setattr(announce, "uncompressed", lambda config: [])
+    blocks = [LayerBlock(KV_HEADS, DIM, DIM, 64), LayerBlock(KV_HEADS, 2 * DIM, 2 * DIM, 64)]
+    monkeypatch.setattr(announce, "layer_blocks", lambda *_: blocks)
     config = configuration()
     announce.announce(engine.impls, Options(), config, torch.device("cuda:0"))
     assert "taken at once: " in said[0]
+    least, most = (aligned_nbytes(8, one, blocks) for one in blocks)
+    assert (
+        f"{least} to {most} bytes a token and KV head (float32: {8 * DIM} to {16 * DIM})" in said[0]
+    )
     assert "has never run on a GPU" in said[1]
     assert "Set --max-num-seqs" in said[2]
     said.clear()

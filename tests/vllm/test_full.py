@@ -28,23 +28,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda name: str(save(name, tmp_path_factory.mktemp("models"), EMBEDDED))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2", "mistral", "llama128", "llama256"])
+# The logits of a random Gemma 4 are eight times as large as a trained one's: its keys have a norm
+# of their own and no scaling. The cache for transformers moves its answers by 0.007 at 8 bits.
+ARCHITECTURES = {
+    **dict.fromkeys(("gemma2", "gemma3", "qwen2", "mistral", "llama128", "llama256"), 2e-3),
+    "gemma4": 2e-2,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_other_architectures_at_eight_bits(
     name: str, job: Job, model: Any, text: list[int]
 ) -> None:
     """Prompts in chunks, then decoding across pages: the same model, as far as 8 bits tell."""
-    path = model(name)
+    path, most = model(name), ARCHITECTURES[name]
     scored = {"prompts": [text[:n] for n in (90, 400)], "max_tokens": 1, "prompt_logprobs": -1}
     decoded = {"prompts": [text[:n] for n in (60, 130, 300)], "max_tokens": 90, "logprobs": -1}
     options = {"model": path, "max_num_batched_tokens": 256, **EVERYTHING}
     base = job(scored, decoded, **options)
     ours = job(scored, decoded, attention_backend="SIXFOLD_8BIT", **options)
-    assert ours["capacity"] > 1.8 * base["capacity"]
+    assert ours["capacity"] > 1.9 * base["capacity"]
     for x, y in zip(base["runs"][0], ours["runs"][0], strict=True):
-        assert divergence(x["prompt_logprobs"], y["prompt_logprobs"]) < 2e-3
-        assert divergence(x["prompt_logprobs"], y["prompt_logprobs"].roll(1, 0)) > 0.02
+        assert divergence(x["prompt_logprobs"], y["prompt_logprobs"]) < most
+        assert divergence(x["prompt_logprobs"], y["prompt_logprobs"].roll(1, 0)) > 10 * most
     for x, y in zip(base["runs"][1], ours["runs"][1], strict=True):
-        assert divergence_of_answers(x, y) < 2e-3
+        assert divergence_of_answers(x, y) < most
 
 
 @pytest.mark.parametrize("name", WIDTHS)

@@ -1,5 +1,6 @@
 """What the log says of an engine that serves from codes."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,10 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from sixfold.integrations.vllm.alignment import aligned_nbytes
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.names import TESTED, Options
+from sixfold.integrations.vllm.serving import layer_blocks
 from sixfold.packing import PAGE_TOKENS
 
 logger = init_logger("vllm.sixfold")
@@ -20,36 +23,43 @@ MUCH = 0.05
 def announce(
     impls: Sequence[SixfoldImpl], options: Options, vllm_config: Any, device: torch.device
 ) -> None:
-    """Say what is served, and warn of what is not, or was not tested."""
+    """Say what the layers of a model serve; warn of what is not served, or was not tested."""
     _warn_of_version()
     _warn_of_others(vllm_config)
-    dtype = vllm_config.model_config.dtype
-    impl, layers = impls[0], len(impls)
-    layer = impl.layer
-    assert layer is not None
-    content = layer.block_bytes // PAGE_TOKENS
-    raw = sum(x.shape[3] for x in layer.copies) * dtype.itemsize
-    pages = 1 + options.recent_window // PAGE_TOKENS
-    beside = raw * (pages * PAGE_TOKENS + layer.policy.sink_tokens) * impl.num_kv_heads * layers
-    most = sum(x.nbytes for x in (*layer.copies, *layer.sinks)) * layers
+    dtype, bits = vllm_config.model_config.dtype, impls[0].bits
+    blocks = layer_blocks(SixfoldImpl, vllm_config)
+    heads = [one.kv_heads for one in blocks]
+    contents = [aligned_nbytes(bits, one, blocks) for one in blocks]
+    raws = [(one.key_dim + one.value_dim) * dtype.itemsize for one in blocks]
+    held, plain = (sum(map(operator.mul, heads, each)) for each in (contents, raws))
+    tokens = (1 + options.recent_window // PAGE_TOKENS) * PAGE_TOKENS + options.sink_tokens
+    layers = [one.layer for one in impls if one.layer is not None]
+    most = sum(x.nbytes for one in layers for x in (*one.copies, *one.sinks))
     gpu = device.type != "cpu"
     logger.info(
-        "Sixfold: %d layers at %g bits (%s), %d bytes a token and KV head (%s: %d), %.2f times the "
+        "Sixfold: %d layers at %g bits (%s), %s bytes a token and KV head (%s: %s), %.2f times the "
         "tokens in the same memory; beside it up to %s KiB of uncompressed tokens a request, %s "
         "%s MiB in all (--max-num-seqs).",
-        layers,
-        impl.bits,
-        " and ".join(sorted({layer.code.keys.code, layer.code.values.code})),
-        content,
+        len(impls),
+        bits,
+        " and ".join(
+            sorted({side.code for one in layers for side in (one.code.keys, one.code.values)})
+        ),
+        _from_to(contents),
         str(dtype).removeprefix("torch."),
-        raw,
-        raw / content,
-        f"{beside / 1024:,.0f}",
+        _from_to(raws),
+        plain / held,
+        f"{plain * tokens / 1024:,.0f}",
         "taken at once:" if gpu else "taken as they come and at most",
         f"{most / 2**20:,.0f}",
     )
     if gpu:
         _warn_of_gpu(most, device)
+
+
+def _from_to(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _warn_of_gpu(most: int, device: torch.device) -> None:

@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, SlidingWindowSpec
 
 from sixfold.errors import SixfoldError
+from sixfold.integrations.vllm.alignment import aligned_nbytes
 from sixfold.integrations.vllm.impl import SixfoldImpl
 from sixfold.integrations.vllm.metadata import SixfoldMetadataBuilder
 from sixfold.integrations.vllm.names import cache_dtype, token_nbytes
+from sixfold.integrations.vllm.serving import layer_block, layer_blocks, served
 from sixfold.packing import PAGE_TOKENS, Bits
 
 LEAST_CAPABILITY = (8, 0)
@@ -145,7 +147,12 @@ class SixfoldBackend(AttentionBackend):
         """Blocks of codes: vLLM counts its memory in them."""
         if spec.state_content_bytes is not None:
             return spec
-        content = token_nbytes(cls.bits, spec.head_size, spec.head_size_v)
+        config = served()
+        if config is None:
+            content = token_nbytes(cls.bits, spec.head_size, spec.head_size_v)
+        else:
+            own = layer_block(spec, isinstance(spec, SlidingWindowSpec), config)
+            content = aligned_nbytes(cls.bits, own, layer_blocks(SixfoldImpl, config))
         return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=content)
 
 

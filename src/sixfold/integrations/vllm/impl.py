@@ -13,6 +13,7 @@ from sixfold.cache.step import Step
 from sixfold.errors import SixfoldError
 from sixfold.integrations.vllm.beside import Beside, scratch_blocks
 from sixfold.integrations.vllm.names import CODE, Options, policy
+from sixfold.integrations.vllm.serving import remember
 from sixfold.integrations.vllm.sharing import overlap
 from sixfold.kernels.types import CodeName, KeyMap, Pool
 from sixfold.packing import Bits
@@ -25,6 +26,7 @@ class SixfoldImpl(AttentionImpl):
         bits: Bits a value.
         layer: None until vLLM has made the cache.
         others: The other layers of the model.
+        announced: Whether the log has said what they serve.
     """
 
     bits: ClassVar[Bits]
@@ -53,6 +55,7 @@ class SixfoldImpl(AttentionImpl):
                     f"Sixfold's backend does not support {name}: serve this model uncompressed, "
                     "without --attention-backend."
                 )
+        remember()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window, self.softcap = sliding_window, logits_soft_cap or None
@@ -60,6 +63,7 @@ class SixfoldImpl(AttentionImpl):
         self.kv_sharing_target_layer_name = None
         self.layer: EngineLayer | None = None
         self.others: Sequence[SixfoldImpl] = ()
+        self.announced = False
         self._blocks: tuple[Tensor, Pool] | None = None
         self._sharing: list[SixfoldImpl] = []
         device = torch.get_default_device()
@@ -145,7 +149,9 @@ class SixfoldImpl(AttentionImpl):
         """vLLM's blocks [blocks, kv_heads, 64, bytes]: a head's page is one piece of a block."""
         assert self.layer is not None
         if self._blocks is None or self._blocks[0] is not kv_cache:
-            self._blocks = kv_cache, self.layer.pool(kv_cache.flatten(2))
+            # Behind its codes and scales a page may have a few bytes that align it.
+            pages = kv_cache.flatten(2)[..., : self.layer.block_bytes]
+            self._blocks = kv_cache, self.layer.pool(pages)
             self._meet(kv_cache)
         return self._blocks[1]
 

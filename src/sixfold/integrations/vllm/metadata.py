@@ -76,7 +76,10 @@ class SixfoldMetadataBuilder(AttentionMetadataBuilder):
             impl.others = [other for other in ours if other is not impl]
         windows = {impl.sliding_window for impl in impls}
         self.scratch = Scratch(kernel(impls, vllm_config, device), windows=windows)
-        announce(impls, options, vllm_config, device)
+        # One line for a model, of which each group has a builder.
+        if all(one.layer is not None for one in ours) and not ours[0].announced:
+            ours[0].announced = True
+            announce(ours, options, vllm_config, device)
 
     def build(
         self,

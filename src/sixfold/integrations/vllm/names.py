@@ -86,11 +86,17 @@ class Options:
         """
         # vLLM allows its own classes there, for backends that define one.
         found = additional_config if isinstance(additional_config, Mapping) else {}
-        for name in difflib.get_close_matches(SECTION, map(str, found), 1, 0.75):
-            if name != SECTION:
-                raise SixfoldError(f'additional_config: got "{name}": did you mean "{SECTION}"?')
-        given = found.get(SECTION, {})
         known = [field.name for field in dataclasses.fields(cls)]
+        for name in map(str, found):
+            if name != SECTION and difflib.get_close_matches(SECTION, [name.lower()], 1, 0.75):
+                raise SixfoldError(f'additional_config: got "{name}": did you mean "{SECTION}"?')
+            # Others may call something "code".
+            if name in known and name != "code":
+                raise SixfoldError(
+                    f'additional_config: "{name}" belongs one level deeper: '
+                    f'{{"{SECTION}": {{"{name}": ...}}}}'
+                )
+        given = found.get(SECTION, {})
         if not isinstance(given, Mapping):
             raise SixfoldError(
                 f'additional_config["{SECTION}"]: expected a mapping of {known}, got {shown(given)}'
@@ -103,7 +109,9 @@ class Options:
                     f"{f': did you mean {close[0]}?' if close else ''}"
                 )
         key_map = given.get("key_map")
-        if not isinstance(key_map, str | None) or (key_map and not Path(key_map).is_file()):
+        if not isinstance(key_map, str | None) or (
+            key_map is not None and not Path(key_map).is_file()
+        ):
             raise SixfoldError(
                 f'additional_config["{SECTION}"]["key_map"]: expected a file that KeyMaps.save '
                 f"wrote, got {shown(key_map)}"
