@@ -1,6 +1,7 @@
 """An index whose vectors lie in lists: a search that looks at some finds what is in those."""
 
 import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,43 @@ def test_what_is_found_is_what_a_filter_of_the_lists_leaves(metric: Any) -> None
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_a_mean_that_is_not_settled_stays(metric: Any) -> None:
+    """Of few vectors, added one after another, the mean is that of the first."""
+    index, queries = sixfold.Index(DIM, 4, metric), clustered(5, seed=1)
+    for count in (500, 50):
+        index.add(clustered(count, seed=count) + count / 100)
+    before, decoded = index.search(queries, k=550), index.decode(range(550))
+    index.partition(5)
+    same(index.search(queries, k=550), before)
+    assert np.array_equal(index.decode(range(550)), decoded)
+
+
+def test_nobody_waits_for_a_partition() -> None:
+    index, query = filled(20_000, bits=8), clustered(1, seed=1)
+    expected = index.search(query, filter=range(100))
+    partitioned = threading.Thread(target=index.partition, args=(2000,))
+    partitioned.start()
+    met = 0
+    while partitioned.is_alive():
+        found = index.search(query, filter=range(100))
+        met += partitioned.is_alive() and index.lists == 0
+        same(found, expected)
+        assert 5 in index
+    assert met > 3
+
+
+def test_as_many_lists_as_vectors() -> None:
+    index, queries = filled(700, bits=8), clustered(700)[::7]
+    index.partition(700)
+    for probes in (1, 50, 699):
+        found = index.search(queries, k=1, probes=probes).ids[:, 0]
+        assert (found == np.arange(0, 700, 7)).mean() > 0.9
+    for query in queries[:5]:
+        own = members(index, probed(index, query, 300))
+        same(index.search(query, k=30, probes=300), index.search(query, k=30, filter=own))
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_few_lists_hold_most_of_what_is_near(metric: Any) -> None:
     x, queries = clustered(6000), clustered(100, seed=0)
     index = sixfold.Index(DIM, 8, metric)
@@ -141,9 +179,15 @@ def test_lists_stay_while_vectors_go() -> None:
         expected = index.search(query, filter=[*{*ids} & left])
         same(index.search(query, probes=2), expected)
     index.remove(index.ids)
+    assert index.lists == 20
+    assert index.search(queries, k=2, probes=1).ids.tolist() == [[-1, -1]] * 10
+    ids = index.add(queries)
+    assert index.search(queries, k=1, probes=1).ids[:, 0].tolist() == ids.tolist()
+    index.add(-queries, ids, upsert=True)
+    assert index.search(-queries, k=1, probes=1).ids[:, 0].tolist() == ids.tolist()
+    index.remove(ids)
+    index.calibrate(clustered(500))
     assert index.lists == 0
-    index.add(queries)
-    assert index.search(queries, k=1).ids.shape == (10, 1)
 
 
 def test_partitioning_again_and_again_makes_no_more_segments() -> None:

@@ -111,6 +111,8 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
         if lists is not None:
             centroids = _centroids(code, metric, lists, _part(tensors, LISTS))
         _check_ids(segments, described["next_id"])
+        if len(segments) == MOST_SEGMENTS and segments[-1].bounds is not None:
+            raise ValueError("no vectors could be added to it")
     except ValueError as error:
         raise FormatError(f"{path} is damaged: {error}.") from error
     state = State(code, metric, segments, None, None, described["next_id"], strings, centroids)

@@ -80,7 +80,8 @@ class Index:
         _indexes.add(self)
 
     def _begin(self) -> None:
-        self._lock = threading.RLock()
+        # Held for a whole change; the other for as long as the table is read or changed.
+        self._changes, self._reads = threading.RLock(), threading.RLock()
         # Made again from the state whenever it is not that state's: after an interrupt, say.
         self._table: tuple[State | None, IdTable] = None, IdTable()
 
@@ -114,8 +115,7 @@ class Index:
             ids = checked_ids([id])
         except SixfoldError:
             return False
-        with self._alone():
-            return bool(self._slots(ids)[0] >= 0)
+        return bool(self._find(ids)[1][0] >= 0)
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -145,7 +145,7 @@ class Index:
 
     @property
     def ids(self) -> np.ndarray:
-        """The ids of all vectors held, in the order in which they were added."""
+        """The ids of all vectors held, in the order in which they were added, or of lists."""
         found = [s.ids[s.live_slots()] for s in self._state.segments]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
@@ -179,7 +179,8 @@ class Index:
                     f"the index holds {self._state.live} vectors, whose codes stay as they are: "
                     "calibrate one without any, then add them"
                 )
-            self._unseen, self._state = None, dataclasses.replace(self._state, code=code)
+            self._unseen = None
+            self._state = dataclasses.replace(self._state, code=code, lists=None)
 
     @property
     def calibrated(self) -> bool:
@@ -213,10 +214,10 @@ class Index:
         source.check_finite(self.metric)
         with self._alone():
             given = self._checked_new(given, len(source))
-            old = self._slots(given)
-            old = old[old >= 0]
+            _, slots = self._find(given)
+            old = slots[slots >= 0]
             if len(old) and not upsert:
-                held = given[self._slots(given) >= 0][:3].tolist()
+                held = given[slots >= 0][:3].tolist()
                 raise SixfoldError(
                     f"ids {held} are in the index already: pass upsert=True to replace their "
                     "vectors, or remove them before"
@@ -243,7 +244,7 @@ class Index:
         """
         wanted = checked_ids(ids)
         with self._alone():
-            slots = self._known_slots(wanted)
+            _, slots = self._known_slots(wanted)
             if again := repeated(wanted):
                 raise OutOfRangeError(f"ids: {again} are given more than once")
             self._replace(*self._state.without(slots), removed=wanted)
@@ -328,9 +329,7 @@ class Index:
             probes = whole("probes", probes, 1, MOST_LISTS)
         state, allowed = self._state, None
         if filter is not None:
-            members = checked_filter(filter)
-            with self._alone():
-                state, slots = self._state, self._slots(members)
+            state, slots = self._find(checked_filter(filter))
             allowed = _bitmaps(state, slots[slots >= 0])
         if probes is not None and state.lists is None:
             raise SixfoldError("probes: the index has no lists; call partition() before")
@@ -358,10 +357,9 @@ class Index:
             OutOfRangeError: An id is not in the index.
         """
         wanted = checked_ids(ids)
-        with self._alone():
-            slots, segments = self._known_slots(wanted), self._state.segments
+        state, slots = self._known_slots(wanted)
         out = np.empty((len(wanted), self.dim), dtype=np.float32)
-        for number, segment in enumerate(segments):
+        for number, segment in enumerate(state.segments):
             own = slots // PLACES == number
             if own.any():
                 out[own] = segment.decode(slots[own] % PLACES).numpy()
@@ -402,6 +400,10 @@ class Index:
         return index
 
     def _alone(self) -> AbstractContextManager[Any]:
+        """For `with`, around a change: one at a time, and none within another."""
+        return self._free(self._changes)
+
+    def _free(self, lock: Any) -> AbstractContextManager[Any]:
         """For `with`: one thread at a time, and nothing within what it does.
 
         The lock itself, whose acquisition no signal can separate from the block that it begins.
@@ -410,12 +412,13 @@ class Index:
             SixfoldError: Code that an operation of this thread calls, or a signal handler that
                 interrupts it, uses the index.
         """
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if lock._is_owned():
             raise SixfoldError(
                 "the index is in use by what this call interrupted: a signal handler, or a "
                 "method of an argument, may search without a filter and nothing else"
             )
-        return self._lock
+        held: AbstractContextManager[Any] = lock
+        return held
 
     def _unlike(self, sample: Tensor) -> str | None:
         """Why vectors are found less well than without calibration: asked of enough at once."""
@@ -448,17 +451,18 @@ class Index:
         self, state: State, moved: bool, removed: Ids | None = None, added: Ids | None = None
     ) -> None:
         """Take a new state, whose last vectors are those that were added."""
-        table = self._current_table()
-        # Interrupted, the table is not that of the state, and is made again when it is needed.
-        self._table = None, table
-        self._state = state
-        if moved:
-            return
-        if removed is not None:
-            table.remove(removed)
-        if added is not None:
-            table.put(added, state.last_slots(len(added)))
-        self._table = state, table
+        with self._free(self._reads):
+            table = self._current_table()
+            # Interrupted, the table is not that of the state, and is made again when it is needed.
+            self._table = None, table
+            self._state = state
+            if moved:
+                return
+            if removed is not None:
+                table.remove(removed)
+            if added is not None:
+                table.put(added, state.last_slots(len(added)))
+            self._table = state, table
 
     def _current_table(self) -> IdTable:
         state, table = self._table
@@ -467,17 +471,18 @@ class Index:
             self._table = self._state, table
         return table
 
-    def _slots(self, ids: Ids) -> np.ndarray:
-        """The slot of each id, -1 where there is none."""
-        if not self._kind_fits(ids):
-            return np.full(len(ids), -1, dtype=np.int64)
-        return self._current_table().find(ids)
+    def _find(self, ids: Ids) -> tuple[State, np.ndarray]:
+        """The slot of each id, -1 where there is none, and the state that has them there."""
+        with self._free(self._reads):
+            if not self._kind_fits(ids):
+                return self._state, np.full(len(ids), -1, dtype=np.int64)
+            return self._state, self._current_table().find(ids)
 
-    def _known_slots(self, ids: Ids) -> np.ndarray:
-        slots = self._slots(ids)
+    def _known_slots(self, ids: Ids) -> tuple[State, np.ndarray]:
+        state, slots = self._find(ids)
         if absent := missing(ids, slots):
             raise OutOfRangeError(f"ids {absent} are not in the index")
-        return slots
+        return state, slots
 
     def _kind_fits(self, ids: Ids) -> bool:
         strings = self._state.strings
@@ -492,7 +497,7 @@ def _search(
     probes: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     lists = None
-    if probes is not None and state.lists is not None:
+    if probes is not None and state.lists is not None and probes < state.lists.live:
         _, lists = state.lists.search(queries, probes, state.lists.allowed)
     none, kind = (None, object) if state.strings else (-1, np.int64)
     found: list[tuple[np.ndarray, np.ndarray]] = []

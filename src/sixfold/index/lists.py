@@ -23,11 +23,11 @@ CENTROID_BITS = 8
 MOST_LISTS = 2**20
 # Vectors a list that centroids are fitted to, and how often: more change next to nothing.
 FITTED_TO = 64
-# Their coordinates, unless there are more lists than that: a gigabyte.
-MOST_NUMBERS = 2**28
+# Their coordinates, unless there are more lists than that: half a gigabyte.
+MOST_NUMBERS = 2**27
 ROUNDS = 10
-# Vectors that are taken apart at a time.
-BLOCK = 2**14
+# Coordinates that are taken apart at a time.
+SOME_NUMBERS = 2**22
 
 
 def usual_lists(count: int) -> int:
@@ -74,16 +74,22 @@ def nearness(metric: Metric) -> Metric:
 def owners(segment: Segment, centroids: Segment) -> Int64[np.ndarray, " live"]:
     """The list of each vector that counts, in order."""
     slots = segment.live_slots()
+    step = _some(segment.code.dim)
     found = [
-        _nearest(segment.decoded(slots[start : start + BLOCK]), centroids)
-        for start in range(0, len(slots), BLOCK)
+        _nearest(segment.decoded(slots[start : start + step]), centroids)
+        for start in range(0, len(slots), step)
     ]
     return torch.cat(found).numpy()
 
 
 def _nearest(x: Float32[Tensor, "n dim"], centroids: Segment) -> Int64[Tensor, " n"]:
-    found = [centroids.search(part, 1, centroids.allowed)[1] for part in x.split(BLOCK)]
-    return torch.cat(found).squeeze(1)
+    parts = x.split(_some(x.shape[1]))
+    return torch.cat([centroids.search(x, 1, centroids.allowed)[1] for x in parts]).squeeze(1)
+
+
+def _some(dim: int) -> int:
+    """Vectors of that dimension that are taken apart at a time."""
+    return max(64, SOME_NUMBERS // dim)
 
 
 def _sample(
@@ -95,7 +101,9 @@ def _sample(
     found, before = [], 0
     for segment in segments:
         own = chosen[(chosen >= before) & (chosen < before + segment.live)] - before
-        found.append(segment.decoded(segment.live_slots()[own]))
+        slots = segment.live_slots()[own]
+        parts = np.array_split(slots, -(-len(slots) // _some(segment.code.dim)) or 1)
+        found += [segment.decoded(part) for part in parts]
         before += segment.live
     return torch.cat(found)
 
@@ -109,7 +117,9 @@ def _moved(
     """Means of what each list has; one that has nothing begins anew at a vector."""
     counts = torch.bincount(owner, minlength=len(centroids))
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=CPU)
-    sums.index_add_(0, owner, x.double())
+    some = _some(x.shape[1])
+    for own, part in zip(owner.split(some), x.split(some), strict=True):
+        sums.index_add_(0, own, part.double())
     means = (sums / counts.clamp(min=1)[:, None]).float()
     empty = (counts == 0).nonzero().squeeze(1)
     if len(empty):

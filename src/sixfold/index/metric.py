@@ -45,7 +45,8 @@ def offsets(
     """What each vector adds to its scores: ⟨μ, r⟩, or -‖r‖² of squared distances."""
     if metric == "l2":
         return -(x - mean).square().sum(1)
-    return x @ mean - mean @ mean
+    # Row by row, as threads cut no row: offsets do not depend on them.
+    return (x * mean).sum(1) - mean.double().square().sum().float()
 
 
 def asked(

@@ -26,7 +26,7 @@ LEARNED = 1024
 # Pages that are taken apart and put together at a time.
 SOME_PAGES = 256
 # The bits of a page.
-ALL = 2**64 - 1
+ALL = np.uint64(2**64 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Segment:
         ids = self.ids[: self.used]
         held = sum(x[: self.pages].nbytes for x in self._tensors) + self.mean.nbytes
         held += 0 if self.raw is None else self.raw.nbytes
+        held += 0 if self.bounds is None else self.bounds.nbytes
         return held + ids.nbytes + self.allowed[: self.pages].nbytes
 
     def live_slots(self) -> Int64[np.ndarray, " live"]:
@@ -230,15 +231,21 @@ class Segment:
     def _members(self, lists: Int64[np.ndarray, " probes"]) -> np.ndarray:
         """A bitmap of the slots of these lists."""
         assert self.bounds is not None
-        members = np.zeros(len(self.allowed) + 1, dtype="<u8")
+        (first, begin), (last, end) = (
+            np.divmod(self.bounds[lists + side], PAGE_TOKENS) for side in (0, 1)
+        )
+        head = np.left_shift(ALL, begin.astype(np.uint64))
+        tail = np.left_shift(np.uint64(1), end.astype(np.uint64)) - np.uint64(1)
         # One more than there are pages: a list may end where they do.
-        for begin, end in self.bounds[lists[:, None] + [0, 1]].tolist():
-            first, last = begin // PAGE_TOKENS, end // PAGE_TOKENS
-            head, tail = ALL << begin % PAGE_TOKENS & ALL, (1 << end % PAGE_TOKENS) - 1
-            members[first] |= np.uint64(head & tail if first == last else head)
-            if first < last:
-                members[first + 1 : last] = ALL
-                members[last] |= np.uint64(tail)
+        members = np.zeros(len(self.allowed) + 1, dtype="<u8")
+        wide = last > first
+        whole = np.zeros(len(members) + 1, dtype=np.int64)
+        np.add.at(whole, first[wide] + 1, 1)
+        np.add.at(whole, last[wide], -1)
+        members[whole.cumsum()[:-1] > 0] = ALL
+        np.bitwise_or.at(members, first[wide], head[wide])
+        np.bitwise_or.at(members, last[wide], tail[wide])
+        np.bitwise_or.at(members, first[~wide], (head & tail)[~wide])
         return members[:-1]
 
     def decode(self, slots: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n dim"]:

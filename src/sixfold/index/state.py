@@ -172,7 +172,8 @@ class State:
                 left, moved = left.compacted(), True
             segments.append(left)
         if not segments:
-            return State(self.code, self.metric, next_id=self.next_id), True
+            empty = State(self.code, self.metric, next_id=self.next_id, lists=self.lists)
+            return empty, True
         kept = segments[-1].mean is self.segments[-1].mean
         recent, mean = (self.recent, self.mean) if kept else (None, None)
         changed = dataclasses.replace(self, segments=tuple(segments), recent=recent, mean=mean)
@@ -214,8 +215,8 @@ class State:
 
 
 def _merged(segments: Sequence[Segment]) -> list[Segment]:
-    """One segment for each mean, whose mean is fitted for good."""
-    settled = [x if x.raw is None else x.learned(x.raw.mean(0)) for x in segments]
+    """One segment for each mean, which stays as it is for good."""
+    settled = [dataclasses.replace(x, raw=None, fitted=LEARNED) for x in segments]
     alike: list[list[Segment]] = []
     for one in settled:
         group = next((g for g in alike if torch.equal(g[0].mean, one.mean)), None)
