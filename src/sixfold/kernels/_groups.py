@@ -290,6 +290,7 @@ def tokens_group(
     )
 
 
+_OPTIONAL = frozenset(("tokens.stop", "tokens.slots", "key_map.map_index"))
 _TOKENS = "tokens.first", "tokens.start", "tokens.stop", "tokens.slots"
 
 
@@ -309,6 +310,10 @@ def numbers_group(
     found = []
     for name, x in zip(names, tensors, strict=True):
         if x is None:
+            if name not in _OPTIONAL:
+                raise ShapeError(
+                    f"{name}: expected a number for each of {batch} sequences, got None"
+                )
             found.append(0)
         # What `address` asks, without a call for each of what a step passes dozens of.
         elif x.dtype is torch.int64 and x.shape == (batch,) and x.is_contiguous() and x.is_cpu:

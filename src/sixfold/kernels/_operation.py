@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sixfold.arguments import dense, number_of, real, shown
+from sixfold.arguments import dense, number_of, real, shown, whole
 from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._signature import explain
@@ -98,6 +98,17 @@ def checked_softcap(softcap: float | None) -> float | None:
             f"softcap must be a positive number, or None for no soft-capping, got {shown(softcap)}"
         )
     return None if number > _NO_SOFTCAP else float(number)
+
+
+def checked_window(window: int | None) -> int | None:
+    """A positive whole number, or None.
+
+    Raises:
+        SixfoldError: It is neither.
+    """
+    if window is None or (type(window) is int and window > 0) or torch.compiler.is_compiling():
+        return window
+    return whole("sliding_window", window, 1)
 
 
 def checked_scaling(scaling: float) -> float:

@@ -1,12 +1,13 @@
 """Tables that would lead outside of what they are tables of are refused before they are read."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sixfold.errors import ShapeError
-from sixfold.kernels.types import KeyMap, Pages
+from sixfold.kernels.types import KeyMap, Pages, Past, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 DEBUG_VARIABLE = "SIXFOLD_DEBUG"
@@ -39,15 +40,21 @@ def check_pages(pages: Pages) -> None:
     """
     starts, lengths, slots = pages.starts, pages.lengths, pages.slots
     keys, key_scales, values, value_scales = (x.shape for x in pages.pool)
-    alike = keys[:2] == key_scales[:2] == values[:2] == value_scales[:2]
+    alike = keys[:2] == values[:2] and key_scales == value_scales == (*keys[:2], PAGE_TOKENS)
     if not alike or any(
         x.shape not in (slots.shape, (1, slots.shape[1])) for x in (starts, lengths)
     ):
         raise ShapeError(
-            "pages: expected pools of as many slots and heads each, and starts and lengths of "
-            f"[batch or 1, {slots.shape[1]}], got pools {[list(x.shape) for x in pages.pool]}, "
-            f"starts {list(starts.shape)} and lengths {list(lengths.shape)}."
+            f"pages: expected pools of as many slots and heads each, {PAGE_TOKENS} scales a page, "
+            f"and starts and lengths of [batch or 1, {slots.shape[1]}], got pools "
+            f"{[list(x.shape) for x in pages.pool]}, starts {list(starts.shape)} and lengths "
+            f"{list(lengths.shape)}."
         )
+    for name, x in zip(pages.pool._fields, pages.pool, strict=True):
+        if x.device != slots.device:
+            raise ShapeError(
+                f"pages.pool.{name} is on {x.device}, pages.slots on {slots.device}: move one."
+            )
     check_table("pages.slots", slots, keys[0])
     if readable(lengths):
         wrong = (lengths < 0) | (lengths > PAGE_TOKENS)
@@ -99,8 +106,57 @@ def check_positions(name: str, x: Tensor | None) -> None:
     Raises:
         ShapeError: There is one.
     """
-    if x is not None and readable(x):
-        _refuse((x < 0) | (x > MOST_TOKENS), x, f"{name}: expected positions from 0")
+    if x is None:
+        return
+    if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool:
+        raise ShapeError(f"{name}: expected whole numbers, got {x.dtype}.")
+    if readable(x):
+        wide = x.long()
+        _refuse((wide < 0) | (wide > MOST_TOKENS), x, f"{name}: expected positions from 0")
+
+
+def check_layer(
+    query: Tensor,
+    tokens: Sequence[Tokens],
+    past: Past,
+    dims: tuple[int, int],
+    position: Tensor,
+    sink_logits: Tensor | None,
+) -> None:
+    """Refuse parts of a layer that would have to be broadcast to fit its queries.
+
+    Raises:
+        ShapeError: There is one, or something is missing.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads = past.key_map.mean.shape[1]
+    if not query.is_floating_point() or dim != dims[0]:
+        raise ShapeError(
+            f"query: expected floating point of {dims[0]} coordinates, got {query.dtype} "
+            f"{list(query.shape)}."
+        )
+    _check_shape("position", position, (batch,))
+    _check_shape("past.start", past.start, (batch,))
+    _check_shape("key_map.mean", past.key_map.mean, (len(past.key_map.mean), kv_heads, dim))
+    if sink_logits is not None:
+        _check_shape("sink_logits", sink_logits, (heads,))
+    for part in (*past.kept, *tokens):
+        rows, count = part.keys.shape[0], part.keys.shape[2]
+        for name in ("first", "start", "stop", "slots"):
+            x = getattr(part, name)
+            if x is not None or name in ("first", "start"):
+                _check_shape(f"tokens.{name}", x, (batch,))
+        rows = batch if part.slots is None else rows
+        for name, x, size in zip(("keys", "values"), part[:2], dims, strict=True):
+            _check_shape(f"tokens.{name}", x, (rows, kv_heads, count, size))
+            if x.dtype != part.keys.dtype:
+                raise ShapeError(f"tokens.{name}: expected {part.keys.dtype}, got {x.dtype}.")
+
+
+def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is None or x.shape != shape:
+        got = None if x is None else list(x.shape)
+        raise ShapeError(f"{name}: expected {list(shape)}, got {got}.")
 
 
 def check_columns(mask: Tensor, positions: Tensor) -> None:

@@ -11,6 +11,7 @@ from sixfold.kernels._groups import check_heads
 from sixfold.kernels._operation import (
     checked_scaling,
     checked_softcap,
+    checked_window,
     operation,
     plain,
     plain_tokens,
@@ -58,7 +59,8 @@ def attention(
         softmax: What makes weights of logits.
 
     Raises:
-        SixfoldError: `softcap` is not positive, or tensors do not fit each other.
+        SixfoldError: `softcap` or `sliding_window` is not positive, or tensors do not fit each
+            other.
 
     Returns:
         The output in the dtype of `query`; zero where no token is attended.
@@ -84,7 +86,7 @@ def _checked(softmax: Softmax) -> Softmax:
     return Softmax(
         checked_scaling(scaling),
         mask if mask is None else plain(mask),
-        sliding_window,
+        checked_window(sliding_window),
         softcap if softcap is None else checked_softcap(softcap),
         sinks if sinks is None else plain(sinks),
     )
@@ -92,5 +94,5 @@ def _checked(softmax: Softmax) -> Softmax:
 
 def _wants_gradient(query: Tensor, tokens: Sequence[Tokens], past: Past, softmax: Softmax) -> bool:
     parts = [x for part in (*past.kept, *tokens) for x in part[:2]]
-    given = (query, *parts, softmax.mask, softmax.sink_logits)
+    given = (query, *parts, *past.key_map[:2], softmax.mask, softmax.sink_logits)
     return any([x is not None and x.requires_grad for x in given])

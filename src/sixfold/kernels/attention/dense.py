@@ -7,6 +7,7 @@ from torch import Tensor
 from sixfold.kernels._operation import (
     checked_scaling,
     checked_softcap,
+    checked_window,
     operation,
     plain,
     plain_dense,
@@ -49,6 +50,7 @@ def dense_attention(
         Output and log-sum-exp, float32; zero and -inf where no token is attended.
     """
     softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
+    sliding_window = checked_window(sliding_window)
     # Nothing else looks whether they have memory, and products of what has none crash.
     query, keys, values = (
         plain_dense("query", query),
@@ -104,6 +106,7 @@ def exact_attention(
         sink_logits: A logit a head that takes part in the softmax and has no value (GPT-OSS).
     """
     softcap, scaling = checked_softcap(softcap), checked_scaling(scaling)
+    sliding_window = checked_window(sliding_window)
     query, keys, values = plain(query), plain(keys), plain(values)
     n_queries, n_tokens = query.shape[2], keys.shape[2]
     cut = mask is None and sliding_window is not None and n_tokens > sliding_window

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from sixfold.kernels._narrow import narrow
-from sixfold.kernels._tables import check_map, check_positions, check_table
+from sixfold.kernels._tables import check_layer, check_map, check_positions, check_table
 from sixfold.kernels.attention.dense import dense_attention, with_sinks
 from sixfold.kernels.attention.merge import Partial, merge_partials
 from sixfold.kernels.rotate import rotate
@@ -66,6 +66,7 @@ def attend_parts(
     softmax: Softmax,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """See `sixfold.kernels.attention.attention`; `page_attention` takes the pages."""
+    check_layer(query, tokens, past, (keys.dim, values.dim), position, softmax.sink_logits)
     check_positions("position", position)
     own = position[:, None] + torch.arange(query.shape[2], device=query.device)
     parts = [

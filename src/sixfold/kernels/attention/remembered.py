@@ -49,9 +49,10 @@ def remembered(
     copies: list[Tensor],
 ) -> Before:
     """What stays from step to step: looked at once, unless memory of it has moved since."""
-    of = (*past[:4], keys, values)
+    # Lists may change: what is in them is compared.
+    of = (*past.pages, past.key_map, past.start, *past.kept, keys, values)
     known: _Known | None = past.memo.get(dtype)
-    if known is not None and known.batch == batch and all(map(is_, known.of, of)):
+    if known is not None and known.batch == batch and _same(known.of, of):
         # An address is worth nothing once its memory has moved (`share_memory_`).
         if known.addresses == [x.data_ptr() for x in known.tensors]:
             return known.found
@@ -74,6 +75,10 @@ def remembered(
         addresses = [x.data_ptr() for x in tensors]
         past.memo[dtype] = _Known(batch, of, tensors, addresses, found)
     return found
+
+
+def _same(known: tuple[Any, ...], of: tuple[Any, ...]) -> bool:
+    return len(known) == len(of) and all(map(is_, known, of))
 
 
 def _tensors(group: Any) -> list[Any]:
