@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sixfold.integrations.transformers.summary import LONG_CONTEXT
 from tools.blocks import table_row
 
 
@@ -61,6 +62,29 @@ def evaluation_targets(results: dict[str, Any]) -> str:
         cells += [f"{top['mean']:.1%} ± {top['half_width']:.1%}"]
         lines.append(table_row(cells))
     return "\n".join(lines)
+
+
+def real_needles_table(results: dict[str, Any]) -> str:
+    """One row a cache of `sixfold eval niah --json`, in the order of bits."""
+    rows = results["rows"]
+    lengths = sorted({cell["tokens"] for row in rows.values() for cell in row["cells"]})
+    columns = ["cache", "bits per value", *(f"{n:,} tokens" for n in lengths), "all"]
+    lines = [table_row(columns), table_row(["---"] + ["---:"] * (len(columns) - 1))]
+    for name, row in sorted(rows.items(), key=lambda pair: -pair[1]["bits_long"]):
+        ours = name.replace(".", "").isdigit()
+        label = "uncompressed" if name == "16" else f"**sixfold {name}**" if ours else name
+        each = [[cell for cell in row["cells"] if cell["tokens"] == tokens] for tokens in lengths]
+        found = [
+            f"{sum(c['exact'] for c in cells)} of {sum(c['asked'] for c in cells)}"
+            for cells in each
+        ]
+        total = f"{row['exact']} of {row['asked']}"
+        lines.append(table_row([label, f"{row['bits_long']:.2f}", *found, total]))
+    note = (
+        f"{results['model']} in the dtype of its weights; bits at {LONG_CONTEXT:,} tokens, default "
+        "windows; numbers hidden in a novel at five depths, four documents of each length."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def needle_targets(results: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from tools.quality_tables import (
     evaluation_targets,
     needle_table,
     needle_targets,
+    real_needles_table,
     recipe_table,
 )
 from tools.readme_tables import demo_table, speed_table
@@ -250,6 +251,15 @@ CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
     for name in ("attention", "lengths", "encode", "scores", "step", "generate", "prefill", "busy")
 )
+REAL_NEEDLES_BLOCKS = tuple(
+    Block(
+        ROOT / "docs/evaluation.md",
+        RESULTS / f"needles_{model}.json",
+        f"needles_{model}",
+        real_needles_table,
+    )
+    for model in ("smollm2-135m", "gemma3-270m")
+)
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in (
@@ -357,6 +367,7 @@ OPTIONAL_BLOCKS = (
         *CPU_BLOCKS,
         *EVALUATION_BLOCKS,
         *NEEDLE_BLOCKS,
+        *REAL_NEEDLES_BLOCKS,
         *TARGET_BLOCKS,
         *RECIPE_BLOCKS,
         ATTENTION_BLOCK,

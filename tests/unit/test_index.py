@@ -45,6 +45,22 @@ def exact_scores(queries: np.ndarray, x: np.ndarray, metric: str) -> np.ndarray:
     return queries @ x.T
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("count", "dim"), [(70, 384), (10, 4096), (1, 64), (3000, 128)])
+def test_codes_do_not_depend_on_threads_or_company(count: int, dim: int, metric: Any) -> None:
+    x = clustered(count, dim)
+
+    def found() -> Any:
+        index = sixfold.Index(dim, 2, metric)
+        index.add(x)
+        return index.search(x[:20], k=count)
+
+    one, *others = on_threads(found, 1, 2, 3)
+    for other in others:
+        assert np.array_equal(one.scores, other.scores)
+        assert np.array_equal(one.ids, other.ids)
+
+
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     hits = (len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
     return sum(hits) / exact.size
