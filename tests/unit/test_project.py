@@ -113,6 +113,10 @@ def test_rendering_replaces_the_block_and_nothing_else(
         assert once.count("\n|") == len(rows) / len({row["contender"] for row in rows}) + 2
     elif block.name == "architectures":  # three tables, the first one of every outcome
         assert once.count("\n|") == len(rows) + len(OUTCOMES) + 3 * 2
+    elif block.name == "vector_scale":  # a row a size, and one for each number of lists
+        assert once.count("\n|") == sum(1 + len(row["probed"]) for row in rows) + 2
+    elif block.name == "vector_lists":
+        assert once.count("\n|") == len(block.data()["lists"]["rows"]) + 2
     elif block.name == "transformers_tests":  # a column a setting and mode, then three sums
         assert once.count("\n|") == len({row["architecture"] for row in rows}) + 3 + 2
     else:
