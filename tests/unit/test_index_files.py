@@ -156,6 +156,16 @@ def test_an_index_without_vectors(tmp_path: Path) -> None:
     assert again.add(vectors(1)).tolist() == [3]
 
 
+def test_lists_without_vectors(tmp_path: Path) -> None:
+    index = filled(lists=7)
+    index.remove(index.ids)
+    index.save(tmp_path / "index")
+    again = sixfold.Index.load(tmp_path / "index")
+    assert again.lists == 7
+    ids = again.add(vectors(5))
+    assert again.search(vectors(5), k=1, probes=1).ids[:, 0].tolist() == ids.tolist()
+
+
 def test_files_of_others(tmp_path: Path) -> None:
     write_container(tmp_path / "other", "cache", {}, {})
     with pytest.raises(FormatError, match="expected a 'index'"):
