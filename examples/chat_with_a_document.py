@@ -6,6 +6,7 @@ Without arguments: the small model and the text inside the package, nothing is d
 """
 
 import argparse
+import zlib
 from pathlib import Path
 
 import torch
@@ -20,19 +21,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded", help="a hub name or a directory")
     parser.add_argument("--file", type=Path, help="a text (UTF-8)")
-    parser.add_argument("--saved", type=Path, default=Path("document.sixfold"))
+    parser.add_argument("--saved", type=Path, help="by default named after the text")
     parser.add_argument("--question", action="append", help="instead of typing; may be repeated")
     asked = parser.parse_args()
 
     model, tokenizer = load(asked.model)
-    document = tokenizer(read(asked.file), return_tensors="pt")["input_ids"]
-    if asked.saved.exists():
-        cache = sixfold.TurboQuantCache.load(asked.saved, model)
+    text = read(asked.file)
+    document = tokenizer(text, return_tensors="pt")["input_ids"]
+    # Of another text it would be the wrong one.
+    saved = asked.saved or Path(f"document-{zlib.crc32(text.encode()):08x}.sixfold")
+    if saved.exists():
+        cache = sixfold.TurboQuantCache.load(saved, model)
     else:
         cache = sixfold.TurboQuantCache.for_model(model, bits=4)
         with torch.no_grad():
             model.base_model(document, **cache_argument(cache))
-        cache.save(asked.saved)
+        cache.save(saved)
     print(cache)
 
     ids = document

@@ -41,6 +41,18 @@ def test_a_chat_goes_on_from_the_saved_cache(
     assert first.startswith("TurboQuantCache(4 bits")
 
 
+def test_a_chat_about_another_text_does_not_go_on_from_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        text = tmp_path / f"{name}.txt"
+        text.write_text(f"The {name} was red. " * 20, encoding="utf-8")
+        options = ("--file", str(text), "--question", "Who?")
+        run(EXAMPLES / "chat_with_a_document.py", monkeypatch, capsys, *options)
+    assert len([*tmp_path.glob("*.sixfold")]) == 2
+
+
 def test_forks_answer_from_one_prefix(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,10 @@ def generate(
         f"Smaller: bytes at 16 bits per value over bytes held, now and at {LONG_CONTEXT:,} tokens. "
         f"{WHY_TWO_NUMBERS}"
     )
+    if tokenizer.chat_template is not None and not chat:
+        output.say(
+            "The model has a chat template, which --chat applies: without it answers suffer."
+        )
     output.json({"model": model_name, "machine": machine.describe(), "runs": [*map(asdict, runs)]})
 
 
