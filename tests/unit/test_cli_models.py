@@ -128,8 +128,8 @@ def test_generate_applies_the_chat_template(model_dir: Path, tmp_path: Path) -> 
     assert one["prompt_tokens"] == len(tiny_tokenizer()("<Hello>")["input_ids"])
     with_it = run("generate", folder, *options[:-2])
     without = run("generate", folder, *options[:2], *options[3:-2])
-    assert "--chat applies it" not in with_it.output
-    assert "--chat applies it" in without.output
+    assert "which --chat applies" not in with_it.output
+    assert "which --chat applies" in without.output
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
