@@ -43,7 +43,7 @@ def fitted_centroids(
     code = segments[0].code
     most = max(lists, min(lists * FITTED_TO, MOST_NUMBERS // code.dim))
     x = _sample(segments, most, generator)
-    chosen = torch.randperm(len(x), generator=generator)[:lists].sort().values
+    chosen = torch.randperm(len(x), generator=generator, device=CPU)[:lists].sort().values
     centroids = prepared(x[chosen], metric)
     for _ in range(ROUNDS):
         owner = _nearest(x, centroid_segment(centroids, code, nearness(metric)))
@@ -97,7 +97,7 @@ def _sample(
 ) -> Float32[Tensor, "n dim"]:
     """Some of the vectors that count, as codes have them."""
     live = sum(segment.live for segment in segments)
-    chosen = torch.randperm(live, generator=generator)[:most].sort().values.numpy()
+    chosen = torch.randperm(live, generator=generator, device=CPU)[:most].sort().values.numpy()
     found, before = [], 0
     for segment in segments:
         own = chosen[(chosen >= before) & (chosen < before + segment.live)] - before
