@@ -44,7 +44,11 @@ def softcapped(x, softcap):
     y = tl.minimum(tl.maximum(x / softcap, -15.0), 15.0)
     e = tl.exp2(y * (2.0 * LOG2_E))
     # A NaN stays one, whatever minimum does with it.
-    return tl.where(x == x, softcap * (e - 1.0) / (e + 1.0), x)
+    # e - 1 has no digits left near 0, where the series of tanh has all of them.
+    square = y * y
+    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315)))
+    capped = tl.where(tl.abs(y) < 0.15, y * series, (e - 1.0) / (e + 1.0))
+    return tl.where(x == x, softcap * capped, x)
 
 
 @triton.jit
