@@ -165,9 +165,7 @@ def from_pages(
     pages: UInt8[Tensor, "*b page_bytes"], n_symbols: int, symbol_bits: int, layout: Layout
 ) -> UInt8[Tensor, "*b tokens row_bytes"]:
     """Inverse of `to_pages`."""
-    sizes = _split_sizes(n_symbols, symbol_bits)
-    tokens = pages.shape[-1] // sum(sizes)
-    parts = pages.split([tokens * size for size in sizes], dim=-1)
+    tokens, parts = _page_planes(pages, n_symbols, symbol_bits)
     return torch.cat([_untile(part, tokens, layout) for part in parts], dim=-1)
 
 
@@ -179,13 +177,18 @@ def key_rows(
     symbol_bits: int,
 ) -> UInt8[Tensor, "n row_bytes"]:
     """Rows of single tokens of pages in the key layout, without taking whole pages apart."""
-    sizes = _split_sizes(n_symbols, symbol_bits)
-    tokens = pages.shape[-1] // sum(sizes)
-    found = []
-    for part in pages.split([tokens * size for size in sizes], dim=-1):
+    (tokens, parts), found = _page_planes(pages, n_symbols, symbol_bits), []
+    for part in parts:
         words = torch.unflatten(part, -1, (tokens // 16, -1, 16, 4))
         found.append(words[page, token // 16, :, token % 16].flatten(1))
     return torch.cat(found, dim=-1)
+
+
+def _page_planes(pages: Tensor, n_symbols: int, symbol_bits: int) -> tuple[int, tuple[Tensor, ...]]:
+    """Tokens of a page, and the planes one after another."""
+    sizes = _split_sizes(n_symbols, symbol_bits)
+    tokens = pages.shape[-1] // sum(sizes)
+    return tokens, pages.split([tokens * size for size in sizes], dim=-1)
 
 
 def encode_scale(x: Float[Tensor, "*b"]) -> Float16[Tensor, "*b"]:

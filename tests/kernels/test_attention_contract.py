@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._dispatch import available_backends
-from sixfold.kernels.attention import attention
-from sixfold.kernels.types import Coding, Past, Softmax, Tokens
-from tests.kernels.test_attention_layers import HEADS, Held
+from sixfold.kernels.types import Past
+from tests.kernels.test_attention_layers import HEADS, Call, Held
 
 # Users have no shape checks either.
 pytestmark = pytest.mark.usefixtures("unhooked")
@@ -31,29 +29,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-class Call:
-    """One call of attention, whose arguments may be replaced."""
-
-    def __init__(self, tokens: int = 300, code: Any = "codebook") -> None:
-        held = Held.of(tokens, code=code)
-        layer, prefix = held.layer, held.layer.prefix
-        assert prefix is not None
-        first = torch.full_like(prefix.end, layer.history.tokens)
-        self.query = held.queries(1)
-        self.tokens = Tokens(layer.window.keys, layer.window.values, first, prefix.end)
-        self.past = Past.of(layer.history.parts, prefix.key_map, prefix.end, prefix.part)
-        self.codings: list[Coding] = [
-            side.coding(torch.device("cpu")) for side in (layer.code.keys, layer.code.values)
-        ]
-        self.position = torch.full_like(layer.padding, layer.held - 1)
-        self.softmax = Softmax(held.dims[0] ** -0.5)
-
-    def __call__(self) -> Tensor:
-        softmax = self.softmax
-        out: Tensor = attention(
-            self.query, [self.tokens], self.past, *self.codings, self.position, softmax
-        )
-        return out
+def call_of() -> Call:
+    held = Held.of(300)
+    return held.call(held.queries(1))
 
 
 def without_position(call: Call) -> None:
@@ -100,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[Call], Any], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_refused(name: str, backend: str) -> None:
     change, argument = WRONG[name]
-    call = Call()
+    call = call_of()
     call()
     change(call)
     with pytest.raises(SixfoldError, match=argument):
@@ -112,7 +90,7 @@ def test_what_is_refused(name: str, backend: str) -> None:
 def test_pools_of_fewer_scales_than_tokens_are_refused(
     field: str, columns: int, backend: str
 ) -> None:
-    call = Call()
+    call = call_of()
     (part, *others), pool = call.past.pages, call.past.pages[0].pool
     narrow = pool._replace(**{field: getattr(pool, field)[..., :columns].contiguous()})
     call.past = call.past._replace(pages=[part._replace(pool=narrow), *others], memo={})
@@ -121,7 +99,7 @@ def test_pools_of_fewer_scales_than_tokens_are_refused(
 
 
 def test_positions_of_32_bits(backend: str) -> None:
-    call = Call()
+    call = call_of()
     expected = call()
     call.position = call.position.int()
     assert torch.equal(call(), expected)
@@ -129,7 +107,7 @@ def test_positions_of_32_bits(backend: str) -> None:
 
 @pytest.mark.parametrize("softcap", [50.0, 1e3, 1e5, 1e7, 1e9, 2.0**31, 2.0**60])
 def test_soft_caps_of_any_size(softcap: float, backend: str) -> None:
-    call = Call()
+    call = call_of()
     call.query = 10 * call.query
     free = call()
     call.softmax = call.softmax._replace(softcap=softcap)
@@ -144,7 +122,7 @@ def test_soft_caps_of_any_size(softcap: float, backend: str) -> None:
 
 @pytest.mark.parametrize("change", ["shorter", "other", "no sinks"])
 def test_lists_of_what_is_held_may_change(change: str, backend: str) -> None:
-    call = Call()
+    call = call_of()
     pages, kept = list(call.past.pages), list(call.past.kept)
     call.past = Past.of(pages, call.past.key_map, call.past.start, kept)
     before = call()
@@ -162,7 +140,7 @@ def test_lists_of_what_is_held_may_change(change: str, backend: str) -> None:
 
 @pytest.mark.parametrize("leaf", ["query", "keys", "mean", "scale", "sinks"])
 def test_gradients_reach_whatever_wants_one(leaf: str, backend: str) -> None:
-    call = Call()
+    call = call_of()
     if leaf == "query":
         x = call.query = call.query.requires_grad_()
     elif leaf == "keys":

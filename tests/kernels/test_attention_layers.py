@@ -12,7 +12,7 @@ from sixfold.cache.pages import Run, Slab
 from sixfold.errors import SixfoldError
 from sixfold.kernels._dispatch import available_backends
 from sixfold.kernels.attention import attention
-from sixfold.kernels.types import CodeName, Past, Softmax, Tokens
+from sixfold.kernels.types import CodeName, Coding, Past, Softmax, Tokens
 from sixfold.packing import Bits
 from sixfold.trellis import PAGE_BITS
 from tests.layers import pages as layer_pages
@@ -74,22 +74,45 @@ class Held:
         x = torch.randn(batch, HEADS, count, self.dims[0], generator=random)
         return 2 * x.to(self.dtype)
 
-    def attend(self, query: Tensor, **options: Any) -> Tensor:
+    def call(self, query: Tensor) -> "Call":
         """As `CompressedLayer.attend` does; the queries are those of the last tokens held."""
         layer, prefix = self.layer, self.layer.prefix
         assert prefix is not None
         first = torch.full_like(prefix.end, layer.history.tokens)
-        window = Tokens(layer.window.keys, layer.window.values, first, prefix.end)
-        arguments: dict[str, Any] = {
-            "pages": layer.history.parts,
-            "scaling": self.dims[0] ** -0.5,
-            **options,
-        }
-        position = torch.full_like(layer.padding, layer.held - query.shape[2])
-        position = arguments.pop("position", position)
-        past = Past.of(arguments.pop("pages"), prefix.key_map, prefix.end, prefix.part)
-        coding = [coder.coding(query.device) for coder in (layer.code.keys, layer.code.values)]
-        return attention(query, [window], past, *coding, position, Softmax(**arguments))
+        return Call(
+            query,
+            Tokens(layer.window.keys, layer.window.values, first, prefix.end),
+            Past.of(layer.history.parts, prefix.key_map, prefix.end, prefix.part),
+            [coder.coding(query.device) for coder in (layer.code.keys, layer.code.values)],
+            torch.full_like(layer.padding, layer.held - query.shape[2]),
+            Softmax(self.dims[0] ** -0.5),
+        )
+
+    def attend(self, query: Tensor, pages: Any = None, **options: Any) -> Tensor:
+        """That, with other pages or options."""
+        call = self.call(query)
+        if pages is not None:
+            call.past = call.past._replace(pages=pages)
+        call.softmax = call.softmax._replace(**options)
+        return call()
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of attention, whose arguments may be replaced."""
+
+    query: Tensor
+    tokens: Tokens
+    past: Past
+    codings: list[Coding]
+    position: Tensor
+    softmax: Softmax
+
+    def __call__(self) -> Tensor:
+        out: Tensor = attention(
+            self.query, [self.tokens], self.past, *self.codings, self.position, self.softmax
+        )
+        return out
 
 
 def both(

@@ -8,7 +8,7 @@ Source: Sivic and Zisserman, Video Google (ICCV 2003); k-means by Lloyd's iterat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,12 +35,10 @@ def usual_lists(count: int) -> int:
     return max(1, round(math.sqrt(count)))
 
 
-def fitted_centroids(
-    segments: Sequence[Segment], lists: int, seed: int, metric: Metric
-) -> Float32[Tensor, "lists dim"]:
+def fitted_centroids(segments: Sequence[Segment], lists: int) -> Float32[Tensor, "lists dim"]:
     """Centroids of the vectors of an index, in their basis."""
-    generator = torch.Generator().manual_seed(seed)
-    code = segments[0].code
+    code, metric = segments[0].code, segments[0].metric
+    generator = torch.Generator().manual_seed(code.seed)
     most = max(lists, min(lists * FITTED_TO, MOST_NUMBERS // code.dim))
     x = _sample(segments, most, generator)
     chosen = torch.randperm(len(x), generator=generator, device=CPU)[:lists].sort().values
@@ -73,13 +71,17 @@ def nearness(metric: Metric) -> Metric:
 
 def owners(segment: Segment, centroids: Segment) -> Int64[np.ndarray, " live"]:
     """The list of each vector that counts, in order."""
-    slots = segment.live_slots()
-    step = _some(segment.code.dim)
-    found = [
-        _nearest(segment.decoded(slots[start : start + step]), centroids)
-        for start in range(0, len(slots), step)
-    ]
+    found = [_nearest(x, centroids) for x in _decoded(segment, segment.live_slots())]
     return torch.cat(found).numpy()
+
+
+def _decoded(
+    segment: Segment, slots: Int64[np.ndarray, " n"]
+) -> Iterator[Float32[Tensor, "some dim"]]:
+    """Vectors as codes have them, piece by piece."""
+    step = _some(segment.code.dim)
+    for start in range(0, len(slots), step):
+        yield segment.decoded(slots[start : start + step])
 
 
 def _nearest(x: Float32[Tensor, "n dim"], centroids: Segment) -> Int64[Tensor, " n"]:
@@ -98,12 +100,10 @@ def _sample(
     """Some of the vectors that count, as codes have them."""
     live = sum(segment.live for segment in segments)
     chosen = torch.randperm(live, generator=generator, device=CPU)[:most].sort().values.numpy()
-    found, before = [], 0
+    found, before = list[Tensor](), 0
     for segment in segments:
         own = chosen[(chosen >= before) & (chosen < before + segment.live)] - before
-        slots = segment.live_slots()[own]
-        parts = np.array_split(slots, -(-len(slots) // _some(segment.code.dim)) or 1)
-        found += [segment.decoded(part) for part in parts]
+        found += _decoded(segment, segment.live_slots()[own])
         before += segment.live
     return torch.cat(found)
 

@@ -147,13 +147,14 @@ class State:
 
     def _opened(self, x: Tensor, ids: Ids, coming: int) -> Segment:
         """A segment of these vectors."""
-        mean = x.mean(0) if self.mean is None else self.mean
-        if self.mean is None and self.segments:
-            mean = self.segments[-1].mean
+        first = self.mean is None and not self.segments
+        mean = self.mean
+        if mean is None:
+            mean = x.mean(0) if first else self.segments[-1].mean
         capacity = max(coming, self.live // 4, LEARNED)
         kind = np.dtype(object if ids.dtype == object else np.int64)
         made = Segment.allocate(self.code, self.metric, mean, capacity, kind)
-        if self.mean is None and not self.segments and len(x) < LEARNED:
+        if first and len(x) < LEARNED:
             made = dataclasses.replace(made, raw=x[:0], fitted=0)
         return made.append(x, ids, coming)
 
@@ -182,12 +183,13 @@ class State:
     def partitioned(self, lists: int) -> "State":
         """The state whose vectors lie in so many lists."""
         segments = _merged(self.segments)
-        centroids = fitted_centroids(segments, lists, self.code.seed, self.metric)
+        centroids = fitted_centroids(segments, lists)
         near = centroid_segment(centroids, self.code, nearness(self.metric))
         last = segments.pop() if len(segments) == MOST_SEGMENTS else None
         segments = [x.partitioned(owners(x, near), lists) for x in segments]
-        # What comes goes to a segment of its own, or else to one that is left as it is.
-        segments += [] if last is None else [dataclasses.replace(last, bounds=None)]
+        if last is not None:
+            # What comes has no segment of its own, but this one.
+            segments.append(dataclasses.replace(last, bounds=None))
         held = centroid_segment(centroids, self.code, self.metric)
         return dataclasses.replace(self, segments=tuple(segments), lists=held)
 
