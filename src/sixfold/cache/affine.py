@@ -51,15 +51,25 @@ class QueryEnergy:
     ) -> Self:
         """Sum the squares of each group's queries that are valid, and finite as squares."""
         batch, _, tokens, dim = query.shape
-        squares = query.new_zeros(batch, kv_heads, dim, dtype=torch.float32)
-        for block in _blocks(tokens):
-            energy = query[:, :, block].float().square()
-            counted = energy.sum(3, keepdim=True).isfinite()
-            if valid is not None:
-                counted = counted & valid[:, None, block, None]
-            energy = energy.where(counted, 0.0)
-            squares += energy.sum(2).view(batch, kv_heads, -1, dim).sum(2)
-        return cls(squares)
+
+        def total(choose: bool) -> Tensor:
+            squares = query.new_zeros(batch, kv_heads, dim, dtype=torch.float32)
+            for block in _blocks(tokens):
+                energy = query[:, :, block].float().square()
+                if choose:
+                    counted = energy.sum(3, keepdim=True).isfinite()
+                    if valid is not None:
+                        counted = counted & valid[:, None, block, None]
+                    energy = energy.where(counted, 0.0)
+                squares += energy.sum(2).view(batch, kv_heads, -1, dim).sum(2)
+            return squares
+
+        # Mostly all count, which their sum shows; on other devices to ask would be to wait.
+        if valid is None and query.device.type == "cpu":
+            squares = total(choose=False)
+            if squares.sum(2).isfinite().all():
+                return cls(squares)
+        return cls(total(choose=True))
 
     def __add__(self, other: "QueryEnergy") -> "QueryEnergy":
         return QueryEnergy(self.squares + other.squares)
@@ -96,10 +106,8 @@ def estimate_key_map(
         outlier channels belong to the model. The identity if no sequence of the batch has any.
     """
     counted = valid[:, None] & _finite(keys)
+    fresh = _without_runs(keys, counted)
     total = counted.sum(2, keepdim=True)
-    fresh = counted & ~repeats(keys)
-    # A few runs change no estimate, nor does a token that looks like one by chance.
-    fresh = torch.where(fresh.sum(2, keepdim=True) >= total * (1 - MANY), counted, fresh)
     enough = fresh.sum(2, keepdim=True) >= (total * MANY).clamp(min=MIN_TOKENS)
     counted = torch.where(enough, fresh, counted)
     zero = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
@@ -138,6 +146,27 @@ def _or_average(
     return x.where(own, average)
 
 
+def _without_runs(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+    counted: Bool[Tensor, "batch kv_heads tokens"],
+) -> Bool[Tensor, "batch kv_heads tokens"]:
+    """Those counted that are in no run of one token, where runs are many.
+
+    A few change no estimate, nor does a token that looks like one by chance.
+    """
+    many = counted.sum(2, keepdim=True) * (1 - MANY)
+
+    def few(runs: Tensor) -> Tensor:
+        return (counted & ~runs).sum(2, keepdim=True) >= many
+
+    # What is in a run makes steps of one length, which is soon seen, and few tokens of a text do.
+    # On other devices to ask would be to wait.
+    if keys.device.type == "cpu" and few(_in_runs(keys, _equal_lengths)).all():
+        return counted
+    runs = repeats(keys)
+    return torch.where(few(runs), counted, counted & ~runs)
+
+
 def repeats(
     keys: Float[Tensor, "batch kv_heads tokens dim"],
 ) -> Bool[Tensor, "batch kv_heads tokens"]:
@@ -147,9 +176,13 @@ def repeats(
     apart, or two, are all equally far apart; those of a text are not. Distances, and with them the
     answer, do not depend on what is added to all keys. A run shows from its fourth token on.
     """
+    return _in_runs(keys, _equal_steps)
+
+
+def _in_runs(keys: Tensor, equal: Callable[[Tensor, int], Tensor]) -> Tensor:
     # One distance alone is as long as the one before by chance, or where massive tokens take turns
     # with others.
-    run = _equal_steps(keys, 1)[:, :, 1:] & _equal_steps(keys, 2)
+    run = equal(keys, 1)[:, :, 1:] & equal(keys, 2)
     return torch.nn.functional.pad(run, (keys.shape[2] - run.shape[2], 0), value=False)
 
 
@@ -164,15 +197,31 @@ def _equal_steps(
     total = keys.new_zeros(*keys.shape[:2], keys.shape[3], dtype=torch.float32)
     for _, squares in _squared_steps(keys, lag):
         # What is not finite counts for no channel, and equals nothing.
-        total += squares.where(squares.isfinite().all(3, keepdim=True), 0.0).sum(2)
+        finite = squares.amax(3, keepdim=True).isfinite()
+        total += squares.where(finite, 0.0).sum(2)
     relative = torch.where(total > 0, 1 / total, 0.0).unsqueeze(2)
+    alike = _lengths(keys, lag, relative)
+    tolerance = RELATIVE_TOLERANCE * keys.shape[3] ** -0.5
+    return _equal_lengths(keys, lag) & _as_before(alike, tolerance)
+
+
+def _equal_lengths(
+    keys: Float[Tensor, "batch kv_heads tokens dim"], lag: int
+) -> Bool[Tensor, "batch kv_heads later_still"]:
+    return _as_before(_lengths(keys, lag), REPEAT_TOLERANCE)
+
+
+def _lengths(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+    lag: int,
+    weights: Float32[Tensor, "batch kv_heads 1 dim"] | None = None,
+) -> Float32[Tensor, "batch kv_heads later"]:
+    """Squared distances of keys from those `lag` before, weighted by channel."""
     shape = *keys.shape[:2], max(keys.shape[2] - lag, 1)
-    step, alike = (keys.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+    lengths = keys.new_zeros(shape, dtype=torch.float32)
     for block, squares in _squared_steps(keys, lag):
-        step[:, :, block] = squares.sum(3)
-        alike[:, :, block] = (squares * relative).sum(3)
-    relative_tolerance = RELATIVE_TOLERANCE * keys.shape[3] ** -0.5
-    return _as_before(step, REPEAT_TOLERANCE) & _as_before(alike, relative_tolerance)
+        lengths[:, :, block] = (squares if weights is None else squares * weights).sum(3)
+    return lengths
 
 
 def _as_before(
@@ -192,8 +241,11 @@ def _squared_steps(
 def _finite(
     keys: Float[Tensor, "batch kv_heads tokens dim"],
 ) -> Bool[Tensor, "batch kv_heads tokens"]:
-    # The largest of a vector is finite where all are, and made without a copy of the keys.
-    return torch.isfinite(torch.linalg.vector_norm(keys, torch.inf, dim=3))
+    # The largest of a vector is finite where all are.
+    finite = keys.new_empty(keys.shape[:3], dtype=torch.bool)
+    for block in _blocks(keys.shape[2]):
+        finite[:, :, block] = keys[:, :, block].abs().amax(3).isfinite()
+    return finite
 
 
 def _mean(
