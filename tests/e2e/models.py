@@ -9,7 +9,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from sixfold.integrations.transformers.attention import register
 from tools.tiny import fill
 
 VOCAB = 97
@@ -185,7 +184,6 @@ ARCHITECTURES = {
 def tiny_model(name: str, attention: str = "eager") -> PreTrainedModel:
     """The model called `name`: one a session, shared by all tests, set to `attention`."""
     # A test may be the first of its process.
-    register()
     model = _built(name)
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)

@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, SixfoldError, UnsupportedModelError
-from sixfold.integrations.transformers import register
 from tests.e2e.decoding import (
     batch,
     continue_decoding,
@@ -178,7 +177,6 @@ def test_attention_that_computes_with_cached_tensors() -> None:
         cache = TurboQuantCache.for_model(model)
     assert not cache.fused
     forward(model, cache, batch((20,), steps=0), 0, 20)
-    register()
     model.set_attn_implementation("sixfold")
     cache = TurboQuantCache(model.config)
     cache.layers[0].fused = True

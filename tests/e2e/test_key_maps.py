@@ -18,7 +18,6 @@ from sixfold.errors import ShapeError, SixfoldError
 from sixfold.eval.caches import compressed
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.eval.perplexity import compare_caches, fill, windows_of
-from sixfold.integrations.transformers import register
 from tests.e2e.decoding import (
     Batch,
     batch,
@@ -39,7 +38,6 @@ ALONE = (248,)
 
 
 def tiny() -> PreTrainedModel:
-    register()
     return tiny_model(NAME, "sixfold")
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError
-from sixfold.integrations.transformers import register
+from sixfold.integrations.transformers import cache_argument
 from tests.e2e.decoding import batch, continue_decoding, forward
-from tests.e2e.models import tiny_model
+from tests.e2e.models import fresh_model, tiny_model
+from tests.processes import printed
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
 
@@ -37,7 +39,6 @@ def codes(layer: Any) -> list[Tensor]:
 
 
 def filled(name: str, fused: bool, tokens: int = 248, **options: Any) -> TurboQuantCache:
-    register()
     model = tiny_model(name, "sixfold" if fused else "eager")
     make = TurboQuantCache.for_model if fused else lambda m, **o: TurboQuantCache(m.config, **o)
     cache = make(model, bits=4, **options)
@@ -74,7 +75,6 @@ def test_a_fork_is_copied_without_its_relatives() -> None:
 
 def in_another_process(cache: TurboQuantCache, queue: Any) -> None:
     torch.set_num_threads(1)
-    register()
     model, data = tiny_model("llama-64", "sixfold"), batch(steps=STEPS)
     queue.put(continue_decoding(model, cache, data).numpy())
 
@@ -91,6 +91,26 @@ def test_a_spawned_process() -> None:
     got: Tensor = torch.from_numpy(queue.get(timeout=60))
     process.join()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_and_its_cache_in_a_program_that_made_neither(tmp_path: Path) -> None:
+    model, cache = fresh_model("llama-64"), filled("llama-64", True)
+    model.set_attn_implementation("sixfold")
+    torch.save((cache, model), tmp_path / "both")
+    code = """
+import os, torch
+cache, model = torch.load(os.environ["BOTH"], weights_only=False)
+from sixfold.integrations.transformers import cache_argument
+print(cache.get_seq_length())
+with torch.no_grad():
+    logits = model(torch.tensor([[7]] * 3), **cache_argument(cache)).logits
+print(*logits.argmax(2).flatten().tolist())
+"""
+    held, *tokens = map(int, printed(code, BOTH=str(tmp_path / "both")))
+    assert held == cache.get_seq_length()
+    with torch.no_grad():
+        logits = model(torch.tensor([[7]] * 3), **cache_argument(cache)).logits
+    assert tokens == logits.argmax(2).flatten().tolist()
 
 
 def test_a_static_cache_says_what_to_do() -> None:

@@ -325,7 +325,18 @@ def peft(model: PreTrainedModel) -> torch.nn.Module:
     return library.get_peft_model(model, config)
 
 
+class Quanto:
+    """As optimum-quanto's wrapper: no module, and whatever it lacks the model is asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._wrapped = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_wrapped"], name)
+
+
 WRAPPERS = {
+    "quanto": Quanto,
     "adapters": lambda model: Adapters(model).wrap(),
     "peft": peft,
     "compiled": torch.compile,

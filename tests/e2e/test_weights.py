@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import PreTrainedModel
 
 from sixfold import TurboQuantCache
@@ -94,6 +95,21 @@ def test_adapters_are_noticed_and_whether_they_are_applied(tmp_path: Path) -> No
     attention.q_proj.disable_adapters = True
     with pytest.raises(FormatError, match="other weights"):
         TurboQuantCache.load(path, model)
+
+
+def test_all_that_a_weight_is_put_together_of_is_noticed(tmp_path: Path) -> None:
+    """As torchao's quantized weights: subclasses that compute with tensors within."""
+    model = fresh_model("llama-64")
+    attention = model.model.layers[0].self_attn
+    first = attention.k_proj.weight.detach()
+    attention.k_proj.weight = nn.Parameter(TwoTensor(first, first.clone()), requires_grad=False)
+    digest = weights_digest(model)
+    assert digest == weights_digest(model)
+    for part in (attention.k_proj.weight.a, attention.k_proj.weight.b):
+        part[3, 5] += 1
+        assert weights_digest(model) != digest
+        part[3, 5] = first[3, 5] = part[3, 5] - 1
+        digest = weights_digest(model)
 
 
 def peft_model(make_config: Callable[[Any], Any]) -> Any:

@@ -109,16 +109,6 @@ class StaticHandle:
         return out
 
 
-def register() -> None:
-    """Make `attn_implementation="sixfold"` known to transformers; safe to call again.
-
-    The mask function must be registered too: without one transformers passes no mask at all and
-    padding is attended.
-    """
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, mask)
-
-
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for `sdpa`, which leaves it out where plain causality does."""
     shared = getattr(kwargs.get("config"), "num_kv_shared_layers", None)
@@ -233,3 +223,9 @@ def _misuse(action: str) -> str:
         "TurboQuantCache.for_model, or its attention computes with cached tensors: then use "
         "TurboQuantCache(model.config, ...), which hands out dequantized tensors."
     )
+
+
+# Known to whoever imports this: a model that was switched keeps the name where it is copied to.
+# Without a mask function transformers passes no mask at all, and padding is attended.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, mask)

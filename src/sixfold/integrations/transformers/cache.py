@@ -23,7 +23,7 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import FIT_TOKENS, SPLITS
 from sixfold.errors import FormatError
-from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, register, untraced
+from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, untraced
 from sixfold.integrations.transformers.checks import model_layers
 from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
@@ -180,10 +180,9 @@ class TurboQuantCache(CountedCache):
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, TurboQuantLayer):
                 layer.fused = index in fusable
-        if any(layer.fused for layer in cache.compressed_layers):
-            register()
-            if model.config._attn_implementation != NAME:
-                model.set_attn_implementation(NAME)
+        fused = any(layer.fused for layer in cache.compressed_layers)
+        if fused and model.config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
         cache._warn_of(model)
         cache._model = weakref.ref(model)
         cache._prompt = None if prompt is None else weakref.ref(prompt)

@@ -46,8 +46,9 @@ def model_layers(config: PreTrainedConfig, model: PreTrainedModel | None) -> lis
     shapes: dict[int, tuple[int, int, int]] = {}
     if model is not None:
         numbers = (index for index, own in enumerate(attends) if own)
-        for index, x in zip(numbers, uncompressed_shapes(config), strict=True):
-            shapes[index] = x.kv_heads, x.key_dim, x.value_dim
+        if not _tensor_parallel(model):
+            for index, x in zip(numbers, uncompressed_shapes(config), strict=True):
+                shapes[index] = x.kv_heads, x.key_dim, x.value_dim
         shapes |= _projected(model)
     return [
         ModelLayer(
@@ -178,13 +179,27 @@ def _projected(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
     Configs name these in many ways; what a projection gives is what is cached.
     """
     found: dict[int, tuple[int, int, int]] = {}
+    shared = _tensor_parallel(model)
     for module in model.get_decoder().modules():
         index: Any = getattr(module, "layer_idx", None)
         dim: Any = getattr(module, "head_dim", None)
-        keys: Any = getattr(getattr(module, "k_proj", None), "out_features", None)
-        values: Any = getattr(getattr(module, "v_proj", None), "out_features", keys)
+        keys = _outputs(getattr(module, "k_proj", None), shared)
+        values = _outputs(getattr(module, "v_proj", None), shared) or keys
         if not all(isinstance(n, int) for n in (index, dim, keys, values)):
             continue
         if dim > 0 and keys > 0 and keys % dim == 0:
             found.setdefault(index, (keys // dim, dim, values // (keys // dim)))
     return found
+
+
+def _tensor_parallel(model: PreTrainedModel) -> bool:
+    """Whether each process has some heads of every layer: a config has them all."""
+    return (getattr(model, "_tp_size", None) or 1) > 1
+
+
+def _outputs(projection: Any, shared: bool) -> Any:
+    """Outputs of a projection, or this process's share of them; None where it has none."""
+    outputs: Any = getattr(projection, "out_features", None)
+    weight: Any = getattr(projection, "weight", None)
+    own: Any = getattr(weight, "_local_tensor", None) if shared else None
+    return outputs if own is None or outputs is None else outputs * len(own) // len(weight)

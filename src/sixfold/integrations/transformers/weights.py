@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sixfold.errors import FormatError
 
@@ -119,7 +120,22 @@ def _own_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     buffers = {k: v for k, v in module._buffers.items() if k not in temporary}
     for name, tensor in sorted({**module._parameters, **buffers}.items()):
         if tensor is not None:
-            yield name, _plain(tensor)
+            yield from _parts(name, tensor)
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that one is put together of, as quantized and distributed ones are.
+
+    Of one that is distributed there is what this process holds, which its cache belongs to.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, _plain(tensor)
+        return
+    inner, _ = tensor.__tensor_flatten__()
+    for part in inner:
+        # Where a distributed one lies stands beside its numbers.
+        if isinstance(value := getattr(tensor, part), Tensor):
+            yield from _parts(f"{name}.{part}", value)
 
 
 def _packed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +172,7 @@ def _as_tensors(value: Any) -> Iterator[Tensor]:
             left += reversed(parts)
         elif isinstance(one, Tensor):
             words.append(b"tensor")
-            yield _plain(one)
+            yield from (tensor for _, tensor in _parts("", one))
         else:
             data = _as_bytes(one)
             words.append(f"{type(one).__name__} of {len(data)}: ".encode() + data)

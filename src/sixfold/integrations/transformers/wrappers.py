@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 
 from sixfold.errors import UnsupportedModelError
 
-# torch.compile; data parallelism (DataParallel, DistributedDataParallel, Accelerate, DeepSpeed).
-_INNER = ("_orig_mod", "module")
+# torch.compile; data parallelism (DataParallel, DistributedDataParallel, Accelerate, DeepSpeed);
+# optimum-quanto, whose wrapper is no module.
+_INNER = ("_orig_mod", "module", "_wrapped")
 # Methods of PEFT that learn keys and values.
 _OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -37,7 +38,7 @@ def learned_prompt(model: object) -> torch.nn.Module | None:
 
     It is no part of the transformers model, and what it computes is in every cache.
     """
-    while isinstance(model, torch.nn.Module) and not isinstance(model, PreTrainedModel):
+    while model is not None and not isinstance(model, PreTrainedModel):
         prompts = getattr(model, "prompt_encoder", None)
         if isinstance(prompts, torch.nn.ModuleDict):
             active = getattr(model, "active_adapter", None)
@@ -57,8 +58,6 @@ def _refuse_prefix(model: object) -> None:
 
 
 def _inner(model: object) -> Iterator[torch.nn.Module]:
-    if not isinstance(model, torch.nn.Module):
-        return
     # PEFT's own way to it: its adapters stay within.
     if callable(base := getattr(model, "get_base_model", None)):
         yield base()
