@@ -192,6 +192,7 @@ def load(path: Path, **options: Any) -> TurboQuantCache:
             ),
             "rope_theta",
         ),
+        (lambda: fresh_model("llama-64", rms_norm_eps=1e-2), "rms_norm_eps"),
     ],
 )
 def test_another_config(model: Callable[[], PreTrainedModel], difference: str, saved: Path) -> None:

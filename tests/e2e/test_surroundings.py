@@ -303,6 +303,41 @@ def test_layers_on_several_devices(fused: bool) -> None:
     assert devices == ["cuda", "cpu"]
 
 
+# ---------------------------------------------------------------- what models ask a cache
+
+
+ASKED = ("is_initialized", "is_sliding", "is_compileable", "is_croppable", "get_seq_length")
+
+
+def answers(cache: Any) -> dict[str, Any]:
+    """What a cache answers, and each of its layers that holds keys and values."""
+    found = {name: getattr(cache, name) for name in ASKED}
+    found["layers"] = [
+        (layer.is_initialized, getattr(layer, "dtype", None), getattr(layer, "device", None))
+        for layer in cache.layers
+        if layer.supports_early_init or hasattr(layer, "store")
+    ]
+    return {name: value() if callable(value) else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "dequantized"])
+@pytest.mark.parametrize("name", ["llama-64", "gemma3", "qwen3-next", "lfm2", "gpt2"])
+def test_a_cache_answers_as_an_uncompressed_one(name: str, fused: bool) -> None:
+    """Some models, such as PaliGemma, tell the prompt from what follows by that."""
+    model, data = fresh_model(name), batch((150,), steps=STEPS)
+    make = TurboQuantCache.for_model if fused else lambda m, b: TurboQuantCache(m.config, b)
+    caches = DynamicCache(config=model.config), make(model, 8)
+    for start, stop in ((0, 0), (0, 20), (20, data.prompt)):
+        for cache in caches:
+            if stop:
+                forward(model, cache, data, start, stop)
+        dense, ours = map(answers, caches)
+        assert ours == dense
+    for cache in caches:
+        cache.reset()
+    assert caches[1].is_initialized == caches[0].is_initialized
+
+
 # ---------------------------------------------------------------- wrappers
 
 
@@ -335,8 +370,17 @@ class Quanto:
         return getattr(self.__dict__["_wrapped"], name)
 
 
+class ValueHead(torch.nn.Module):
+    """As trl's models."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.pretrained_model = model
+
+
 WRAPPERS = {
     "quanto": Quanto,
+    "trl": ValueHead,
     "adapters": lambda model: Adapters(model).wrap(),
     "peft": peft,
     "compiled": torch.compile,
@@ -372,6 +416,13 @@ def test_learned_keys_and_values_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"cache of its own.*from_cache"):
         TurboQuantCache.for_model(wrapped)
     TurboQuantCache.for_model(wrapped.get_base_model())
+
+
+def test_a_wrapper_of_itself_is_refused() -> None:
+    wrapper = torch.nn.Linear(2, 2)
+    wrapper.get_base_model = lambda: wrapper
+    with pytest.raises(UnsupportedModelError, match="got Linear"):
+        TurboQuantCache.for_model(wrapper)
 
 
 def test_a_wrapper_without_a_model_is_named() -> None:

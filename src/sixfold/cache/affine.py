@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from sixfold.kernels.types import KeyMap
@@ -31,6 +31,8 @@ REPEAT_TOLERANCE = 0.05
 # The same where each channel counts alike, times the root of how many there are: their sum varies
 # the less for it.
 RELATIVE_TOLERANCE = 1.6
+# Of the mean squared step: below it two keys are one and the same, but for rounding.
+SAME_STEP = 0.01
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
@@ -177,6 +179,21 @@ def repeats(
     answer, do not depend on what is added to all keys. A run shows from its fourth token on.
     """
     return _in_runs(keys, _equal_steps)
+
+
+def leading_padding(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+) -> Int64[Tensor, " batch"]:
+    """Left padding of every sequence, as far as its keys show it.
+
+    Padding is one token again and again, and `generate` gives all of it one position: its keys are
+    equal, in all heads. Those of a token that a text repeats are not, as RoPE turns them.
+    """
+    steps = _lengths(keys, 1)
+    same = steps <= SAME_STEP * steps.mean(2, keepdim=True)
+    run = same.all(1).long().cumprod(1).sum(1)
+    # Where all are equal there is nothing that one could be the padding of.
+    return torch.where((run > 0) & (run < steps.shape[2]), run + 1, 0)
 
 
 def _in_runs(keys: Tensor, equal: Callable[[Tensor, int], Tensor]) -> Tensor:

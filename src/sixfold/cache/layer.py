@@ -13,7 +13,13 @@ from torch import Tensor
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import float_dtype, floating, plain_floats, shown, whole
 from sixfold.arguments import rows as checked_rows
-from sixfold.cache.affine import DEFAULT_FIT, MIN_TOKENS, KeyMapFit, QueryEnergy
+from sixfold.cache.affine import (
+    DEFAULT_FIT,
+    MIN_TOKENS,
+    KeyMapFit,
+    QueryEnergy,
+    leading_padding,
+)
 from sixfold.cache.code import Code, MakeCode, page_code
 from sixfold.cache.dense import DenseTokens, check_same, check_tokens
 from sixfold.cache.gradients import refuse_gradient
@@ -48,6 +54,7 @@ class CompressedLayer:
         prefix: Sinks and key map; None until the first page is written.
         pinned: The key map of all sequences; None to fit one to each.
         padding: Left-padding tokens of every sequence, as far as masks have shown any.
+        observed: Whether masks of all tokens were seen; of others keys have to show the padding.
         evicted: Tokens forgotten because they left the sliding window.
         record_past: Keep tokens that left the window until the next `crop` (assisted generation).
         detached: Whether tokens held came with a graph that was not kept.
@@ -99,6 +106,7 @@ class CompressedLayer:
         self.evicted = 0
         self.record_past = False
         self.detached = False
+        self.observed = False
         self._known_past: Past | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,6 +193,8 @@ class CompressedLayer:
         if mask is not None:
             check_mask(mask, self.held, self.length, self.sliding_window, self.window.keys.device)
             mask = fit_mask(mask, self.held)
+        if self.prefix is not None and self.prefix.assumed:
+            self._become(prefix=self.prefix.settled(mask))
         if self.prefix is None:
             self._observe(query, mask)
             out = exact_attention(
@@ -336,6 +346,7 @@ class CompressedLayer:
             query_energy=None,
             evicted=0,
             detached=False,
+            observed=False,
             code=self._new_code(),
         )
 
@@ -420,6 +431,7 @@ class CompressedLayer:
         self, query: Float[Tensor, "batch heads queries key_dim"], mask: Mask | None
     ) -> None:
         """Until codes exist: count left padding and the energy of the queries."""
+        self.observed |= query.shape[2] == self.length
         valid = valid_tokens(mask, query.shape[2], query.shape[0])
         if valid is not None:
             before = self.length - query.shape[2]
@@ -458,12 +470,15 @@ class CompressedLayer:
 
     def _fixed_prefix(self) -> Prefix:
         padding = (self.padding - self.evicted).clamp(min=0)
+        assumed = not self.observed
+        if assumed:
+            padding = torch.maximum(padding, leading_padding(self.window.keys))
         if self.pinned is None:
             seen = self.window, padding, self.query_energy
             key_map = fitted_map(*seen, self.policy, self._sinks, self.fit)
         else:
             key_map = shared(self.pinned, len(padding))
-        return Prefix.fix(self.window, padding, key_map, self._sinks)
+        return Prefix.fix(self.window, padding, key_map, self._sinks, assumed)
 
     def _evict(self) -> None:
         """Let go of tokens that no later query can see: whole pages, then single tokens."""

@@ -1,7 +1,7 @@
 """Masks of a host, over the tokens that a layer holds."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sixfold.arguments import dense
@@ -60,6 +60,13 @@ def valid_tokens(
     if mask is None:
         return None
     itself = torch.diagonal(mask[:, 0], offset=mask.shape[-1] - queries, dim1=-2, dim2=-1)
-    if itself.dtype != torch.bool:
-        itself = itself > torch.finfo(itself.dtype).min / 2
-    return itself.expand(batch, -1)
+    return _attended(itself).expand(batch, -1)
+
+
+def leading_hidden(mask: Mask) -> Int64[Tensor, " #batch"]:
+    """How many of the first tokens the last query does not attend."""
+    return (_attended(mask[:, 0, -1]).cumsum(1) == 0).sum(1)
+
+
+def _attended(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sixfold.cache.affine import KeyMapFit, QueryEnergy
 from sixfold.cache.dense import DenseTokens
+from sixfold.cache.masks import leading_hidden
 from sixfold.cache.policy import CachePolicy
-from sixfold.kernels.types import KeyMap, Tokens
+from sixfold.kernels.types import KeyMap, Mask, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Prefix:
         padding: Left-padding of every sequence, in tokens.
         end: Position after the last sink: earlier ones are never read from codes or window.
         key_map: Centring and equalization.
+        assumed: Whether the padding is what keys look like, and no mask has shown any.
         part: The sinks as kernels take them; none if none are kept.
     """
 
@@ -29,6 +31,7 @@ class Prefix:
     padding: Int64[Tensor, " batch"]
     end: Int64[Tensor, " batch"]
     key_map: KeyMap
+    assumed: bool = False
     part: tuple[Tokens, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,13 +45,25 @@ class Prefix:
         padding: Int64[Tensor, " batch"],
         key_map: KeyMap,
         sink_tokens: int,
+        assumed: bool = False,
     ) -> Self:
         """Copy the sinks of `tokens`, the first of every sequence, after its padding."""
         last = tokens.tokens - 1
         slots = torch.arange(sink_tokens, device=padding.device)
         count = (tokens.tokens - padding).clamp(0, sink_tokens)
         sinks = tokens.gather((padding[:, None] + slots).clamp(max=last))
-        return cls(sinks, padding, padding + count, key_map)
+        return cls(sinks, padding, padding + count, key_map, assumed)
+
+    def settled(self, mask: Mask | None) -> Self:
+        """The same once it is attended: what was assumed to be padding, and is not hidden, is none.
+
+        Its sinks are read as codes then, like the tokens before them: there is no other place for
+        what attention on codes leaves out.
+        """
+        hidden = torch.zeros_like(self.padding) if mask is None else leading_hidden(mask)
+        real = self.padding > hidden
+        padding, end = (x.masked_fill(real, 0) for x in (self.padding, self.end))
+        return dataclasses.replace(self, padding=padding, end=end, assumed=False)
 
     @property
     def count(self) -> Int64[Tensor, " batch"]:
@@ -83,6 +98,7 @@ class Prefix:
             self.padding[rows],
             self.end[rows],
             self.key_map.select(rows),
+            self.assumed,
         )
 
     def tensors(self) -> list[Tensor]:
@@ -97,6 +113,7 @@ class Prefix:
             self.padding.to(device),
             self.end.to(device),
             self.key_map.to(device),
+            self.assumed,
         )
 
 

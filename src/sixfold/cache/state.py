@@ -67,6 +67,8 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     }
     if window.attended is not None:
         description["attended"] = True
+    if layer.prefix is not None and layer.prefix.assumed:
+        description["assumed"] = True
     check_values(description, tensors)
     return description, tensors
 
@@ -124,13 +126,14 @@ def restore_layer(
     layer.padding = tensors["padding"]
     layer.evicted = description["evicted"]
     if "query_energy" in tensors:
-        layer.query_energy = QueryEnergy(tensors["query_energy"])
+        layer.query_energy, layer.observed = QueryEnergy(tensors["query_energy"]), True
     if description["sinks"] is not None:
         layer.prefix = Prefix(
             DenseTokens(tensors["sinks.keys"], tensors["sinks.values"]),
             tensors["padding"],
             tensors["padding"] + tensors["sinks.count"],
             _once(KeyMap(tensors["key_map.mean"], tensors["key_map.scale"]), layer.pinned),
+            description.get("assumed", False),
         )
     lengths = torch.tensor(description["page_lengths"], dtype=torch.int64, device="cpu")
     if len(lengths):
@@ -175,8 +178,10 @@ def _check_tokens(
     sinks = policy.sink_tokens if sliding_window is None else 0
     if description["sinks"] is not None and whole(description, "sinks") != sinks:
         raise ValueError(f"sinks is {description['sinks']}, expected {sinks}")
-    if type(description["query_energy"]) is not bool:
-        raise TypeError(f"query_energy must be true or false, got {description['query_energy']!r}")
+    flags = {"assumed": False, **description}
+    for name in ("query_energy", "assumed"):
+        if type(flags[name]) is not bool:
+            raise TypeError(f"{name} must be true or false, got {flags[name]!r}")
     if description["query_energy"] and description["sinks"] is not None:
         raise ValueError("query_energy is kept only until there is a key map")
 

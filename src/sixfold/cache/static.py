@@ -64,7 +64,8 @@ class StaticLayer:
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
         # Seen before, and let go of: positions count on.
         self.evicted = layer.evicted
-        self.prefix = layer.prefix
+        # Nobody shows it a mask.
+        self.prefix = layer.prefix.settled(None) if layer.prefix.assumed else layer.prefix
         device = layer.padding.device
         # What makes its tables cannot be traced.
         self.code = layer.code.on(device)

@@ -13,6 +13,7 @@ from sixfold.errors import OutOfRangeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import untraced
 from sixfold.integrations.transformers.combined import replace_states
 from sixfold.integrations.transformers.config import STATES_IN_MODULES, decoder_config
+from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.passes import ForwardPass
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 from sixfold.kernels._autocast import outside_inference_mode
@@ -27,6 +28,13 @@ class CountedCache(Cache):
 
     config: PreTrainedConfig
     _pass: ForwardPass
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether all layers of keys and values hold tokens: some models tell a prompt by it."""
+        all_layers: list[Any] = self.layers
+        layers = [x for x in all_layers if x.supports_early_init or isinstance(x, TurboQuantLayer)]
+        return bool(layers) and all(x.is_initialized for x in layers)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any

@@ -48,6 +48,11 @@ class TurboQuantLayer(CacheLayerMixin):
         self.record_past = False
         self.store: CompressedLayer | None = None
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of tokens that are kept as they came; None before there are any."""
+        return None if self.store is None else self.store.window.keys.dtype
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn batch, heads, dims, dtype and device from the first tokens.
 

@@ -37,6 +37,11 @@ class StaticTurboQuantLayer(TurboQuantLayer):
         self.is_initialized = True
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of tokens that are kept as they came."""
+        return self.static.window_keys.dtype
+
+    @property
     def tokens(self) -> StaticLayer:
         """What holds the tokens."""
         return self.static

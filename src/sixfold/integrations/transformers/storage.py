@@ -118,21 +118,32 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
             layer.cumulative_length = description["length"]
 
 
+# What two models must share for one to read the other's cache.
+_ALIKE = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "kv_lora_rank",
+    "vocab_size",
+    # Not weights, but keys are rotated by them.
+    "rope_parameters",
+)
+# No weights either; files of earlier versions say nothing of them.
+_ALIKE_IF_KNOWN = (
+    *("hidden_act", "hidden_activation", "no_rope_layers"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+    *("embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"),
+)
+
+
 def model_description(config: PreTrainedConfig) -> dict[str, Any]:
     """What two models must share for one to read the other's cache."""
     text = decoder_config(config)
     types, kwargs = layer_types(config)
-    names = (
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "kv_lora_rank",
-        "vocab_size",
-        # Not weights, but keys are rotated by them.
-        "rope_parameters",
-    )
-    fields = {name: config_value(text, name) for name in names}
+    fields = {name: config_value(text, name) for name in _ALIKE}
+    known = {name: config_value(text, name) for name in _ALIKE_IF_KNOWN}
+    fields |= {name: value for name, value in known.items() if value is not None}
     windows = [options.get("sliding_window") for options in kwargs]
     described = {"type": text.model_type, "layers": types, "sliding_windows": windows, **fields}
     # As it comes back from a file: lists for tuples, strings for anything exotic.
@@ -145,7 +156,8 @@ def _check_model(
 ) -> None:
     stored, own = description.get("model"), model_description(model.config)
     stored = stored if isinstance(stored, dict) else {}
-    differ = {k: (stored.get(k), own[k]) for k in own if _differ(stored.get(k), own[k])}
+    compared = [k for k in own if k in stored or k not in _ALIKE_IF_KNOWN]
+    differ = {k: (stored.get(k), own[k]) for k in compared if _differ(stored.get(k), own[k])}
     if differ:
         raise FormatError(f"{path} was saved for another model: (file, this model) = {differ}.")
     dtype = description.get("dtype")

@@ -8,8 +8,10 @@ from transformers import PreTrainedModel
 from sixfold.errors import UnsupportedModelError
 
 # torch.compile; data parallelism (DataParallel, DistributedDataParallel, Accelerate, DeepSpeed);
-# optimum-quanto, whose wrapper is no module.
-_INNER = ("_orig_mod", "module", "_wrapped")
+# optimum-quanto, whose wrapper is no module; trl, whose models have a head of their own.
+_INNER = ("_orig_mod", "module", "_wrapped", "pretrained_model")
+# Where there are more wrappers than that, one leads to itself.
+_DEEPEST = 32
 # Methods of PEFT that learn keys and values.
 _OWN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -20,17 +22,14 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: There is none, or what wraps it brings a cache of its own.
     """
-    inner: object = model
-    while not isinstance(inner, PreTrainedModel):
+    for inner in _layers(model):
+        if isinstance(inner, PreTrainedModel):
+            return inner
         _refuse_prefix(inner)
-        found = next(_inner(inner), None)
-        if found is None:
-            raise UnsupportedModelError(
-                f"expected a transformers PreTrainedModel, got {type(model).__name__}; for another "
-                "framework use sixfold.cache.CompressedLayer."
-            )
-        inner = found
-    return inner
+    raise UnsupportedModelError(
+        f"expected a transformers PreTrainedModel, got {type(model).__name__}: if it wraps one, "
+        "pass that; for another framework use sixfold.cache.CompressedLayer."
+    )
 
 
 def learned_prompt(model: object) -> torch.nn.Module | None:
@@ -38,13 +37,23 @@ def learned_prompt(model: object) -> torch.nn.Module | None:
 
     It is no part of the transformers model, and what it computes is in every cache.
     """
-    while model is not None and not isinstance(model, PreTrainedModel):
-        prompts = getattr(model, "prompt_encoder", None)
-        if isinstance(prompts, torch.nn.ModuleDict):
-            active = getattr(model, "active_adapter", None)
+    for inner in _layers(model):
+        prompts = getattr(inner, "prompt_encoder", None)
+        if isinstance(prompts, torch.nn.ModuleDict) and not isinstance(inner, PreTrainedModel):
+            active = getattr(inner, "active_adapter", None)
             return prompts[active] if isinstance(active, str) and active in prompts else prompts
-        model = next(_inner(model), None)
     return None
+
+
+def _layers(model: object) -> Iterator[object]:
+    """What wraps a transformers model, from the outside, and last the model."""
+    for _ in range(_DEEPEST):
+        if model is None:
+            return
+        yield model
+        if isinstance(model, PreTrainedModel):
+            return
+        model = next(_inner(model), None)
 
 
 def _refuse_prefix(model: object) -> None:

@@ -1,0 +1,125 @@
+"""Left padding that no mask shows to a layer that decodes its tokens for the model's attention.
+
+There keys have to show it, or padding would be the tokens that are kept exactly.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sixfold import TurboQuantCache
+from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache.affine import leading_padding
+from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
+from tests.e2e.models import ARCHITECTURES, tiny_model
+
+pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
+
+PROMPTS = (60, 180, 200, 197, 250)
+PADDING = [190, 70, 50, 53, 0]
+
+
+def fixed(cache: TurboQuantCache) -> list[list[int]]:
+    """Where the exact first tokens of every sequence begin, layer by layer."""
+    stores = [layer.store for layer in cache.compressed_layers if layer.sliding_window is None]
+    return [x.prefix.padding.tolist() for x in stores if x is not None and x.prefix is not None]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_first_tokens_are_those_after_the_padding(name: str) -> None:
+    model, data = tiny_model(name), batch(PROMPTS, steps=1)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    forward(model, cache, data, 0, data.prompt)
+    seeing_all = [layer for layer in cache.compressed_layers if layer.sliding_window is None]
+    assert fixed(cache) == [PADDING] * len(seeing_all)
+
+
+def test_from_cache_without_a_mask() -> None:
+    """And attention on codes, which is shown the mask afterwards, takes it for what it is."""
+    model, data = tiny_model("llama-64"), batch(PROMPTS)
+    dense = DynamicCache(config=model.config)
+    forward(model, dense, data, 0, data.prompt)
+    cache = TurboQuantCache.from_cache(dense, tiny_model("llama-64", "sixfold"), 8, fit_tokens=0)
+    expected = continue_decoding(model, dense, data)
+    found = continue_decoding(tiny_model("llama-64", "sixfold"), cache, data)
+    assert relative_error(found, expected) < 0.02
+    assert fixed(cache) == [PADDING] * len(cache)
+    assert not any(layer.store.prefix.assumed for layer in cache.compressed_layers)
+
+
+def test_a_file_of_a_cache_that_no_mask_was_shown_to(tmp_path: Path) -> None:
+    model, data = tiny_model("llama-64"), batch(PROMPTS)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    forward(model, cache, data, 0, data.prompt)
+    cache.save(tmp_path / "x.sixfold")
+    loaded = TurboQuantCache.load(tmp_path / "x.sixfold", tiny_model("llama-64", "sixfold"))
+    assert all(layer.store.prefix.assumed for layer in loaded.compressed_layers)
+    expected = continue_decoding(model, cache, data)
+    found = continue_decoding(tiny_model("llama-64", "sixfold"), loaded, data)
+    assert relative_error(found, expected) < 0.02
+
+
+def repeated(first: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a text that begins with one token again and again, without positions."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(2, 2, 300, 32, generator=generator) for _ in range(2))
+    for x in (keys, values):
+        x[:1, :, :first] = x[:1, :, :1]
+    return keys, values
+
+
+def attended(layer: CompressedLayer, keys: Tensor) -> Tensor:
+    # The text is about its beginning.
+    query = 3 * keys[:, :, :1]
+    return layer.attend(query, scaling=32**-0.5)
+
+
+@pytest.mark.parametrize("as_static", [False, True])
+def test_what_was_taken_for_padding_is_attended_all_the_same(as_static: bool) -> None:
+    keys, values = repeated(first=12)
+    policy = CachePolicy.spending(8, fit_tokens=0)
+    layer = CompressedLayer(keys, values, policy)
+    layer.append(keys, values)
+    layer.compress()
+    assert layer.prefix is not None
+    assert layer.prefix.padding.tolist() == [12, 0]
+    new = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(4))
+    weights = (3 * keys[:, :, :1] @ torch.cat([keys, new], 2).mT * 32**-0.5).softmax(-1)
+    expected = weights @ torch.cat([values, new], 2)
+    # They matter.
+    assert float(weights[0, :, :, :12].sum(-1).min()) > 0.5
+    if as_static:
+        from sixfold.cache import StaticLayer
+
+        static = StaticLayer(layer, 400)
+        static.append(new, new)
+        found = static.attend(3 * keys[:, :, :1], scaling=32**-0.5)
+    else:
+        layer.append(new, new)
+        found = attended(layer, keys)
+    assert relative_error(found, expected) < 0.03
+
+
+def test_a_repeated_token_that_rope_turns_is_no_padding() -> None:
+    model = tiny_model("llama-64")
+    data = batch((250,), steps=1)
+    data = dataclasses.replace(data, ids=torch.cat([torch.full((1, 40), 7), data.ids[:, 40:]], 1))
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    forward(model, cache, data, 0, data.prompt)
+    assert fixed(cache) == [[0], [0]]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_one_vector_added_to_all_keys_changes_no_padding(offset: float) -> None:
+    keys, _ = repeated(first=12)
+    assert leading_padding(keys + offset).tolist() == [12, 0]
+
+
+def test_nothing_but_one_token_is_no_padding() -> None:
+    assert leading_padding(torch.ones(2, 3, 100, 8)).tolist() == [0, 0]
+    assert leading_padding(torch.full((1, 3, 100, 8), torch.nan)).tolist() == [0]
+    assert leading_padding(torch.ones(1, 1, 1, 8)).tolist() == [0]
