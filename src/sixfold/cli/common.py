@@ -1,13 +1,14 @@
 """Options and inputs that several commands share."""
 
+import hashlib
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -22,6 +23,9 @@ from transformers.utils import logging as transformers_logging
 from sixfold.arguments import device as checked_device
 from sixfold.errors import SixfoldError
 from sixfold.eval import embedded
+from sixfold.eval.checkpoint import Checkpoint
+from sixfold.eval.machine import versions
+from sixfold.integrations.transformers.weights import weights_digest
 from sixfold.packing import BITS, check_bits
 
 T = TypeVar("T")
@@ -99,6 +103,16 @@ PlotOption = Annotated[
         help="Draw a picture: .png, .svg or .pdf.",
     ),
 ]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FILE",
+        dir_okay=False,
+        callback=_in_a_folder,
+        help="Keep what is measured in FILE as it comes, and go on from there if it is begun.",
+    ),
+]
 BitsOption = Annotated[
     str, typer.Option("--bits", help="Bits per value, separated by commas: 1 to 8, 2.5 or 3.5.")
 ]
@@ -167,6 +181,24 @@ def read_text(path: Path | None) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SixfoldError(f"{path} is not UTF-8 text: {error.reason}") from error
+
+
+def checkpoint(
+    path: Path | None, command: str, options: Mapping[str, Any], model: PreTrainedModel, text: str
+) -> Checkpoint:
+    """What `path` holds of a measurement: of this command, its options, weights and text.
+
+    Raises:
+        SixfoldError: It holds something else.
+    """
+    if path is None:
+        return Checkpoint()
+    # A file that moves is the same text, and a picture can be drawn afterwards.
+    places = {"model_name", "file", "folder", "json", "plot_file", "resume"}
+    asked = {name: value for name, value in options.items() if name not in places}
+    read = {"weights": weights_digest(model), "text": hashlib.sha256(text.encode()).hexdigest()}
+    about = {"command": command, "sixfold": versions().get("sixfold")}
+    return Checkpoint(path, {**about, **asked, **read})
 
 
 def load_model(

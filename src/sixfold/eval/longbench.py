@@ -8,6 +8,7 @@ the fields of THUDM/LongBench: context, input, answers, all_classes, length. Its
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import MakeCache
+from sixfold.eval.checkpoint import Checkpoint
 from sixfold.eval.longbench_metrics import (
     classification,
     code_similarity,
@@ -143,6 +145,7 @@ def measure_longbench(
     chat: bool = False,
     questions: int | None = None,
     progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, dict[str, DatasetScore]]:
     """Answer every question through every cache, under greedy decoding.
 
@@ -155,19 +158,23 @@ def measure_longbench(
         chat: Ask through the tokenizer's chat template, where the original does.
         questions: Questions a dataset, at most.
         progress: Called after every question and cache.
+        checkpoint: Remembers answers.
 
     Returns:
         Scores by dataset and cache.
     """
     chosen = {name: list(rows)[:questions] for name, rows in data.items()}
+    checkpoint = Checkpoint() if checkpoint is None else checkpoint
     steps = Steps(progress, len(caches) * sum(map(len, chosen.values())))
     results: dict[str, dict[str, DatasetScore]] = {}
     for name, rows in chosen.items():
         points: dict[str, list[float]] = {cache: [] for cache in caches}
-        for question in rows:
+        for number, question in enumerate(rows):
             ids = _prompt_ids(tokenizer, name, question, max_tokens, chat)
             for cache, make_cache in caches.items():
-                said = _answer(model, tokenizer, ids, make_cache, DATASETS[name].new_tokens)
+                most = DATASETS[name].new_tokens
+                answer = partial(_answer, model, tokenizer, ids, make_cache, most)
+                said = checkpoint.once(f"{name} {number}, {cache}", answer)
                 points[cache].append(score(name, said, question))
                 steps.done(cache)
         lengths = [int(question["length"]) for question in rows]

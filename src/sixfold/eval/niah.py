@@ -7,6 +7,7 @@ counts when every digit is right under greedy decoding.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import takewhile
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import MakeCache, fork, half_precision_bytes, held_bytes
+from sixfold.eval.checkpoint import Checkpoint
 from sixfold.eval.needles import (
     NAMES,
     Needle,
@@ -141,6 +143,7 @@ def retrieve(
     seed: int = 0,
     forced: bool = False,
     progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Retrieval]:
     """Ask for every needle of every document through every cache.
 
@@ -157,6 +160,7 @@ def retrieve(
             after them, would have been chosen. That finds what greedy decoding finds, several times
             faster, except that the answer does not read its own first digits from codes.
         progress: Called after every document and cache.
+        checkpoint: Remembers documents that were read.
 
     Returns:
         The grid of every name.
@@ -170,12 +174,14 @@ def retrieve(
     hits = {name: {(size, depth): 0 for size in lengths for depth in depths} for name in caches}
     steps = Steps(progress, len(lengths) * documents * len(caches))
     held: dict[str, tuple[int, int]] = {}
-    for size in (size for size in sorted(lengths) for _ in range(documents)):
+    checkpoint = Checkpoint() if checkpoint is None else checkpoint
+    sizes = [size for size in sorted(lengths) for _ in range(documents)]
+    for number, size in enumerate(sizes):
         questions = build_questions(tokenizer, sentences, depths, size, rng)
         for name, make_cache in caches.items():
-            cache = make_cache(model)
-            found = _ask_all(model, tokenizer, questions, cache, forced)
-            held[name] = held_bytes(cache), half_precision_bytes(cache)
+            ask = partial(_ask_all, model, tokenizer, questions, make_cache, forced)
+            found, *nbytes = checkpoint.once(f"document {number}, {name}", ask)
+            held[name] = nbytes[0], nbytes[1]
             for depth, hit in zip(depths, found, strict=True):
                 hits[name][size, depth] += hit
             steps.done(name)
@@ -236,9 +242,11 @@ def _ask_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Questions,
-    cache: Cache,
+    make_cache: MakeCache,
     forced: bool,
-) -> list[bool]:
+) -> tuple[list[bool], int, int]:
+    """Which needles are found; bytes held, and those of the same tokens at 16 bits."""
+    cache = make_cache(model)
     context = questions.context[None].to(model.device)
     model.base_model(input_ids=context, **cache_argument(cache), use_cache=True)
     answers = []
@@ -252,7 +260,7 @@ def _ask_all(
             # One token more than the answer: a number that goes on is a wrong number.
             ids = greedy(model, tail.to(model.device), fork(cache), len(answer) + 1)
         answers.append(is_exact(str(tokenizer.decode(ids)), needle))
-    return answers
+    return answers, held_bytes(cache), half_precision_bytes(cache)
 
 
 def _would_choose(

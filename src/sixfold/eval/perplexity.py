@@ -5,6 +5,7 @@ through the cache, so that every scored prediction reads its history from the co
 uncompressed cache takes the same chunks, and the two next-token distributions are compared.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,7 @@ from sixfold.eval.caches import (
     held_bytes,
     uncompressed,
 )
+from sixfold.eval.checkpoint import Checkpoint
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.progress import Progress, Steps, no_progress
 from sixfold.integrations.transformers.keyword import cache_argument
@@ -116,6 +118,7 @@ def compare_caches(
     chunk: int = 64,
     progress: Progress = no_progress,
     partial: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, CacheComparison]:
     """Measure several caches against the uncompressed model on the same text.
 
@@ -128,6 +131,7 @@ def compare_caches(
         chunk: Tokens a forward pass after that. Those of one chunk see each other exactly.
         progress: Called after every prefill and chunk of every cache.
         partial: Whether an interrupt (Ctrl-C) gives what windows before it have shown.
+        checkpoint: Remembers windows that were read.
 
     Returns:
         The comparison for every name.
@@ -143,9 +147,11 @@ def compare_caches(
         )
     tallies = {name: _Tally() for name in caches}
     starts = range(prefill, windows.shape[1] - 1, chunk)
-    steps = Steps(progress, len(windows) * (1 + len(starts)) * (1 + len(caches)))
+    per_window = (1 + len(starts)) * (1 + len(caches))
+    steps = Steps(progress, len(windows) * per_window)
+    checkpoint = Checkpoint() if checkpoint is None else checkpoint
 
-    def read(window: Int[Tensor, " tokens"]) -> dict[str, _Tally]:
+    def read(window: Int[Tensor, " tokens"]) -> dict[str, dict[str, Any]]:
         found = {name: _Tally(windows=1) for name in caches}
         exact, held = uncompressed(model), {name: make(model) for name, make in caches.items()}
         for name, cache in ((UNCOMPRESSED, exact), *held.items()):
@@ -161,17 +167,19 @@ def compare_caches(
         for name, cache in held.items():
             found[name].nbytes = held_bytes(cache)
             found[name].plain_bytes = half_precision_bytes(exact)
-        return found
+        return {name: tally.to_dict() for name, tally in found.items()}
 
     for number, window in enumerate(windows):
+        if (key := f"window {number}") in checkpoint:
+            steps.done(key, per_window)
         try:
-            found = read(window)
+            found = checkpoint.once(key, functools.partial(read, window))
         except KeyboardInterrupt:
             if partial and number:
                 break
             raise
         for name, tally in tallies.items():
-            tally.extend(found[name])
+            tally.extend(_Tally.from_dict(found[name]))
     return {name: tally.summary() for name, tally in tallies.items()}
 
 
@@ -202,6 +210,23 @@ class _Tally:
     def extend(self, other: "_Tally") -> None:
         for one in fields(self):
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values, every number as it is."""
+        return {
+            one.name: torch.cat(value).tolist() if isinstance(value, list) else value
+            for one in fields(self)
+            for value in (getattr(self, one.name),)
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "_Tally":
+        """Inverse of `to_dict`."""
+        found: dict[str, Any] = {
+            name: [torch.tensor(value, device="cpu")] if isinstance(value, list) else value
+            for name, value in plain.items()
+        }
+        return cls(**found)
 
     def _by_window(self, values: list[Tensor]) -> Float[Tensor, "windows tokens"]:
         return torch.cat(values).view(self.windows, -1).double().cpu()

@@ -17,7 +17,7 @@ class Steps:
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
-    def done(self, name: str) -> None:
-        """One step more, which measured `name`."""
-        self._done += 1
+    def done(self, name: str, count: int = 1) -> None:
+        """One step more, or several, the last of which measured `name`."""
+        self._done += count
         self._progress(self._done, self._total, name)

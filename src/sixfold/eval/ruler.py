@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sixfold.errors import SixfoldError
 from sixfold.eval.caches import MakeCache, half_precision_bytes, held_bytes
+from sixfold.eval.checkpoint import Checkpoint
 from sixfold.eval.needles import NAMES, Needle, make_needles, split_sentences
 from sixfold.eval.niah import excerpt, greedy, token_count
 from sixfold.eval.progress import Progress, Steps, no_progress
@@ -115,6 +117,7 @@ def measure_retrieval(
     documents: int = 4,
     seed: int = 0,
     progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Let a model answer every document through every cache, under greedy decoding.
 
@@ -128,6 +131,7 @@ def measure_retrieval(
         documents: Documents a task.
         seed: Seed of excerpts and facts; every cache sees the same documents.
         progress: Called after every document and cache.
+        checkpoint: Remembers documents that were answered.
 
     Returns:
         The scores of every task, by name of the cache.
@@ -139,16 +143,18 @@ def measure_retrieval(
     if unknown:
         raise SixfoldError(f"there is no task {unknown[0]!r}; expected some of {', '.join(TASKS)}")
     rng, sentences = Random(seed), split_sentences(text)
+    checkpoint = Checkpoint() if checkpoint is None else checkpoint
     results: dict[str, dict[str, Score]] = {}
     steps = Steps(progress, len(tasks) * documents * len(caches))
     for task in tasks:
         shares: dict[str, list[float]] = {name: [] for name in caches}
         bits = dict.fromkeys(caches, 0.0)
-        for _ in range(documents):
+        for number in range(documents):
             puzzle = TASKS[task](rng)
             context, tail = _document(tokenizer, sentences, puzzle, tokens, rng)
             for name, make_cache in caches.items():
-                said, bits[name] = _continue(model, tokenizer, context, tail, puzzle, make_cache)
+                answer = partial(_continue, model, tokenizer, context, tail, puzzle, make_cache)
+                said, bits[name] = checkpoint.once(f"{task} {number}, {name}", answer)
                 shares[name].append(found_share(said, puzzle.answers))
                 steps.done(name)
         results[task] = {

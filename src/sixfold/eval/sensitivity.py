@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sixfold.eval.caches import MakeCache, compressed
+from sixfold.eval.checkpoint import Checkpoint
 from sixfold.eval.estimate import Estimate
 from sixfold.eval.perplexity import compare_caches
 from sixfold.eval.progress import Progress, no_progress
@@ -52,6 +53,7 @@ def measure_sensitivity(
     chunk: int = 64,
     options: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Sensitivity]:
     """Compress one side of one layer at a time, at every width.
 
@@ -63,6 +65,7 @@ def measure_sensitivity(
         chunk: Tokens a forward pass after that.
         options: Of `TurboQuantCache`, for all; by default no tokens stay in full precision.
         progress: See `compare_caches`.
+        checkpoint: Likewise.
 
     Returns:
         One for every layer that can be compressed, side and width, in that order.
@@ -77,7 +80,15 @@ def measure_sensitivity(
     ]
     fixed = {"sink_tokens": 0, "recent_window": 0} if options is None else dict(options)
     caches = {_name(*case): _only(*case, len(types), fixed) for case in cases}
-    found = compare_caches(model, windows, caches, prefill=prefill, chunk=chunk, progress=progress)
+    found = compare_caches(
+        model,
+        windows,
+        caches,
+        prefill=prefill,
+        chunk=chunk,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
     return [Sensitivity(*case, found[_name(*case)].kl) for case in cases]
 
 

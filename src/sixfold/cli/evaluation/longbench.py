@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from sixfold.cli.common import BitsOption, JsonOption, PlotOption, load_model, parse_bits
+from sixfold.cli.common import (
+    BitsOption,
+    JsonOption,
+    PlotOption,
+    ResumeOption,
+    checkpoint,
+    load_model,
+    parse_bits,
+)
 from sixfold.cli.evaluation.contenders import (
     AgainstOption,
     contenders,
@@ -34,10 +42,12 @@ def longbench(
     questions: Annotated[
         int | None, typer.Option(min=1, help="Questions a dataset, at most.")
     ] = None,
+    resume: ResumeOption = None,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
     """LongBench-E from a local copy of its data: points out of 100, by dataset."""
+    asked_for = {**locals()}
     output, data = Output(json), find_datasets(folder)
     caches = with_uncompressed(contenders(parse_bits(bits), against))
     model, tokenizer = load_model(model_name)
@@ -53,6 +63,7 @@ def longbench(
             chat=chat,
             questions=questions,
             progress=progress,
+            checkpoint=checkpoint(resume, "longbench", asked_for, model, str(data)),
         )
     mean = {name: sum(one[name].score for one in found.values()) / len(found) for name in caches}
     lines = [

@@ -11,7 +11,9 @@ from sixfold.cli.common import (
     JsonOption,
     ModelArgument,
     PlotOption,
+    ResumeOption,
     TextOption,
+    checkpoint,
     load_model,
     parse_bits,
     parse_list,
@@ -39,6 +41,7 @@ def niah(
     depths: Annotated[str, typer.Option(help="Depths, 0 first to 1 last.")] = "0,0.25,0.5,0.75,1",
     documents: Annotated[int, typer.Option(min=1, help="Documents a length.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the documents' random choices.")] = 0,
+    resume: ResumeOption = None,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -46,6 +49,7 @@ def niah(
 
     Rows are sorted by the bits held a value of the longest documents.
     """
+    asked_for = {**locals()}
     output, text = Output(json), read_text(file)
     caches = with_uncompressed(contenders(parse_bits(bits), against))
     sizes, places = parse_list(lengths, int, "--lengths"), parse_list(depths, float, "--depths")
@@ -61,6 +65,7 @@ def niah(
             documents=documents,
             seed=seed,
             progress=progress,
+            checkpoint=checkpoint(resume, "niah", asked_for, model, text),
         )
     found = dict(sorted(found.items(), key=lambda row: -row[1].bits_per_value))
     bits_long = {name: bits_per_value(model.config, caches[name](model)) for name in found}

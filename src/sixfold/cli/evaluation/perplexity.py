@@ -13,7 +13,9 @@ from sixfold.cli.common import (
     JsonOption,
     ModelArgument,
     PlotOption,
+    ResumeOption,
     TextOption,
+    checkpoint,
     load_model,
     parse_bits,
     read_text,
@@ -45,6 +47,7 @@ def perplexity(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Attend on dequantized tensors, not on the codes.")
     ] = False,
+    resume: ResumeOption = None,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -54,6 +57,7 @@ def perplexity(
     half a 95% interval of the mean over windows, and changes are paired window by window. Ctrl-C
     ends it with the windows that are complete.
     """
+    asked_for = {**locals()}
     output, text = Output(json), read_text(file)
     caches = contenders(parse_bits(bits), against, fused=not dequantize)
     model, tokenizer = load_model(model_name, None if dtype is None else dtype.torch)
@@ -66,6 +70,7 @@ def perplexity(
             prefill=prefill or window // 2,
             chunk=chunk,
             progress=progress,
+            checkpoint=checkpoint(resume, "perplexity", asked_for, model, text),
             partial=True,
         )
     bits_long = {name: bits_per_value(model.config, make(model)) for name, make in caches.items()}

@@ -10,7 +10,9 @@ from sixfold.cli.common import (
     JsonOption,
     ModelArgument,
     PlotOption,
+    ResumeOption,
     TextOption,
+    checkpoint,
     load_model,
     parse_bits,
     parse_list,
@@ -40,6 +42,7 @@ def retrieval(
     length: Annotated[int, typer.Option(min=64, help="Tokens of a document.")] = 1024,
     documents: Annotated[int, typer.Option(min=1, help="Documents a task.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the documents' random choices.")] = 0,
+    resume: ResumeOption = None,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -48,6 +51,7 @@ def retrieval(
     After RULER's definitions, as text to continue: see what the model does uncompressed before
     reading the other rows. Rows are sorted by the bits held a value.
     """
+    asked_for = {**locals()}
     output, text = Output(json), read_text(file)
     caches = with_uncompressed(contenders(parse_bits(bits), against))
     chosen = parse_list(tasks, str, "--tasks")
@@ -63,6 +67,7 @@ def retrieval(
             documents=documents,
             seed=seed,
             progress=progress,
+            checkpoint=checkpoint(resume, "retrieval", asked_for, model, text),
         )
     held = {name: one.bits_per_value for name, one in next(iter(found.values())).items()}
     names = sorted(caches, key=lambda name: -held[name])

@@ -11,7 +11,9 @@ from sixfold.cli.common import (
     JsonOption,
     ModelArgument,
     PlotOption,
+    ResumeOption,
     TextOption,
+    checkpoint,
     load_model,
     parse_bits,
     read_text,
@@ -32,6 +34,7 @@ def sensitivity(
     window: Annotated[int, typer.Option(min=4, help="Tokens of a window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows, at most.")] = 4,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 64,
+    resume: ResumeOption = None,
     json: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -39,13 +42,20 @@ def sensitivity(
 
     The other side of that layer has 8 bits, the most there is; no tokens stay in full precision.
     """
+    asked_for = {**locals()}
     output, widths, text = Output(json), parse_bits(bits), read_text(file)
     widths += [] if FINEST in widths else [FINEST]
     model, tokenizer = load_model(model_name)
     ids = windows_of(tokenizer, text, window, windows)
     with progress_bar("compressing layers") as progress:
         found = measure_sensitivity(
-            model, ids, widths, prefill=window // 2, chunk=chunk, progress=progress
+            model,
+            ids,
+            widths,
+            prefill=window // 2,
+            chunk=chunk,
+            progress=progress,
+            checkpoint=checkpoint(resume, "sensitivity", asked_for, model, text),
         )
     layers = sorted({one.layer for one in found})
     output.table(
