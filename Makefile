@@ -116,6 +116,24 @@ results: setup
 	$(BIN)/python -m benchmarks.needles --json docs/results/needles.json --plot docs/needles.png
 	$(BIN)/python -m tools.render_results
 
+# docs/evaluation.md's table of other texts, and docs/cpu.md's of real models. TEXTS: plain text files, of which
+# the table names wikitext2.txt and code.txt. What was measured is kept in build/texts, and a stop costs little.
+WINDOW := 2048
+WINDOWS := 8
+.PHONY: results-texts results-speed
+results-texts: setup
+	for text in $(TEXTS); do folder=build/texts/$$(basename $$text .txt); mkdir -p $$folder; \
+	  for model in $(REAL_MODELS); do name=$$folder/$$(basename $$model); \
+	  $(BIN)/sixfold eval perplexity $$model --file $$text --dtype bfloat16 --bits 4,3,2.5,2 \
+	  --against fp8,q4_0,kivi-4 --window $(WINDOW) --windows $(WINDOWS) --resume $$name.part \
+	  --json $$name.json || exit 1; done; done
+	$(BIN)/python -m tools.real_texts build/texts/*/*.json --json docs/results/real_texts.json
+	$(BIN)/python -m tools.render_results
+results-speed: setup
+	for model in $(REAL_MODELS); do $(BIN)/python -m benchmarks.real_speed $$model --text "$(BOOK)" \
+	  --tokens 1024,4096,8192 --json docs/results/real_speed.json || exit 1; done
+	$(BIN)/python -m tools.render_results
+
 # README's table of real models. REAL_MODELS: directories or hub names. BOOK: a text file.
 REAL_MODELS ?= HuggingFaceTB/SmolLM2-135M-Instruct google/gemma-3-270m \
   Qwen/Qwen2.5-Coder-1.5B-Instruct

@@ -62,11 +62,12 @@ def real_models_table(results: Results) -> str:
         held = sorted(f"{row['bits_long']:.1f}" for row in rows)
         bits = held[0] if held[0] == held[-1] else f"{held[0]} to {held[-1]}"
         label = PEERS.get(name, f"Sixfold, `bits={name}`")
-        lines.append(table_row([label, bits, *map(_cell, rows)]))
+        lines.append(table_row([label, bits, *map(cell, rows)]))
     return "\n".join([*lines, "", _note(results, models, titles)])
 
 
-def _cell(row: Results) -> str:
+def cell(row: Results) -> str:
+    """Mean KL with its interval, and how often the most likely token stays."""
     kl = row["kl"]
     error = "" if kl["half_width"] is None else f" ± {kl['half_width']:.4f}"
     return f"{kl['mean']:.4f}{error} ({row['top1_agreement']['mean']:.1%})"

@@ -27,6 +27,8 @@ from tools.quality_tables import (
 )
 from tools.readme_tables import demo_table, speed_table
 from tools.real_models import real_models_table
+from tools.real_speed import real_speed_table
+from tools.real_texts import real_texts_table
 
 
 def key_map_table(results: dict[str, Any]) -> str:
@@ -260,6 +262,10 @@ REAL_NEEDLES_BLOCKS = tuple(
     )
     for model in ("smollm2-135m", "gemma3-270m")
 )
+REAL_BLOCKS = (
+    Block(ROOT / "docs/evaluation.md", RESULTS / "real_texts.json", "real_texts", real_texts_table),
+    Block(ROOT / "docs/cpu.md", RESULTS / "real_speed.json", "real_speed", real_speed_table),
+)
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
     for name in (
@@ -368,6 +374,7 @@ OPTIONAL_BLOCKS = (
         *EVALUATION_BLOCKS,
         *NEEDLE_BLOCKS,
         *REAL_NEEDLES_BLOCKS,
+        *REAL_BLOCKS,
         *TARGET_BLOCKS,
         *RECIPE_BLOCKS,
         ATTENTION_BLOCK,
