@@ -11,8 +11,6 @@ import argparse
 import ctypes
 import gc
 import json
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +28,7 @@ from benchmarks.peers import cache_bytes, installed_peers
 from benchmarks.rows import beside
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.speed import contender_name
+from sixfold.eval.timing import Quartiles, time_once
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.packing import Bits
 
@@ -98,7 +97,7 @@ def answer(question: Question) -> Answer:
     cache = make(model)
     (first, *steps), peaks = generate(model, ids, cache, question.steps)
     prefill, step = (max(peak - held, 0) for peak in peaks)
-    return Answer(first, statistics.median(steps), prefill, step, cache_bytes(cache))
+    return Answer(first, Quartiles.of(steps).median, prefill, step, cache_bytes(cache))
 
 
 def prompt(question: Question) -> Tensor:
@@ -118,12 +117,15 @@ def generate(
 ) -> tuple[list[float], tuple[int, int]]:
     """Seconds of the prompt and of every step; the most memory during the one and the others."""
     seconds, peaks = [], []
-    forget_peak()
-    for step in range(1 + steps):
-        began = time.perf_counter()
+
+    def go_on() -> None:
+        nonlocal ids
         out = model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         ids = out.logits[:, -1:].argmax(-1)
-        seconds.append(time.perf_counter() - began)
+
+    forget_peak()
+    for step in range(1 + steps):
+        seconds.append(time_once(go_on))
         if step in (0, steps):
             peaks.append(memory("VmHWM"))
             give_back()
@@ -160,7 +162,7 @@ def measure(questions: Sequence[Question], rounds: int) -> Iterator[dict[str, An
                 print(question.contender, question.tokens, answers[-1], flush=True)
     for question, answers in found.items():
         medians = {
-            field.name: statistics.median(getattr(x, field.name) for x in answers)
+            field.name: Quartiles.of([getattr(x, field.name) for x in answers]).median
             for field in fields(Answer)
         }
         yield {

@@ -12,12 +12,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import attention, evaluate, generate, machine, ours, run
+from benchmarks import attention, evaluate, generate, machine, ours, real_speed, run
 from benchmarks.machine import torch_threads
 from benchmarks.ours import Options
 from benchmarks.peers import HAS_FP8, cache_bytes
 from benchmarks.vllm_peer import contenders as vllm_contenders
+from sixfold.cache.accounting import uncompressed_nbytes
+from sixfold.eval.embedded import haystack
 from sixfold.eval.timing import Case, Contender, measure, variables
+from sixfold.integrations.transformers.config import uncompressed_shapes
 from sixfold.kernels import _native
 from tests.tiny import tiny_model
 from tools.render_results import benchmark_table
@@ -55,6 +58,26 @@ def results(tmp_path: Path, *words: str) -> dict[str, Any]:
     run.main([*words, "--repeats", "1", "--settle", "0", "--json", str(path)])
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peaks")
+@pytest.mark.parametrize("name", [real_speed.BASELINE, "sixfold 4 bits"])
+def test_a_real_model_from_end_to_end(name: str, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "book").write_text(haystack(), encoding="utf-8")
+    asked = real_speed.Question(str(model_dir), tmp_path / "book", 700, 3, (4,), name)
+    found = real_speed.answer(asked)
+    assert found.first_token_seconds > 0
+    assert found.step_seconds > 0
+    full = uncompressed_nbytes(uncompressed_shapes(tiny_model().config), tokens=703)
+    assert (found.cache_bytes == full) == (name == real_speed.BASELINE)
+    assert found.cache_bytes <= full
+
+
+def test_too_short_a_text_for_it(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "book").write_text("short", encoding="utf-8")
+    asked = real_speed.Question(str(model_dir), tmp_path / "book", 700, 3, (4,), "sixfold 4 bits")
+    with pytest.raises(SystemExit, match="fewer than 700"):
+        real_speed.prompt(asked)
 
 
 def test_settings_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
