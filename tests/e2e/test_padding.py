@@ -119,6 +119,13 @@ def test_one_vector_added_to_all_keys_changes_no_padding(offset: float) -> None:
     assert leading_padding(keys + offset).tolist() == [12, 0]
 
 
+def test_a_sequence_that_is_all_padding_so_far() -> None:
+    keys = torch.randn(3, 2, 100, 8, generator=torch.Generator().manual_seed(5))
+    keys[1] = keys[1, :, :1]
+    keys[2, :, :99] = keys[2, :, :1]
+    assert leading_padding(keys).tolist() == [0, 100, 99]
+
+
 def test_nothing_but_one_token_is_no_padding() -> None:
     assert leading_padding(torch.ones(2, 3, 100, 8)).tolist() == [0, 0]
     assert leading_padding(torch.full((1, 3, 100, 8), torch.nan)).tolist() == [0]

@@ -156,10 +156,10 @@ def _without_runs(
 
     A few change no estimate, nor does a token that looks like one by chance.
     """
-    many = counted.sum(2, keepdim=True) * (1 - MANY)
+    most = counted.sum(2, keepdim=True) * (1 - MANY)
 
     def few(runs: Tensor) -> Tensor:
-        return (counted & ~runs).sum(2, keepdim=True) >= many
+        return (counted & ~runs).sum(2, keepdim=True) >= most
 
     # What is in a run makes steps of one length, which is soon seen, and few tokens of a text do.
     # On other devices to ask would be to wait.
@@ -192,8 +192,9 @@ def leading_padding(
     steps = _lengths(keys, 1)
     same = steps <= SAME_STEP * steps.mean(2, keepdim=True)
     run = same.all(1).long().cumprod(1).sum(1)
-    # Where all are equal there is nothing that one could be the padding of.
-    return torch.where((run > 0) & (run < steps.shape[2]), run + 1, 0)
+    # A sequence may be all padding so far, but not every one of the batch.
+    told = (run > 0) & ~(run == steps.shape[2]).all()
+    return torch.where(told, run + 1, 0)
 
 
 def _in_runs(keys: Tensor, equal: Callable[[Tensor, int], Tensor]) -> Tensor:
