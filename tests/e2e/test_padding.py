@@ -4,6 +4,7 @@ There keys have to show it, or padding would be the tokens that are kept exactly
 """
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sixfold import TurboQuantCache
-from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 from sixfold.cache.affine import leading_padding
+from sixfold.cache.state import layer_state, restore_layer
+from sixfold.errors import FormatError
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
 from tests.e2e.models import ARCHITECTURES, tiny_model
 
@@ -63,6 +66,25 @@ def test_a_file_of_a_cache_that_no_mask_was_shown_to(tmp_path: Path) -> None:
     assert relative_error(found, expected) < 0.02
 
 
+@pytest.mark.parametrize("copied", ["file", "pickle"])
+def test_a_cache_that_waits_and_was_shown_half(copied: str, tmp_path: Path) -> None:
+    """Filled by `from_cache` without a mask, attended once, and then on its way."""
+    model, data = tiny_model("llama-64", "sixfold"), batch((60, 90, 100))
+    dense = DynamicCache(config=model.config)
+    forward(model, dense, data, 0, data.prompt)
+    cache = TurboQuantCache.from_cache(dense, model, 8, fit_tokens=102)
+    forward(model, cache, data, data.prompt, data.prompt + 1)
+    if copied == "file":
+        cache.save(tmp_path / "x.sixfold")
+        cache = TurboQuantCache.load(tmp_path / "x.sixfold", model)
+    else:
+        cache = pickle.loads(pickle.dumps(cache))
+    for layer in cache.compressed_layers:
+        layer.store.compress(now=True)
+        assert not layer.store.observed
+        assert layer.store._fixed_prefix().padding.tolist() == [40, 10, 0]
+
+
 def repeated(first: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a text that begins with one token again and again, without positions."""
     generator = torch.Generator().manual_seed(3)
@@ -93,8 +115,6 @@ def test_what_was_taken_for_padding_is_attended_all_the_same(as_static: bool) ->
     # They matter.
     assert float(weights[0, :, :, :12].sum(-1).min()) > 0.5
     if as_static:
-        from sixfold.cache import StaticLayer
-
         static = StaticLayer(layer, 400)
         static.append(new, new)
         found = static.attend(3 * keys[:, :, :1], scaling=32**-0.5)
@@ -102,6 +122,43 @@ def test_what_was_taken_for_padding_is_attended_all_the_same(as_static: bool) ->
         layer.append(new, new)
         found = attended(layer, keys)
     assert relative_error(found, expected) < 0.03
+
+
+@pytest.mark.parametrize("sliding_window", [None, 310])
+def test_a_mask_that_some_query_sees_it_through(sliding_window: int | None) -> None:
+    """The last query, or the first head, may not attend what another one does."""
+    keys, values = repeated(first=12)
+    policy = CachePolicy.spending(8, fit_tokens=0)
+    layer = CompressedLayer(keys, values, policy, sliding_window)
+    layer.append(keys, values)
+    layer.compress()
+    new = torch.randn(2, 2, 40, 32, generator=torch.Generator().manual_seed(4))
+    layer.append(new, new)
+    seen = torch.ones(340, 340, dtype=torch.bool).tril()
+    seen &= ~seen.tril(-(sliding_window or 340))
+    mask = seen[300:].expand(2, 2, 40, 340).clone()
+    mask[:, 0, -5:, :50] = False
+    query = 3 * keys[:, :, :1] + 0.1 * new
+    logits = (query @ torch.cat([keys, new], 2).mT * 32**-0.5).masked_fill(~mask, -torch.inf)
+    expected = logits.softmax(-1) @ torch.cat([values, new], 2)
+    found = layer.attend(query, scaling=32**-0.5, mask=mask)
+    assert relative_error(found, expected) < 0.03
+
+
+def test_what_may_yet_be_read_from_the_pages_is_checked() -> None:
+    keys, values = repeated(first=12)
+    policy = CachePolicy.spending(8, fit_tokens=0)
+    layer = CompressedLayer(keys, values, policy)
+    layer.append(keys, values)
+    layer.compress()
+    description, tensors = layer_state(layer)
+    assert description["assumed"]
+    restore_layer(description, tensors, policy, None)
+    tensors["key_scales"][0, 0, :, 13] = torch.inf
+    with pytest.raises(FormatError, match="key_scales"):
+        restore_layer(description, tensors, policy, None)
+    # Elsewhere nobody reads them.
+    restore_layer({**description, "assumed": False}, tensors, policy, None)
 
 
 def test_a_repeated_token_that_rope_turns_is_no_padding() -> None:
@@ -117,6 +174,20 @@ def test_a_repeated_token_that_rope_turns_is_no_padding() -> None:
 def test_one_vector_added_to_all_keys_changes_no_padding(offset: float) -> None:
     keys, _ = repeated(first=12)
     assert leading_padding(keys + offset).tolist() == [12, 0]
+
+
+def test_padding_that_differs_from_chunk_to_chunk() -> None:
+    keys, _ = repeated(first=12)
+    keys[0, :, 5:12] *= 2
+    assert leading_padding(keys).tolist() == [12, 0]
+
+
+def test_attention_sinks_that_are_nearly_the_same_are_no_padding() -> None:
+    """Those of real models differ by a hundredth of their length, and from other keys by all."""
+    keys, _ = repeated(first=0)
+    sink = 100 * torch.randn(32, generator=torch.Generator().manual_seed(6))
+    keys[:, :, :8] = sink + 0.1 * keys[:, :, :8]
+    assert leading_padding(keys).tolist() == [0, 0]
 
 
 def test_a_sequence_that_is_all_padding_so_far() -> None:

@@ -31,8 +31,6 @@ REPEAT_TOLERANCE = 0.05
 # The same where each channel counts alike, times the root of how many there are: their sum varies
 # the less for it.
 RELATIVE_TOLERANCE = 1.6
-# Of the mean squared step: below it two keys are one and the same, but for rounding.
-SAME_STEP = 0.01
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
 TOKENS_PER_BLOCK = 512
@@ -187,14 +185,18 @@ def leading_padding(
     """Left padding of every sequence, as far as its keys show it.
 
     Padding is one token again and again, and `generate` gives all of it one position: its keys are
-    equal, in all heads. Those of a token that a text repeats are not, as RoPE turns them.
+    equal, bit by bit, to those beside them. Those of a token that a text repeats are not, as RoPE
+    turns them, however near to each other attention sinks may be.
     """
-    steps = _lengths(keys, 1)
-    same = steps <= SAME_STEP * steps.mean(2, keepdim=True)
-    run = same.all(1).long().cumprod(1).sum(1)
+    same = keys.new_empty(keys.shape[0], max(keys.shape[2] - 1, 0), dtype=torch.bool)
+    for block in _blocks(same.shape[1]):
+        later = keys[:, :, block.start + 1 : block.stop + 1]
+        same[:, block] = (later == keys[:, :, block]).all(3).all(1)
+    # Of two chunks of a prompt the padding may differ.
+    as_before, as_after = (torch.nn.functional.pad(same, x) for x in ((1, 0), (0, 1)))
+    leading = (as_before | as_after).long().cumprod(1).sum(1)
     # A sequence may be all padding so far, but not every one of the batch.
-    told = (run > 0) & ~(run == steps.shape[2]).all()
-    return torch.where(told, run + 1, 0)
+    return leading.masked_fill((leading == keys.shape[2]).all(), 0)
 
 
 def _in_runs(keys: Tensor, equal: Callable[[Tensor, int], Tensor]) -> Tensor:

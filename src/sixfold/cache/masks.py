@@ -64,8 +64,8 @@ def valid_tokens(
 
 
 def leading_hidden(mask: Mask) -> Int64[Tensor, " #batch"]:
-    """How many of the first tokens the last query does not attend."""
-    return (_attended(mask[:, 0, -1]).cumsum(1) == 0).sum(1)
+    """How many of the first tokens no query attends, in any head."""
+    return (_attended(mask).any(2).any(1).cumsum(1) == 0).sum(1)
 
 
 def _attended(mask: Tensor) -> Tensor:

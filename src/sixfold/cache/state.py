@@ -67,7 +67,8 @@ def layer_state(layer: CompressedLayer) -> tuple[dict[str, Any], dict[str, Tenso
     }
     if window.attended is not None:
         description["attended"] = True
-    if layer.prefix is not None and layer.prefix.assumed:
+    waiting = layer.query_energy is not None and not layer.observed
+    if waiting if layer.prefix is None else layer.prefix.assumed:
         description["assumed"] = True
     check_values(description, tensors)
     return description, tensors
@@ -126,7 +127,8 @@ def restore_layer(
     layer.padding = tensors["padding"]
     layer.evicted = description["evicted"]
     if "query_energy" in tensors:
-        layer.query_energy, layer.observed = QueryEnergy(tensors["query_energy"]), True
+        layer.query_energy = QueryEnergy(tensors["query_energy"])
+        layer.observed = not description.get("assumed", False)
     if description["sinks"] is not None:
         layer.prefix = Prefix(
             DenseTokens(tensors["sinks.keys"], tensors["sinks.values"]),

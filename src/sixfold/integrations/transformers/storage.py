@@ -131,7 +131,9 @@ _ALIKE = (
 )
 # No weights either; files of earlier versions say nothing of them.
 _ALIKE_IF_KNOWN = (
-    *("hidden_act", "hidden_activation", "no_rope_layers"),
+    *("hidden_act", "hidden_activation", "activation_function", "no_rope_layers"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "scale_attn_weights"),
+    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
     *("embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"),
 )
