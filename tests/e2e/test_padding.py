@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sixfold import TurboQuantCache
-from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
+from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.cache.affine import leading_padding
 from sixfold.cache.state import layer_state, restore_layer
-from sixfold.errors import FormatError
+from sixfold.errors import FormatError, SixfoldError
 from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
 from tests.e2e.models import ARCHITECTURES, tiny_model
 
@@ -100,28 +100,43 @@ def attended(layer: CompressedLayer, keys: Tensor) -> Tensor:
     return layer.attend(query, scaling=32**-0.5)
 
 
-@pytest.mark.parametrize("as_static", [False, True])
-def test_what_was_taken_for_padding_is_attended_all_the_same(as_static: bool) -> None:
+def test_what_was_taken_for_padding_is_attended_all_the_same() -> None:
     keys, values = repeated(first=12)
-    policy = CachePolicy.spending(8, fit_tokens=0)
-    layer = CompressedLayer(keys, values, policy)
+    layer = CompressedLayer(keys, values, CachePolicy.spending(8, fit_tokens=0))
     layer.append(keys, values)
     layer.compress()
     assert layer.prefix is not None
     assert layer.prefix.padding.tolist() == [12, 0]
     new = torch.randn(2, 2, 1, 32, generator=torch.Generator().manual_seed(4))
-    weights = (3 * keys[:, :, :1] @ torch.cat([keys, new], 2).mT * 32**-0.5).softmax(-1)
-    expected = weights @ torch.cat([values, new], 2)
-    # They matter.
+    # The text is about its beginning.
+    query = 3 * keys[:, :, :1]
+    weights = (query @ torch.cat([keys, new], 2).mT * 32**-0.5).softmax(-1)
     assert float(weights[0, :, :, :12].sum(-1).min()) > 0.5
-    if as_static:
-        static = StaticLayer(layer, 400)
-        static.append(new, new)
-        found = static.attend(3 * keys[:, :, :1], scaling=32**-0.5)
+    layer.append(new, new)
+    with pytest.raises(SixfoldError):
+        layer.attend(query, scaling=32**-0.5, softcap=-1.0)
+    assert layer.prefix.assumed
+    found = layer.attend(query, scaling=32**-0.5)
+    assert relative_error(found, weights @ torch.cat([values, new], 2)) < 0.03
+
+
+@pytest.mark.parametrize("shown", ["to from_cache", "to nobody", "in a file"])
+def test_a_static_cache_hides_the_padding(shown: str, tmp_path: Path) -> None:
+    model, data = tiny_model("llama-64"), batch(PROMPTS)
+    dense, fused = DynamicCache(config=model.config), tiny_model("llama-64", "sixfold")
+    forward(model, dense, data, 0, data.prompt)
+    mask = data.mask[:, : data.prompt] if shown == "to from_cache" else None
+    if shown == "in a file":
+        cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+        forward(model, cache, data, 0, data.prompt)
+        cache.save(tmp_path / "x.sixfold")
+        cache = TurboQuantCache.load(tmp_path / "x.sixfold", fused)
     else:
-        layer.append(new, new)
-        found = attended(layer, keys)
-    assert relative_error(found, expected) < 0.03
+        cache = TurboQuantCache.from_cache(dense, fused, 8, attention_mask=mask, fit_tokens=0)
+    assert all(layer.store.prefix.assumed == (mask is None) for layer in cache.compressed_layers)
+    static = cache.static(data.ids.shape[1])
+    found = continue_decoding(fused, static, data)
+    assert relative_error(found, continue_decoding(model, dense, data)) < 0.02
 
 
 @pytest.mark.parametrize("sliding_window", [None, 310])

@@ -193,9 +193,10 @@ class CompressedLayer:
         if mask is not None:
             check_mask(mask, self.held, self.length, self.sliding_window, self.window.keys.device)
             mask = fit_mask(mask, self.held)
-        if self.prefix is not None and self.prefix.assumed:
-            self._become(prefix=self.prefix.settled(mask))
-        if self.prefix is None:
+        prefix = self.prefix
+        if prefix is not None and prefix.assumed:
+            prefix = prefix.settled(mask)
+        if prefix is None:
             self._observe(query, mask)
             out = exact_attention(
                 query,
@@ -208,7 +209,7 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            window, past = self.window, self._past(self.prefix)
+            window, past = self.window, self._past(prefix)
             first = torch.full_like(past.start, self.history.tokens)
             out = self.code.attend(
                 query,
@@ -217,6 +218,8 @@ class CompressedLayer:
                 torch.full_like(first, self.held - query.shape[2]),
                 Softmax(scaling, mask, self.sliding_window, softcap, sink_logits),
             )
+        if prefix is not self.prefix:
+            self._become(prefix=prefix)
         if self.detached and torch.is_grad_enabled():
             out = refuse_gradient(out)
         self.compress()

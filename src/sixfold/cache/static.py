@@ -26,7 +26,8 @@ class StaticLayer:
     """The tokens of a `CompressedLayer`, with room for a number of tokens fixed in advance.
 
     Made after a prefill, for decoding one token of every sequence a step: `append`, then `attend`.
-    Both change tensors in place only. Left padding is as the prefill's masks showed it.
+    Both change tensors in place only. Left padding is as the prefill's masks showed it, or else as
+    its keys do.
 
     Attributes:
         sliding_window: Tokens a query sees, itself included; None for all.
@@ -64,8 +65,8 @@ class StaticLayer:
         self.max_tokens, self.sliding_window = max_tokens, layer.sliding_window
         # Seen before, and let go of: positions count on.
         self.evicted = layer.evicted
-        # Nobody shows it a mask.
-        self.prefix = layer.prefix.settled(None) if layer.prefix.assumed else layer.prefix
+        # Nobody shows it a mask: what looks like padding stays hidden.
+        self.prefix = layer.prefix
         device = layer.padding.device
         # What makes its tables cannot be traced.
         self.code = layer.code.on(device)

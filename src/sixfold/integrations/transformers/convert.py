@@ -132,6 +132,7 @@ def _compressed(layer: Any, empty: TurboQuantLayer, mask: Tensor | None) -> Comp
     store.evicted = layer.get_seq_length() - keys.shape[2]
     if mask is not None:
         store.padding = _padding(mask, keys.shape[0], store.length).to(keys.device)
+        store.observed = True
     store.compress()
     store.detached = keys.requires_grad or values.requires_grad
     return store

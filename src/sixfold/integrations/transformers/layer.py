@@ -48,11 +48,6 @@ class TurboQuantLayer(CacheLayerMixin):
         self.record_past = False
         self.store: CompressedLayer | None = None
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of tokens that are kept as they came; None before there are any."""
-        return None if self.store is None else self.store.window.keys.dtype
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn batch, heads, dims, dtype and device from the first tokens.
 
@@ -72,7 +67,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """Hold `store`, which may have been filled elsewhere."""
         store.record_past = self.record_past
         self.store = store
-        self.device = store.padding.device
+        self.device, self.dtype = store.padding.device, store.window.keys.dtype
         self.is_initialized = True
 
     def update(
@@ -114,6 +109,7 @@ class TurboQuantLayer(CacheLayerMixin):
         wide = reduce(torch.promote_types, dtypes)
         if wide is keys.dtype and wide is values.dtype:
             store.to(keys.device, wide)
+            self.dtype = wide
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -205,6 +201,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.store is not None:
             self.device = device or self.store.padding.device
             self.store.to(self.device, dtype)
+            self.dtype = self.store.window.keys.dtype
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]

@@ -33,13 +33,8 @@ class StaticTurboQuantLayer(TurboQuantLayer):
         store = layer.store.fork()
         store.compress(now=True)
         self.static = StaticLayer(store, max_tokens)
-        self.device = store.padding.device
+        self.device, self.dtype = store.padding.device, store.window.keys.dtype
         self.is_initialized = True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of tokens that are kept as they came."""
-        return self.static.window_keys.dtype
 
     @property
     def tokens(self) -> StaticLayer:

@@ -131,7 +131,10 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if not is_traceable_wrapper_subclass(tensor):
         yield name, _plain(tensor)
         return
-    inner, _ = tensor.__tensor_flatten__()
+    inner, how = tensor.__tensor_flatten__()
+    if not hasattr(tensor, "device_mesh"):
+        for index, said in enumerate(_as_tensors([type(tensor).__name__, how])):
+            yield f"{name}[{index}]", said
     for part in inner:
         # Where a distributed one lies stands beside its numbers.
         if isinstance(value := getattr(tensor, part), Tensor):
