@@ -6,6 +6,15 @@ from tools.blocks import table_row
 from tools.real_models import TITLES
 
 
+def longest_table(results: dict[str, Any]) -> str:
+    """`real_speed_table` of the longest prompt of each model alone, as README has it."""
+    rows, longest = results["rows"], dict[str, int]()
+    for row in rows:
+        longest[row["model"]] = max(longest.get(row["model"], 0), row["tokens"])
+    kept = [row for row in rows if row["tokens"] == longest[row["model"]]]
+    return real_speed_table({**results, "rows": kept})
+
+
 def real_speed_table(results: dict[str, Any]) -> str:
     """One line a model, number of tokens and cache."""
     heads = ["model", "tokens", "cache", "first token", "tokens/s", "prompt takes", "steps take"]

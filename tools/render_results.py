@@ -27,7 +27,7 @@ from tools.quality_tables import (
 )
 from tools.readme_tables import demo_table, speed_table
 from tools.real_models import real_models_table
-from tools.real_speed import real_speed_table
+from tools.real_speed import longest_table, real_speed_table
 from tools.real_texts import real_texts_table
 
 
@@ -265,6 +265,7 @@ REAL_NEEDLES_BLOCKS = tuple(
 REAL_BLOCKS = (
     Block(ROOT / "docs/evaluation.md", RESULTS / "real_texts.json", "real_texts", real_texts_table),
     Block(ROOT / "docs/cpu.md", RESULTS / "real_speed.json", "real_speed", real_speed_table),
+    Block(ROOT / "README.md", RESULTS / "real_speed.json", "real_speed", longest_table),
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)
