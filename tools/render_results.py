@@ -265,7 +265,7 @@ REAL_NEEDLES_BLOCKS = tuple(
 REAL_BLOCKS = (
     Block(ROOT / "docs/evaluation.md", RESULTS / "real_texts.json", "real_texts", real_texts_table),
     Block(ROOT / "docs/cpu.md", RESULTS / "real_speed.json", "real_speed", real_speed_table),
-    Block(ROOT / "README.md", RESULTS / "real_speed.json", "real_speed", longest_table),
+    Block(ROOT / "README.md", RESULTS / "real_speed.json", "real_speed_longest", longest_table),
 )
 EVALUATION_BLOCKS = tuple(
     Block(ROOT / "docs/evaluation.md", RESULTS / f"{name}.json", name, evaluation_table)

@@ -22,7 +22,8 @@ def test_positions_beyond_any(position: int, masked: bool, monkeypatch: pytest.M
     layer.compress()
     assert layer.prefix is not None
     padding = torch.tensor([position])
-    layer.prefix = dataclasses.replace(layer.prefix, padding=padding, end=padding + 4)
+    beyond = {"padding": padding, "end": padding + 4, "assumed": False}
+    layer.prefix = dataclasses.replace(layer.prefix, **beyond)
     mask = torch.ones(1, 1, 1, 128, dtype=torch.bool) if masked else None
     if position == 2**62 and not masked:
         # Nothing is that late: nobody is seen.

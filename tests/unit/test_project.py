@@ -109,6 +109,10 @@ def test_rendering_replaces_the_block_and_nothing_else(
         assert once.count("\n|") == len({row["fitted to"] for row in rows}) + 2
     elif block.name == "real_models":  # a column a model
         assert once.count("\n|") == len({row["cache"] for row in rows}) + 2
+    elif block.name == "real_texts":  # likewise
+        assert once.count("\n|") == len({(row["text"], row["cache"]) for row in rows}) + 2
+    elif block.name == "real_speed_longest":  # one number of tokens a model
+        assert once.count("\n|") == len({(row["model"], row["contender"]) for row in rows}) + 2
     elif block.name == "trellis_speed":  # a column an operation
         assert once.count("\n|") == len(rows) / len({row["contender"] for row in rows}) + 2
     elif block.name == "architectures":  # three tables, the first one of every outcome
