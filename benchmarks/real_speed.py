@@ -83,13 +83,22 @@ def caches(bits: Sequence[Bits]) -> dict[str, MakeCache]:
     return {BASELINE: uncompressed, **installed_peers(), **ours}
 
 
-def answer(question: Question) -> Answer:
-    """Measure in this process, which nothing else was measured in before."""
+def answer(question: Question) -> Answer | None:
+    """Measure in this process, which nothing else was measured in before.
+
+    Returns:
+        What was found; None where transformers refuses such a cache for the model.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(question.model, dtype=torch.bfloat16).eval()
     ids = prompt(question)
     make = caches(question.bits)[question.contender]
+    try:
+        make(model)
+    except ValueError as error:
+        print(f"{question.contender}: {error}")
+        return None
     # Threads, kernels and buffers are there from then on.
     generate(model, ids[:, :WARM], make(model), 2)
     give_back()
@@ -158,9 +167,12 @@ def measure(questions: Sequence[Question], rounds: int) -> Iterator[dict[str, An
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as alone:
         for _ in range(rounds):
             for question, answers in found.items():
-                answers.append(alone.submit(answer, question).result())
-                print(question.contender, question.tokens, answers[-1], flush=True)
+                if one := alone.submit(answer, question).result():
+                    answers.append(one)
+                    print(question.contender, question.tokens, one, flush=True)
     for question, answers in found.items():
+        if not answers:
+            continue
         medians = {
             field.name: Quartiles.of([getattr(x, field.name) for x in answers]).median
             for field in fields(Answer)

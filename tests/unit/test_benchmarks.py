@@ -66,6 +66,7 @@ def test_a_real_model_from_end_to_end(name: str, model_dir: Path, tmp_path: Path
     (tmp_path / "book").write_text(haystack(), encoding="utf-8")
     asked = real_speed.Question(str(model_dir), tmp_path / "book", 700, 3, (4,), name)
     found = real_speed.answer(asked)
+    assert found is not None
     assert found.first_token_seconds > 0
     assert found.step_seconds > 0
     full = uncompressed_nbytes(uncompressed_shapes(tiny_model().config), tokens=703)
