@@ -26,6 +26,7 @@ from transformers.utils import logging
 from benchmarks import machine
 from benchmarks.peers import cache_bytes, installed_peers
 from benchmarks.rows import beside
+from sixfold.cache import CachePolicy
 from sixfold.eval.caches import MakeCache, compressed, uncompressed
 from sixfold.eval.speed import contender_name
 from sixfold.eval.timing import Quartiles, time_once
@@ -79,7 +80,7 @@ class Answer:
 
 def caches(bits: Sequence[Bits]) -> dict[str, MakeCache]:
     """All contenders: the uncompressed cache, those of transformers that are installed, ours."""
-    ours = {contender_name(width, "trellis"): compressed(width) for width in bits}
+    ours = {contender_name(width, CachePolicy.code): compressed(width) for width in bits}
     return {BASELINE: uncompressed, **installed_peers(), **ours}
 
 
@@ -95,12 +96,13 @@ def answer(question: Question) -> Answer | None:
     ids = prompt(question)
     make = caches(question.bits)[question.contender]
     try:
-        make(model)
+        warm = make(model)
     except ValueError as error:
         print(f"{question.contender}: {error}")
         return None
     # Threads, kernels and buffers are there from then on.
-    generate(model, ids[:, :WARM], make(model), 2)
+    generate(model, ids[:, :WARM], warm, 2)
+    del warm
     give_back()
     held = memory()
     cache = make(model)

@@ -59,11 +59,16 @@ def real_models_table(results: Results) -> str:
     ]
     for name in caches:
         rows = [found[model, name] for model in models]
-        held = sorted(f"{row['bits_long']:.1f}" for row in rows)
-        bits = held[0] if held[0] == held[-1] else f"{held[0]} to {held[-1]}"
+        bits = bits_range(rows)
         label = PEERS.get(name, f"Sixfold, `bits={name}`")
         lines.append(table_row([label, bits, *map(cell, rows)]))
     return "\n".join([*lines, "", _note(results, models, titles)])
+
+
+def bits_range(rows: Sequence[Results]) -> str:
+    """Bits a value of one cache on several models."""
+    held = sorted(f"{row['bits_long']:.1f}" for row in rows)
+    return held[0] if held[0] == held[-1] else f"{held[0]} to {held[-1]}"
 
 
 def cell(row: Results) -> str:

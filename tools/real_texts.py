@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.blocks import table_row
-from tools.real_models import PEERS, TITLES, Results, cell
+from tools.real_models import PEERS, TITLES, Results, bits_range, cell
 
 TEXTS = {
     "wikitext2": "WikiText-2, its test set",
@@ -45,8 +45,7 @@ def real_texts_table(results: Results) -> str:
     for text in dict.fromkeys(row["text"] for row in rows):
         for cache in _caches(rows):
             own = [found.get((text, model, cache)) for model in models]
-            held = sorted(f"{row['bits_long']:.1f}" for row in own if row)
-            bits = held[0] if held[0] == held[-1] else f"{held[0]} to {held[-1]}"
+            bits = bits_range([row for row in own if row])
             label = CONTENDERS.get(cache, f"Sixfold, `bits={cache}`")
             cells = ["-" if row is None else cell(row) for row in own]
             lines.append(table_row([TEXTS[text], label, bits, *cells]))

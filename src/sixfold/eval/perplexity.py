@@ -214,9 +214,8 @@ class _Tally:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, every number as it is."""
         return {
-            one.name: torch.cat(value).tolist() if isinstance(value, list) else value
-            for one in fields(self)
-            for value in (getattr(self, one.name),)
+            name: torch.cat(value).tolist() if isinstance(value, list) else value
+            for name, value in vars(self).items()
         }
 
     @classmethod
