@@ -107,7 +107,7 @@ class CompressedLayer:
         self.record_past = False
         self.detached = False
         self.observed = False
-        self._known_past: Past | None = None
+        self._known_past: tuple[Past, Int[Tensor, " batch"]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies have pages of their own.
@@ -187,12 +187,13 @@ class CompressedLayer:
         Raises:
             ShapeError: The mask is for another number of tokens than are held.
         """
-        _check_query(query, self.window.keys, self.held)
-        dtype, held = query.dtype, self.window.keys.dtype
-        query = query if dtype is held else query.to(held)
+        window, held = self.window, self.held
+        _check_query(query, window.keys, held)
+        given, dtype = query.dtype, window.keys.dtype
+        query = query if given is dtype else query.to(dtype)
         if mask is not None:
-            check_mask(mask, self.held, self.length, self.sliding_window, self.window.keys.device)
-            mask = fit_mask(mask, self.held)
+            check_mask(mask, held, self.length, self.sliding_window, window.keys.device)
+            mask = fit_mask(mask, held)
         prefix = self.prefix
         if prefix is not None and prefix.assumed:
             prefix = prefix.settled(mask)
@@ -200,8 +201,8 @@ class CompressedLayer:
             self._observe(query, mask)
             out = exact_attention(
                 query,
-                self.window.keys,
-                self.window.values,
+                window.keys,
+                window.values,
                 scaling=scaling,
                 mask=mask,
                 sliding_window=self.sliding_window,
@@ -209,13 +210,12 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            window, past = self.window, self._past(prefix)
-            first = torch.full_like(past.start, self.history.tokens)
+            past, first = self._past(prefix)
             out = self.code.attend(
                 query,
                 [Tokens(window.keys, window.values, first, past.start)],
                 past,
-                torch.full_like(first, self.held - query.shape[2]),
+                torch.full_like(first, held - query.shape[2]),
                 Softmax(scaling, mask, self.sliding_window, softcap, sink_logits),
             )
         if prefix is not self.prefix:
@@ -223,15 +223,16 @@ class CompressedLayer:
         if self.detached and torch.is_grad_enabled():
             out = refuse_gradient(out)
         self.compress()
-        return out if dtype is held else out.to(dtype)
+        return out if given is dtype else out.to(given)
 
-    def _past(self, prefix: Prefix) -> Past:
-        """What is held beside the window: the same until a page is written."""
+    def _past(self, prefix: Prefix) -> tuple[Past, Int[Tensor, " batch"]]:
+        """What is held beside the window, and its end: the same until a page is written."""
         held = self.history.parts, prefix.key_map, prefix.end, prefix.part
-        past = self._known_past
-        if past is None or not all(map(is_, past, held)):
-            past = self._known_past = Past.of(*held)
-        return past
+        known = self._known_past
+        if known is None or not all(map(is_, known[0], held)):
+            end = torch.full_like(prefix.end, self.history.tokens)
+            known = self._known_past = Past.of(*held), end
+        return known
 
     @outside_autocast
     def dequantized(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sixfold.errors import ShapeError
+from sixfold.kernels._operation import plain
 from sixfold.kernels.types import CodeName, Coding, KeyMap, Pages, Tokens
 from sixfold.packing import (
     PAGE_TOKENS,
@@ -247,13 +248,22 @@ def _int64(name: str, x: Tensor) -> Tensor:
 
 
 def vectors_group(
-    name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int, int]
+    name: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    kept: list[Tensor],
 ) -> tuple[int, int, int, int]:
     """Uncompressed keys or values: address, strides of rows, heads and tokens in bytes.
 
+    What had to be converted is added to `kept`, for the caller to keep while it is read.
+
     Raises:
-        ShapeError: It is another tensor than that, or vectors are not contiguous.
+        ShapeError: It is another tensor than that.
     """
+    if x.stride(3) != 1 or x.is_neg() or x._is_zerotensor():
+        x = plain(x).contiguous()
+        kept.append(x)
     row, head, token, last = x.stride()
     # Of one coordinate the stride says nothing.
     whole = last == 1 or shape[3] == 1
@@ -276,14 +286,16 @@ def tokens_group(
 ) -> tuple[Any, ...]:
     """Uncompressed tokens; rows outside of them are the extension's to refuse.
 
+    What had to be converted is added to `kept`, for the caller to keep while it is read.
+
     Raises:
         ShapeError: The tensors do not fit each other, the batch or the dims.
     """
     keys, values, first, start, stop, slots = part
     rows, _, count, _ = keys.shape
     return (
-        vectors_group("tokens.keys", keys, dtype, (rows, heads, count, dims[0])),
-        vectors_group("tokens.values", values, dtype, (rows, heads, count, dims[1])),
+        vectors_group("tokens.keys", keys, dtype, (rows, heads, count, dims[0]), kept),
+        vectors_group("tokens.values", values, dtype, (rows, heads, count, dims[1]), kept),
         rows,
         count,
         *numbers_group(batch, _TOKENS, (first, start, stop, slots), kept),

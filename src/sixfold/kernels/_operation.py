@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,7 +13,6 @@ from sixfold.arguments import dense, number_of, real, shown, whole
 from sixfold.errors import SixfoldError
 from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._signature import explain
-from sixfold.kernels.types import Tokens
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -63,14 +62,6 @@ def plain(x: T) -> T:
     if x.is_neg():
         return x.resolve_neg()
     return x.new_zeros(x.shape) if x._is_zerotensor() else x
-
-
-def plain_tokens(tokens: Sequence[Tokens]) -> Sequence[Tokens]:
-    """The same with their numbers in memory; nobody asks while tracing."""
-    for keys, values, *_ in tokens:
-        if keys.is_neg() or values.is_neg() or keys._is_zerotensor() or values._is_zerotensor():
-            return [Tokens(plain(one.keys), plain(one.values), *one[2:]) for one in tokens]
-    return tokens
 
 
 def plain_dense(name: str, x: Tensor) -> Tensor:

@@ -165,7 +165,10 @@ def attention_forward(
             )
         # One update gives one handle for keys and values.
         query = as_autocast(query) if torch._C._is_any_autocast_enabled() else query
-        out = _attend(key, query, options)
+        if torch.compiler.is_compiling() and isinstance(key, CodesHandle):
+            out = _attend_untraced(key, query, options)
+        else:
+            out = key.attend(query, **options)
     elif not ours:
         return sdpa_attention_forward(
             module,
@@ -201,13 +204,6 @@ def as_autocast(x: Tensor) -> Tensor:
         return x
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _attend(handle: CodesHandle | StaticHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
-    if isinstance(handle, CodesHandle) and torch.compiler.is_compiling():
-        out: Tensor = _attend_untraced(handle, query, options)
-        return out
-    return handle.attend(query, **options)
 
 
 @untraced

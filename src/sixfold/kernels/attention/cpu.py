@@ -18,6 +18,7 @@ from sixfold.kernels._groups import (
     pages_group,
 )
 from sixfold.kernels._native import compiled
+from sixfold.kernels._operation import plain
 from sixfold.kernels.attention.merge import Partial
 from sixfold.kernels.attention.parts import attend_parts
 from sixfold.kernels.attention.remembered import remembered, token_groups
@@ -44,6 +45,8 @@ def attention(
     scaling, mask, sliding_window, softcap, sinks = softmax
     batch, heads, queries, _ = query.shape
     kv_heads, dims, dtype = past.key_map.mean.shape[1], (keys.dim, values.dim), query.dtype
+    if query.is_neg() or query._is_zerotensor():
+        query = plain(query)
     # Kept until the call returns: an address does not keep what was converted.
     query, _readable, mask_numbers = query.contiguous(), None, NO_MASK
     if mask is not None:
@@ -79,7 +82,11 @@ def _native(query: Tensor, tokens: Sequence[Tokens], past: Past) -> bool:
     dtype = query.dtype
     if query.shape[2] > MAX_QUERIES or dtype not in DTYPES:
         return False
-    return all([x.dtype is dtype for part in (*past.kept, *tokens) for x in part[:2]])
+    # No comprehension: it is a call, in every layer of every step.
+    for part in (*past.kept, *tokens):
+        if part.keys.dtype is not dtype or part.values.dtype is not dtype:
+            return False
+    return True
 
 
 def page_attention(

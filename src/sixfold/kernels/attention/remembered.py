@@ -15,7 +15,6 @@ from sixfold.kernels._groups import (
     side_group,
     tokens_group,
 )
-from sixfold.kernels._operation import plain_tokens
 from sixfold.kernels.types import Coding, Past, Tokens
 
 
@@ -52,17 +51,16 @@ def remembered(
     # Lists may change: what is in them is compared.
     of = (*past.pages, past.key_map, past.start, *past.kept, keys, values)
     known: _Known | None = past.memo.get(dtype)
-    if known is not None and known.batch == batch and _same(known.of, of):
+    if known is not None and known.batch == batch and len(known.of) == len(of):
         # An address is worth nothing once its memory has moved (`share_memory_`).
-        if known.addresses == [x.data_ptr() for x in known.tensors]:
+        if all(map(is_, known.of, of)) and known.addresses == [
+            *map(Tensor.data_ptr, known.tensors)
+        ]:
             return known.found
     kv_heads, dims, made = past.key_map.mean.shape[1], (keys.dim, values.dim), len(copies)
-    kept = plain_tokens(past.kept)
-    if kept is not past.kept:
-        copies += [x for part in kept for x in part[:2]]
     pages = [contiguous_pages(part, copies) for part in past.pages]
     found = Before(
-        token_groups(kept, batch, kv_heads, dims, dtype, copies),
+        token_groups(past.kept, batch, kv_heads, dims, dtype, copies),
         [pages_group(part, batch, kv_heads, keys, values) for part in pages],
         side_group(keys, "key"),
         side_group(values, "value"),
@@ -72,13 +70,8 @@ def remembered(
     # A tensor that had to be copied may be written to: its copy is not the tensor.
     if len(copies) == made:
         tensors = [x for x in _tensors(of) if isinstance(x, Tensor)]
-        addresses = [x.data_ptr() for x in tensors]
-        past.memo[dtype] = _Known(batch, of, tensors, addresses, found)
+        past.memo[dtype] = _Known(batch, of, tensors, [*map(Tensor.data_ptr, tensors)], found)
     return found
-
-
-def _same(known: tuple[Any, ...], of: tuple[Any, ...]) -> bool:
-    return len(known) == len(of) and all(map(is_, known, of))
 
 
 def _tensors(group: Any) -> list[Any]:
@@ -97,7 +90,8 @@ def token_groups(
     copies: list[Tensor],
 ) -> list[tuple[Any, ...]]:
     """Uncompressed parts as the extension takes them; `copies` keep what had to be made for it."""
-    if any([x.keys.stride(3) != 1 or x.values.stride(3) != 1 for x in tokens]):
-        tokens = [Tokens(x.keys.contiguous(), x.values.contiguous(), *x[2:]) for x in tokens]
-        copies += [x for part in tokens for x in part[:2]]
-    return [tokens_group(x, batch, kv_heads, dims, dtype, copies) for x in tokens]
+    # No comprehension: it is a call, in every layer of every step.
+    groups = []
+    for part in tokens:
+        groups.append(tokens_group(part, batch, kv_heads, dims, dtype, copies))
+    return groups
