@@ -360,6 +360,32 @@ def peft(model: PreTrainedModel) -> torch.nn.Module:
     return library.get_peft_model(model, config)
 
 
+def mixed_peft(model: PreTrainedModel) -> torch.nn.Module:
+    """With adapters of two kinds."""
+    library = pytest.importorskip("peft")
+    low_rank = library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = library.get_peft_model(model, low_rank, mixed=True)
+    wrapped.add_adapter("second", library.LoHaConfig(target_modules=["v_proj"]))
+    wrapped.set_adapter(["default", "second"])
+    return wrapped
+
+
+class Tuner(torch.nn.Module):
+    """Stands for what holds a model that has adapters of two kinds."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Mixed(torch.nn.Module):
+    """Stands for PEFT's wrapper of such a model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = Tuner(model)
+
+
 class Quanto:
     """As optimum-quanto's wrapper: no module, and whatever it lacks the model is asked for."""
 
@@ -383,6 +409,8 @@ WRAPPERS = {
     "trl": ValueHead,
     "adapters": lambda model: Adapters(model).wrap(),
     "peft": peft,
+    "mixed adapters": Mixed,
+    "mixed peft": mixed_peft,
     "compiled": torch.compile,
     "parallel": torch.nn.DataParallel,
     "compiled peft": lambda model: torch.compile(peft(model)),

@@ -70,6 +70,12 @@ def _inner(model: object) -> Iterator[torch.nn.Module]:
     # PEFT's own way to it: its adapters stay within.
     if callable(base := getattr(model, "get_base_model", None)):
         yield base()
+    # Models with adapters of several kinds lack that way: their tuner holds the model.
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, PreTrainedModel):
+        inner = getattr(tuner, "model", None)
+        if isinstance(inner, torch.nn.Module):
+            yield inner
     for name in _INNER:
         if isinstance(module := getattr(model, name, None), torch.nn.Module):
             yield module
