@@ -1,6 +1,7 @@
 """Layers that hold more than keys and values, and what other code reads of a cache."""
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,17 @@ def test_attention_weights_that_are_not_computed_are_missed_aloud() -> None:
     cache = make(model, fused=True)
     with pytest.warns(UserWarning, match="computes no attention weights"):
         model(data.ids, **cache_argument(cache), output_attentions=True)
+
+
+def test_attention_weights_that_transformers_records_are_missed_aloud() -> None:
+    """Its GPT-2 does not tell the attention function that somebody waits for them."""
+    model, ids = fresh_model("gpt2"), tokens(1, 80)
+    cache = make(model, fused=True)
+    with pytest.warns(UserWarning, match="computes no attention weights"):
+        model(ids, **cache_argument(cache), output_attentions=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, **cache_argument(cache))
 
 
 def test_attention_weights_of_the_config_are_missed_aloud() -> None:

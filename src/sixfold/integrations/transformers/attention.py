@@ -1,5 +1,6 @@
 """The attention and mask functions that transformers calls under the name `sixfold`."""
 
+import contextlib
 import warnings
 from typing import Any, NoReturn, cast
 
@@ -13,6 +14,10 @@ from sixfold.cache import CompressedLayer, StaticLayer
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.errors import UnsupportedModelError
 from sixfold.kernels.attention import exact_attention
+
+_recorder: Any = None
+with contextlib.suppress(ImportError):
+    from transformers.utils.output_capturing import _active_collector as _recorder
 
 NAME = "sixfold"
 NO_WEIGHTS = (
@@ -111,6 +116,8 @@ class StaticHandle:
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for `sdpa`, which leaves it out where plain causality does."""
+    if _weights_recorded():
+        _warn_of_weights()
     shared = getattr(kwargs.get("config"), "num_kv_shared_layers", None)
     if shared and kwargs.get("q_length") != kwargs.get("kv_length"):
         # See `_shared_tail`: in memory of fixed size nobody could tell which queries are left.
@@ -154,7 +161,7 @@ def attention_forward(
     ours = not isinstance(key, Tensor) or softcap is not None or s_aux is not None
     ours = ours or _shared_tail(module, query, key, attention_mask)
     if ours and kwargs.get("output_attentions"):
-        warnings.warn(NO_WEIGHTS, stacklevel=2)
+        _warn_of_weights()
     if not isinstance(key, Tensor):
         if kwargs.get("position_bias") is not None:
             if isinstance(key, CodesHandle):
@@ -183,6 +190,23 @@ def attention_forward(
     else:
         out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _weights_recorded() -> bool:
+    """Whether transformers records attention weights in this forward pass, for its caller.
+
+    Models that do (GPT-2) need not tell their attention function, and nothing public says so.
+    """
+    # A tracer cannot ask.
+    if _recorder is None or torch.compiler.is_compiling():
+        return False
+    recorded = _recorder.get()
+    return bool(recorded is not None and "attentions" in recorded)
+
+
+def _warn_of_weights() -> None:
+    # From one line, whoever asks: Python says it once.
+    warnings.warn(NO_WEIGHTS, stacklevel=1)
 
 
 def _shared_tail(
