@@ -193,11 +193,79 @@ def load(path: Path, **options: Any) -> TurboQuantCache:
             "rope_theta",
         ),
         (lambda: fresh_model("llama-64", rms_norm_eps=1e-2), "rms_norm_eps"),
+        # Rotated by as much, of fewer coordinates.
+        (
+            lambda: fresh_model(
+                "llama-64",
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                },
+            ),
+            "partial_rotary_factor",
+        ),
     ],
 )
 def test_another_config(model: Callable[[], PreTrainedModel], difference: str, saved: Path) -> None:
     with pytest.raises(FormatError, match=f"another model.*{difference}"):
         TurboQuantCache.load(saved, model())
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "changed", "difference"),
+    [
+        ("gemma2", {}, {"attn_logit_softcapping": 77.0}, "attn_logit_softcapping"),
+        ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn"),
+        (
+            "llama-64",
+            {"rope_parameters": YARN},
+            {"rope_parameters": {**YARN, "attention_factor": 4.0}},
+            "attention_factor",
+        ),
+        (
+            "llama-64",
+            {"rope_parameters": {**YARN, "rope_type": "dynamic"}},
+            {"max_position_embeddings": 64},
+            "max_position_embeddings",
+        ),
+    ],
+)
+def test_what_is_no_weight_matters(
+    name: str, options: dict[str, Any], changed: dict[str, Any], difference: str, tmp_path: Path
+) -> None:
+    model, data = fresh_model(name, **options), batch((150, 100))
+    cache = TurboQuantCache.for_model(model)
+    forward(model, cache, data, 0, data.prompt)
+    cache.save(tmp_path / "cache")
+    TurboQuantCache.load(tmp_path / "cache", fresh_model(name, **options))
+    with pytest.raises(FormatError, match=f"another model.*{difference}"):
+        TurboQuantCache.load(tmp_path / "cache", fresh_model(name, **{**options, **changed}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"attention_dropout": 0.1},
+        {"bos_token_id": 3},
+        {"architectures": ["Other"]},
+        {"initializer_range": 0.5},
+        {"max_position_embeddings": 4096},
+        {"a_note_of_a_trainer": "fixed"},
+    ],
+    ids=str,
+)
+def test_what_changes_no_key_is_not_compared(options: dict[str, Any], saved: Path) -> None:
+    TurboQuantCache.load(saved, fresh_model("llama-64", **options))
 
 
 def test_other_weights(saved: Path) -> None:

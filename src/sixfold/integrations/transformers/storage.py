@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -118,7 +119,7 @@ def fill(layer: Any, description: dict[str, Any], tensors: dict[str, Tensor]) ->
             layer.cumulative_length = description["length"]
 
 
-# What two models must share for one to read the other's cache.
+# What two models must share for one to read the other's cache, whether a file says it or not.
 _ALIKE = (
     "hidden_size",
     "num_attention_heads",
@@ -128,29 +129,60 @@ _ALIKE = (
     "vocab_size",
     # Not weights, but keys are rotated by them.
     "rope_parameters",
+    *("type", "layers", "sliding_windows"),
 )
-# No weights either; files of earlier versions say nothing of them.
-_ALIKE_IF_KNOWN = (
-    *("hidden_act", "hidden_activation", "activation_function", "no_rope_layers"),
-    *("query_pre_attn_scalar", "attn_logit_softcapping", "scale_attn_weights"),
-    *("num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
-    *("embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"),
+# What of a config changes no key and no value of a cache: of files that say more of theirs, all
+# other fields that both have are compared (a scale or an activation is no weight either).
+_NO_MATTER = frozenset(
+    (
+        *("architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
+        *("use_cache", "return_dict", "return_legacy_cache", "cache_implementation"),
+        *("tie_word_embeddings", "chunk_size_feed_forward", "pretraining_tp", "torchscript"),
+        *("id2label", "label2id", "num_labels", "problem_type", "auto_map", "tokenizer_class"),
+        *("is_decoder", "is_encoder_decoder", "final_logit_softcapping", "use_mamba_kernels"),
+    )
 )
+_NO_MATTER_IN = ("drop", "initializer", "jitter", "_loss", "token_id", "summary_")
+# Rotations that change with the longest text that a model is said to be for.
+_ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
 
 
 def model_description(config: PreTrainedConfig) -> dict[str, Any]:
     """What two models must share for one to read the other's cache."""
     text = decoder_config(config)
     types, kwargs = layer_types(config)
-    fields = {name: config_value(text, name) for name in _ALIKE}
-    known = {name: config_value(text, name) for name in _ALIKE_IF_KNOWN}
-    fields |= {name: value for name, value in known.items() if value is not None}
+    rope = str(config_value(text, "rope_parameters"))
+    by_length = any(kind in rope for kind in _ROPE_BY_LENGTH)
     windows = [options.get("sliding_window") for options in kwargs]
-    described = {"type": text.model_type, "layers": types, "sliding_windows": windows, **fields}
+    described = {
+        **_what_matters(text.to_dict(), by_length),
+        **{name: config_value(text, name) for name in _ALIKE},
+        **{"type": text.model_type, "layers": types, "sliding_windows": windows},
+        "transformers": transformers.__version__,
+    }
     # As it comes back from a file: lists for tuples, strings for anything exotic.
-    as_json: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    as_json: dict[str, Any] = json.loads(json.dumps(described, default=_as_text))
     return as_json
+
+
+def _what_matters(fields: dict[str, Any], by_length: bool) -> dict[str, Any]:
+    kept = {}
+    for name, value in fields.items():
+        known = str(name)
+        if known.startswith(("_", "output_")) or known in _NO_MATTER:
+            continue
+        if any(part in known for part in _NO_MATTER_IN):
+            continue
+        if known == "max_position_embeddings" and not by_length:
+            continue
+        kept[known] = _what_matters(value, by_length) if isinstance(value, dict) else value
+    return kept
+
+
+def _as_text(value: Any) -> str:
+    text = str(value)
+    # Where something lies is nothing that two runs share.
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def _check_model(
@@ -158,8 +190,14 @@ def _check_model(
 ) -> None:
     stored, own = description.get("model"), model_description(model.config)
     stored = stored if isinstance(stored, dict) else {}
-    compared = [k for k in own if k in stored or k not in _ALIKE_IF_KNOWN]
-    differ = {k: (stored.get(k), own[k]) for k in compared if _differ(stored.get(k), own[k])}
+    # Files of earlier versions say less, and libraries add fields.
+    compared = own.keys() & (stored.keys() | set(_ALIKE)) - {"transformers"}
+    strict = stored.get("transformers") == own["transformers"]
+    differ = {
+        name: (stored.get(name), own[name])
+        for name in sorted(compared)
+        if _differ(stored.get(name), own[name], strict)
+    }
     if differ:
         raise FormatError(f"{path} was saved for another model: (file, this model) = {differ}.")
     dtype = description.get("dtype")
@@ -170,10 +208,14 @@ def _check_model(
         )
 
 
-def _differ(stored: Any, own: Any) -> bool:
-    """Whether two values differ; of objects, in a field that both have (libraries add some)."""
+def _differ(stored: Any, own: Any, strict: bool) -> bool:
+    """Whether two values differ; of objects, in a field that both have, unless `strict`.
+
+    Another version of the library may add fields; the same one leaves out what has no value.
+    """
     if isinstance(stored, dict) and isinstance(own, dict):
-        return any(_differ(stored[name], own[name]) for name in stored.keys() & own.keys())
+        names = stored.keys() | own.keys() if strict else stored.keys() & own.keys()
+        return any(_differ(stored.get(name), own.get(name), strict) for name in names)
     return bool(stored != own)
 
 
