@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
@@ -115,6 +116,58 @@ def test_a_compiled_step_has_no_graph_break(
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-64", "mistral", "gemma3"])
+def test_tokens_that_a_mask_hides_stay_hidden(name: str) -> None:
+    """Among others, where no padding is: at the window's end, in codes, and in what came later."""
+    model, ids = fresh_model(name), prompt()[:, :240] % 90
+    mask = torch.ones(2, 260, dtype=torch.int64)
+    mask[0, 20:120], mask[1, 190:196], mask[0, 203] = 0, 0, 0
+    growing = TurboQuantCache.for_model(model, bits=8, fit_tokens=0)
+    model(ids[:, :200], attention_mask=mask[:, :200], **cache_argument(growing))
+    static = growing.static(260)
+    for t in range(200, 240):
+        one, at = ids[:, t : t + 1], torch.full((2, 1), t)
+        expected, got = (
+            model(one, attention_mask=mask[:, :n], position_ids=at, **cache_argument(x)).logits
+            for x, n in ((growing, t + 1), (static, 260))
+        )
+        assert relative_error(got, expected) < 1e-3
+
+
+@torch.no_grad()
+def test_chunks_of_attention_stay_apart() -> None:
+    """Llama 4 attends within chunks: what is before the chunk of a query is hidden from it."""
+    config = Llama4TextConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        intermediate_size_mlp=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_chunk_size=160,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Llama4ForCausalLM(config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    ids = prompt()[:, :280] % 97
+    growing = TurboQuantCache.for_model(model, bits=8, fit_tokens=0)
+    model(ids[:, :200], **cache_argument(growing))
+    static = growing.static(300)
+    for t in range(200, 280):
+        one, at = ids[:, t : t + 1], torch.full((2, 1), t)
+        expected, got = (
+            model(one, position_ids=at, **cache_argument(x)).logits for x in (growing, static)
+        )
+        assert relative_error(got, expected) < 1e-3
+
+
 def test_generation_continues_in_a_static_cache() -> None:
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=8)

@@ -5,7 +5,7 @@ host neither decides nor waits: what a step does depends on counters on the devi
 """
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sixfold.arguments import shown, whole
@@ -15,7 +15,7 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
-from sixfold.kernels.types import Pages, Past, Softmax, Tokens
+from sixfold.kernels.types import Mask, Pages, Past, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
 # Sequences are never so long: a mistake that would be noticed by the memory it takes.
@@ -149,6 +149,7 @@ class StaticLayer:
         query: Float[Tensor, "batch heads 1 key_dim"],
         *,
         scaling: float,
+        mask: Mask | None = None,
         softcap: float | None = None,
         sink_logits: Float[Tensor, " heads"] | None = None,
     ) -> Float[Tensor, "batch heads 1 value_dim"]:
@@ -157,9 +158,16 @@ class StaticLayer:
         Args:
             query: The query of the token appended last.
             scaling: Factor of the logits.
+            mask: Attended tokens; columns are all tokens ever seen and all there is room for.
+                Without one all that the prefill left and all that came after it.
             softcap: Logits become ``softcap·tanh(logit/softcap)``.
             sink_logits: A learned logit a head without a value (GPT-OSS).
+
+        Raises:
+            ShapeError: The mask has another number of columns.
         """
+        if mask is not None:
+            mask = self._fitted(mask)
         prefix = self.prefix
         end, first = self.count, prefix.end
         if self.sliding_window is not None:
@@ -178,10 +186,25 @@ class StaticLayer:
             [window],
             Past.of([pages], prefix.key_map, first, prefix.part),
             end.expand(batch) - 1,
-            Softmax(scaling, softcap=softcap, sink_logits=sink_logits),
+            Softmax(scaling, mask, softcap=softcap, sink_logits=sink_logits),
         )
         self._compress()
         return out
+
+    def _fitted(
+        self, mask: Mask
+    ) -> Bool[Tensor, "#batch #heads queries fit"] | Float[Tensor, "#batch #heads queries fit"]:
+        """Columns of all that may be held, places in memory that stay unused included."""
+        columns = self.evicted + self.max_tokens
+        if mask.shape[-1] != columns:
+            raise ShapeError(
+                f"mask: expected {columns} columns, one for each token there is room for, got "
+                f"{list(mask.shape)}: pass an attention_mask of that length, or none."
+            )
+        places = PAGE_TOKENS * (self.table.shape[1] + 1) + self.window_keys.shape[2]
+        unused = 0, places - self.max_tokens
+        hidden = False if mask.dtype is torch.bool else -torch.inf
+        return torch.nn.functional.pad(mask[..., self.evicted :], unused, value=hidden)
 
     def _compress(self) -> None:
         """Write the window's first page to its place if the window is full, else to the spare."""

@@ -106,8 +106,6 @@ class StaticHandle:
 
     def attend(self, query: Tensor, **options: Any) -> Tensor:
         """Attention over all that the layer holds."""
-        # The layer knows the padding of its prefill, and causality needs no mask.
-        del options["mask"]
         out = self.layer.attend(query, **options)
         if torch.is_grad_enabled() and query.requires_grad:
             return refuse_gradient(out, NO_GRADIENT)

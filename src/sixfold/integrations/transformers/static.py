@@ -53,8 +53,8 @@ class StaticTurboQuantLayer(TurboQuantLayer):
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As many columns as there can be tokens: masks are made, and not needed."""
-        return self.static.max_tokens, 0
+        """As many columns as there can be tokens, those let go of included."""
+        return self.static.evicted + self.static.max_tokens, 0
 
     def get_seq_length(self) -> Any:
         """Tokens seen a sequence, on the device."""
