@@ -72,7 +72,8 @@ class TurboQuantMSE:
 
         Args:
             x: Vectors, any floating dtype; computed in float32. Scales are stored, so units
-                survive. Zero vectors decode to zero, vectors with NaN or infinity to NaN.
+                survive: lengths from 1e-26 to 1e29, others are cut to that range or become
+                zero. Zero vectors decode to zero, vectors with NaN or infinity to NaN.
 
         Returns:
             Codes of `bits + 16/dim` bits per coordinate (each bit plane of a vector is padded

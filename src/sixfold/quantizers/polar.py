@@ -83,7 +83,8 @@ class PolarQuant:
         """Compress vectors to angles and one 16-bit radius per 2^L coordinates.
 
         Args:
-            x: Vectors, any floating dtype; computed in float32.
+            x: Vectors, any floating dtype; computed in float32. Lengths from 1e-26 to 1e29 are
+                kept, others cut to that range or zero.
 
         Raises:
             ShapeError: The last axis of `x` is not `dim`.

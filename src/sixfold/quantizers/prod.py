@@ -67,7 +67,8 @@ class TurboQuantProd:
         """Compress vectors to `bits` bits per coordinate, a scale and a residual norm.
 
         Args:
-            x: Vectors, any floating dtype; computed in float32.
+            x: Vectors, any floating dtype; computed in float32. Lengths from 1e-26 to 1e29 are
+                kept, others cut to that range or zero.
 
         Raises:
             ShapeError: The last axis of `x` is not `dim`.

@@ -94,7 +94,8 @@ class QJL:
         """Compress vectors to `projections` signs and a 16-bit norm.
 
         Args:
-            x: Vectors, any floating dtype; computed in float32.
+            x: Vectors, any floating dtype; computed in float32. Lengths from 1e-26 to 1e29 are
+                kept, others cut to that range or zero.
 
         Raises:
             ShapeError: The last axis of `x` is not `dim`.

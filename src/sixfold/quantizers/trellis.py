@@ -73,7 +73,8 @@ class TrellisQuantizer:
 
         Args:
             x: Vectors, any floating dtype; computed in float32. Scales are stored, so units
-                survive. Zero vectors decode to zero, vectors with NaN or infinity to NaN.
+                survive: lengths from 1e-26 to 1e29, others are cut to that range or become
+                zero. Zero vectors decode to zero, vectors with NaN or infinity to NaN.
 
         Returns:
             Codes of floor(bits·dim) bits, padded to 4 bytes, and a scale, per vector.

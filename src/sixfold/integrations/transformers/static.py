@@ -75,10 +75,21 @@ class StaticTurboQuantLayer(TurboQuantLayer):
             "from, then call .static(max_tokens) again."
         )
 
+    def move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Stay: hosts (accelerate's offloading) move what is where it should be.
+
+        Raises:
+            SixfoldError: To another device, or dtype.
+        """
+        own = self.device
+        there = device is None or (device.type == own.type and device.index in (None, own.index))
+        if not there or dtype not in (None, self.dtype):
+            self.refuse()
+
     def dense(self) -> NoReturn:
         """Say what to do instead."""
         self.refuse()
 
     adopt = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = refuse
-    offload = prefetch = move = fork = reset = check_crop = activate_past_recording = refuse
+    offload = prefetch = fork = reset = check_crop = activate_past_recording = refuse
     __getstate__ = refuse
