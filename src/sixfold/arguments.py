@@ -182,7 +182,7 @@ def dense(name: str, x: Any) -> None:
     """Refuse what is no plain tensor: another type, or one whose numbers lie otherwise.
 
     Raises:
-        SixfoldError: It is no tensor, or sparse, nested, or of a vendor's layout.
+        SixfoldError: It is no tensor, or sparse, nested, of a vendor's layout, or not in memory.
     """
     if not isinstance(x, Tensor):
         raise SixfoldError(
@@ -195,7 +195,16 @@ def dense(name: str, x: Any) -> None:
             f"{name} must be a dense tensor, got one that is {kind}; convert it, for example with "
             f"{name}.to_dense() or torch.nested.to_padded_tensor"
         )
-    if not torch.compiler.is_compiling() and not _has_memory(x):
+    if torch.compiler.is_compiling():
+        return
+    try:
+        held = _has_memory(x)
+    except RuntimeError as error:
+        raise SixfoldError(
+            f"{name} must be a tensor with its numbers in memory, got one that stands for others, "
+            "as inside torch.vmap or torch.func.grad: call this outside of it, on the whole batch"
+        ) from error
+    if not held:
         raise SixfoldError(
             f"{name} must be a tensor with its numbers in memory, got one whose storage was freed"
         )
@@ -250,7 +259,10 @@ def plain_floats(x: Any) -> bool:
     Nobody asks while tracing: tensors have no memory there.
     """
     plain = type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided
-    return plain and not x.is_nested and x.data_ptr() != 0
+    try:
+        return plain and not x.is_nested and x.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def floating(name: str, x: Any) -> None:

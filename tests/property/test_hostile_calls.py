@@ -442,3 +442,19 @@ def from_changed(source: DynamicCache, name: str, value: Any) -> TurboQuantCache
         return TurboQuantCache.from_cache(source, tiny_model())
     finally:
         setattr(layer, name, kept)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [sixfold.TurboQuantMSE(64, 4), sixfold.TurboQuantProd(64, 4), sixfold.PolarQuant(64)],
+    ids=lambda quantizer: type(quantizer).__name__,
+)
+def test_tensors_that_stand_for_others_are_refused(quantizer: Any) -> None:
+    """As torch.vmap and torch.func make them: they have no memory of their own."""
+    x = torch.randn(3, 5, 64)
+    for transformed in (
+        lambda: torch.vmap(quantizer.encode)(x),
+        lambda: torch.func.grad(lambda y: quantizer.decode(quantizer.encode(y)).sum())(x),
+    ):
+        with pytest.raises(SixfoldError, match=r"inside torch\.vmap"):
+            transformed()

@@ -75,7 +75,7 @@ class StaticTurboQuantLayer(TurboQuantLayer):
             "from, then call .static(max_tokens) again."
         )
 
-    def move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def move(self, device: torch.device | None, dtype: torch.dtype | None = None) -> None:
         """Stay: hosts (accelerate's offloading) move what is where it should be.
 
         Raises:
