@@ -251,6 +251,20 @@ def test_what_is_no_weight_matters(
         TurboQuantCache.load(tmp_path / "cache", fresh_model(name, **{**options, **changed}))
 
 
+@pytest.mark.parametrize("limit", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_of_a_config_that_json_lacks(limit: float, tmp_path: Path) -> None:
+    model, data = fresh_model("llama-64"), batch((150, 100))
+    # As Falcon-H1's `time_step_limit`.
+    model.config.time_step_limit = (0.0, limit)
+    cache = TurboQuantCache.for_model(model)
+    forward(model, cache, data, 0, data.prompt)
+    cache.save(tmp_path / "cache")
+    TurboQuantCache.load(tmp_path / "cache", model)
+    model.config.time_step_limit = (0.0, 1.0)
+    with pytest.raises(FormatError, match=r"another model.*time_step_limit"):
+        TurboQuantCache.load(tmp_path / "cache", model)
+
+
 @pytest.mark.parametrize(
     "options",
     [

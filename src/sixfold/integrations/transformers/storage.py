@@ -1,6 +1,7 @@
 """Saving a transformers cache, and loading it for the model that filled it."""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -175,8 +176,17 @@ def _what_matters(fields: dict[str, Any], by_length: bool) -> dict[str, Any]:
             continue
         if known == "max_position_embeddings" and not by_length:
             continue
-        kept[known] = _what_matters(value, by_length) if isinstance(value, dict) else value
+        kept[known] = _what_matters(value, by_length) if isinstance(value, dict) else _finite(value)
     return kept
+
+
+def _finite(value: Any) -> Any:
+    """The same, as text where JSON has no number for it (a limit of Falcon-H1's is infinite)."""
+    if isinstance(value, list | tuple):
+        return [_finite(member) for member in value]
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_text(value: Any) -> str:
