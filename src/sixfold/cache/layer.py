@@ -107,7 +107,7 @@ class CompressedLayer:
         self.record_past = False
         self.detached = False
         self.observed = False
-        self._known_past: tuple[Past, Int[Tensor, " batch"]] | None = None
+        self._known_past: Past | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies have pages of their own.
@@ -210,7 +210,8 @@ class CompressedLayer:
                 sink_logits=sink_logits,
             )
         else:
-            past, first = self._past(prefix)
+            past = self._past(prefix)
+            first = torch.full_like(past.start, self.history.tokens)
             out = self.code.attend(
                 query,
                 [Tokens(window.keys, window.values, first, past.start)],
@@ -225,14 +226,13 @@ class CompressedLayer:
         self.compress()
         return out if given is dtype else out.to(given)
 
-    def _past(self, prefix: Prefix) -> tuple[Past, Int[Tensor, " batch"]]:
-        """What is held beside the window, and its end: the same until a page is written."""
+    def _past(self, prefix: Prefix) -> Past:
+        """What is held beside the window: the same until a page is written."""
         held = self.history.parts, prefix.key_map, prefix.end, prefix.part
-        known = self._known_past
-        if known is None or not all(map(is_, known[0], held)):
-            end = torch.full_like(prefix.end, self.history.tokens)
-            known = self._known_past = Past.of(*held), end
-        return known
+        past = self._known_past
+        if past is None or not all(map(is_, past, held)):
+            past = self._known_past = Past.of(*held)
+        return past
 
     @outside_autocast
     def dequantized(
