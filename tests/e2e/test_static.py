@@ -116,7 +116,6 @@ def test_a_compiled_step_has_no_graph_break(
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["llama-64", "mistral", "gemma3"])
 def test_tokens_that_a_mask_hides_stay_hidden(name: str) -> None:
     """Among others, where no padding is: at the window's end, in codes, and in what came later."""
@@ -168,6 +167,7 @@ def test_chunks_of_attention_stay_apart() -> None:
         assert relative_error(got, expected) < 1e-3
 
 
+@torch.no_grad()
 def test_generation_continues_in_a_static_cache() -> None:
     model, ids = tiny_model(), prompt()
     growing = TurboQuantCache.for_model(model, bits=8)

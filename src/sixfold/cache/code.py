@@ -121,8 +121,7 @@ class PageCode:
         softmax: Softmax,
     ) -> Tensor:
         """See `Code.attend`: on the codes."""
-        # Not by `_codings`: asked in every layer of every step.
-        codings = self.made or self._codings(query.device)
+        codings = self._codings(query.device)
         out: Tensor = attention(query, tokens, past, *codings, position, softmax)
         return out
 

@@ -49,8 +49,15 @@ def fit_mask(
     missing = tokens - mask.shape[-1]
     if missing <= 0:
         return mask[..., -missing:]
+    return with_hidden(mask, missing, 0)
+
+
+def with_hidden(
+    mask: Mask, before: int, after: int
+) -> Bool[Tensor, "#batch #heads queries fit"] | Float[Tensor, "#batch #heads queries fit"]:
+    """The mask with columns of hidden tokens on both sides."""
     hidden = False if mask.dtype == torch.bool else -torch.inf
-    return torch.nn.functional.pad(mask, (missing, 0), value=hidden)
+    return torch.nn.functional.pad(mask, (before, after), value=hidden)
 
 
 def valid_tokens(

@@ -12,6 +12,7 @@ from sixfold.arguments import shown, whole
 from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
+from sixfold.cache.masks import with_hidden
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.kernels._autocast import outside_autocast
@@ -202,9 +203,7 @@ class StaticLayer:
                 f"{list(mask.shape)}: pass an attention_mask of that length, or none."
             )
         places = PAGE_TOKENS * (self.table.shape[1] + 1) + self.window_keys.shape[2]
-        unused = 0, places - self.max_tokens
-        hidden = False if mask.dtype is torch.bool else -torch.inf
-        return torch.nn.functional.pad(mask[..., self.evicted :], unused, value=hidden)
+        return with_hidden(mask[..., self.evicted :], 0, places - self.max_tokens)
 
     def _compress(self) -> None:
         """Write the window's first page to its place if the window is full, else to the spare."""

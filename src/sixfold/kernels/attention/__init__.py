@@ -1,6 +1,5 @@
 """Attention over all a compressed layer holds: pages of codes, and tokens in full precision."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -70,22 +69,13 @@ def attention(
     kv_heads = past.key_map.mean.shape[1]
     if query.shape[1] % (kv_heads or 1):
         check_heads(query.shape[1], kv_heads)
-    softmax = softmax if _usual(softmax) else _checked(softmax)
+    softmax = _checked(softmax)
     kernel = implementation("attention", query.device)
     if torch.is_grad_enabled() and _wants_gradient(query, tokens, past, softmax):
         # What others compute has no graph.
         kernel = reference
     out: Tensor = kernel.attention(query, tokens, past, keys, values, position, softmax)
     return out
-
-
-def _usual(softmax: Softmax) -> bool:
-    """Whether `_checked` would change nothing, as nearly always: asked in every step."""
-    scaling, mask, window, softcap, sinks = softmax
-    if mask is not None or softcap is not None or sinks is not None:
-        return False
-    plain_window = window is None or (type(window) is int and window > 0)
-    return plain_window and type(scaling) is float and math.isfinite(scaling)
 
 
 def _checked(softmax: Softmax) -> Softmax:

@@ -82,11 +82,7 @@ def _native(query: Tensor, tokens: Sequence[Tokens], past: Past) -> bool:
     dtype = query.dtype
     if query.shape[2] > MAX_QUERIES or dtype not in DTYPES:
         return False
-    # No comprehension: it is a call, in every layer of every step.
-    for part in (*past.kept, *tokens):
-        if part.keys.dtype is not dtype or part.values.dtype is not dtype:
-            return False
-    return True
+    return all([x.dtype is dtype for part in (*past.kept, *tokens) for x in part[:2]])
 
 
 def page_attention(

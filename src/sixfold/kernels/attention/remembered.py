@@ -90,8 +90,4 @@ def token_groups(
     copies: list[Tensor],
 ) -> list[tuple[Any, ...]]:
     """Uncompressed parts as the extension takes them; `copies` keep what had to be made for it."""
-    # No comprehension: it is a call, in every layer of every step.
-    groups = []
-    for part in tokens:
-        groups.append(tokens_group(part, batch, kv_heads, dims, dtype, copies))
-    return groups
+    return [tokens_group(x, batch, kv_heads, dims, dtype, copies) for x in tokens]
