@@ -24,7 +24,6 @@ from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import FIT_TOKENS, SPLITS
 from sixfold.errors import FormatError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, untraced
-from sixfold.integrations.transformers.checks import model_layers
 from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
     check_decoder,
@@ -52,6 +51,7 @@ from sixfold.integrations.transformers.layers import (
     uncompressed_bytes,
 )
 from sixfold.integrations.transformers.maps import check_maps, maps_in_use, pin
+from sixfold.integrations.transformers.model_layers import model_layers
 from sixfold.integrations.transformers.options import CacheOptions
 from sixfold.integrations.transformers.passes import ForwardPass, common_length, grows, longest
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer

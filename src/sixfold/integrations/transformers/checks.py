@@ -1,65 +1,15 @@
 """What a stored layer must share with the model's layer, and with the other layers."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from sixfold.cache import CachePolicy
 from sixfold.cache.state import MOST, expected_tensors, tokens_seen, whole
 from sixfold.integrations.transformers.combined import INDEXER, STATES
-from sixfold.integrations.transformers.config import (
-    COMPRESSED_TYPES,
-    CROSS_ATTENTION,
-    layer_types,
-    uncompressed_shapes,
-)
+from sixfold.integrations.transformers.model_layers import ModelLayer
 from sixfold.io import TensorSpec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelLayer:
-    """What a model has at one layer.
-
-    Attributes:
-        attends: Whether it caches keys and values of the text.
-        cross: Whether it caches keys and values of something else, such as an image.
-        sliding_window: Tokens a query sees, itself included; None for all.
-        shape: KV heads, key and value dim; None where only the model could say.
-        states: Convolution or recurrent states that it caches otherwise.
-    """
-
-    attends: bool
-    cross: bool
-    sliding_window: int | None
-    shape: tuple[int, int, int] | None
-    states: int
-
-
-def model_layers(config: PreTrainedConfig, model: PreTrainedModel | None) -> list[ModelLayer]:
-    """Every layer of a model; its shape from its projections where it has any, else its config."""
-    types, options = layer_types(config)
-    attends = [kind in COMPRESSED_TYPES for kind in types]
-    shapes: dict[int, tuple[int, int, int]] = {}
-    if model is not None:
-        numbers = (index for index, own in enumerate(attends) if own)
-        if not _tensor_parallel(model):
-            for index, x in zip(numbers, uncompressed_shapes(config), strict=True):
-                shapes[index] = x.kv_heads, x.key_dim, x.value_dim
-        shapes |= _projected(model)
-    return [
-        ModelLayer(
-            own,
-            kind == CROSS_ATTENTION,
-            kwargs.get("sliding_window"),
-            shapes.get(index) if own else None,
-            kwargs.get("number_of_states", 1),
-        )
-        for index, (kind, own, kwargs) in enumerate(zip(types, attends, options, strict=True))
-    ]
 
 
 def expected_layers(
@@ -73,6 +23,7 @@ def expected_layers(
         KeyError, TypeError, ValueError: A description contradicts itself, the model, or another.
     """
     expected: dict[str, TensorSpec] = {}
+    found: list[dict[str, TensorSpec]] = []
     sizes: dict[str, set[int]] = {"sequences": set(), "tokens": set()}
     arrivals: list[int] = []
     for index, (layer, policy, own) in enumerate(zip(layers, policies, model, strict=True)):
@@ -85,9 +36,11 @@ def expected_layers(
             sizes["tokens"] |= {tokens} if own.attends else set()
             arrivals += [after for after, _ in layer.get("parts", [])] if own.cross else []
         expected |= {f"layers.{index}.{name}": spec for name, spec in specs.items()}
-    for name, found in sizes.items():
-        if len(found) > 1:
-            raise ValueError(f"its layers hold different numbers of {name}: {sorted(found)}")
+        found.append(specs)
+    for name, numbers in sizes.items():
+        if len(numbers) > 1:
+            raise ValueError(f"its layers hold different numbers of {name}: {sorted(numbers)}")
+    _check_beside(found, model)
     if arrivals and max(arrivals) >= max(sizes["tokens"], default=0):
         raise ValueError(f"something arrived after {max(arrivals)} tokens of fewer")
     return expected
@@ -110,12 +63,17 @@ def _layer(
     if not own.attends:
         raise ValueError("it is compressed, and the model's layer has no keys and values")
     _check_states(layer, {n: x for n, x in others.items() if n not in INDEXER}, own)
+    tokens = tokens_seen(layer) if "batch" in layer else 0
+    for name in INDEXER.keys() & others.keys():
+        shape = others[name].shape
+        if shape[INDEXER[name] + 1 :][:1] != (tokens,):
+            raise ValueError(f"{name} has shape {shape} for {tokens} tokens")
     if "batch" not in layer:
         return others, batch.pop() if batch else 0, 0
     specs = others | expected_tensors(layer, policy, own.sliding_window)
     found = layer["kv_heads"], layer["key_dim"], layer["value_dim"]
     _check_shape(found, own.shape)
-    return specs, layer["batch"], tokens_seen(layer)
+    return specs, layer["batch"], tokens
 
 
 def _check_shape(found: tuple[int, int, int], expected: tuple[int, int, int] | None) -> None:
@@ -137,6 +95,8 @@ def _check_dense(
         raise ValueError(f"expected a value for every key, alike, got {dict(specs)}")
     _check_shape((keys.shape[1], keys.shape[3], values.shape[3]), own.shape)
     if own.cross:
+        if length != keys.shape[2]:
+            raise ValueError(f"it holds {keys.shape[2]} keys and says {length}")
         _check_parts(layer.get("parts", []), keys.shape[2])
         return
     window = length if own.sliding_window is None else min(length, own.sliding_window - 1)
@@ -164,6 +124,40 @@ def _check_states(
         raise ValueError(f"expected some of {sorted(names)}, got {sorted(specs)}")
 
 
+def _check_beside(found: Sequence[Mapping[str, TensorSpec]], model: Sequence[ModelLayer]) -> None:
+    """Refuse layers that lack what their model keeps beside keys and values, or hold other shapes.
+
+    Layers after the last that holds anything have seen no tokens yet.
+    """
+    last = max((index for index, specs in enumerate(found) if specs), default=-1)
+    of_kind: dict[tuple[str, frozenset[str]], tuple[int, dict[str, tuple[int, ...]]]] = {}
+    for index, (specs, own) in enumerate(zip(found[: last + 1], model, strict=False)):
+        kinds = {name: name.partition(".")[0] for name in specs}
+        shapes = {
+            name: specs[name].shape
+            for name, kind in kinds.items()
+            if own.cross or kind in (*STATES, *INDEXER)
+        }
+        missing = own.keeps - set(kinds.values())
+        if missing:
+            raise ValueError(f"layer {index}: it has no {sorted(missing)}")
+        for name, shape in shapes.items():
+            if kinds[name] == "conv_states" and own.convolutions:
+                if shape[1:] not in own.convolutions:
+                    raise ValueError(
+                        f"layer {index}: {name} has shape {shape}, expected (channels, columns) "
+                        f"among {sorted(own.convolutions)}"
+                    )
+        first, others = of_kind.setdefault((own.kind, own.keeps), (index, shapes))
+        complete = own.keeps or own.cross
+        names = shapes.keys() | others.keys() if complete else shapes.keys() & others.keys()
+        differ = {name for name in names if shapes.get(name) != others.get(name)}
+        if differ:
+            raise ValueError(
+                f"layer {index}: {sorted(differ)} differ in shape from those of layer {first}"
+            )
+
+
 def _spec(name: str, shape: Any, dtype: Any) -> TensorSpec:
     dtypes = ("I64",) if name == "indexer_position_ids" else FLOATS
     if type(shape) is not list or len(shape) < 2 or dtype not in dtypes:
@@ -171,35 +165,3 @@ def _spec(name: str, shape: Any, dtype: Any) -> TensorSpec:
     if not all(type(n) is int and 1 <= n <= MOST for n in shape):
         raise TypeError(f"{name} has shape {shape!r}")
     return TensorSpec(tuple(shape), dtype)
-
-
-def _projected(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
-    """KV heads, key and value dim of the layers with separate projections, by their number.
-
-    Configs name these in many ways; what a projection gives is what is cached.
-    """
-    found: dict[int, tuple[int, int, int]] = {}
-    shared = _tensor_parallel(model)
-    for module in model.get_decoder().modules():
-        index: Any = getattr(module, "layer_idx", None)
-        dim: Any = getattr(module, "head_dim", None)
-        keys = _outputs(getattr(module, "k_proj", None), shared)
-        values = _outputs(getattr(module, "v_proj", None), shared) or keys
-        if not all(isinstance(n, int) for n in (index, dim, keys, values)):
-            continue
-        if dim > 0 and keys > 0 and keys % dim == 0:
-            found.setdefault(index, (keys // dim, dim, values // (keys // dim)))
-    return found
-
-
-def _tensor_parallel(model: PreTrainedModel) -> bool:
-    """Whether each process has some heads of every layer: a config has them all."""
-    return (getattr(model, "_tp_size", None) or 1) > 1
-
-
-def _outputs(projection: Any, shared: bool) -> Any:
-    """Outputs of a projection, or this process's share of them; None where it has none."""
-    outputs: Any = getattr(projection, "out_features", None)
-    weight: Any = getattr(projection, "weight", None)
-    own: Any = getattr(weight, "_local_tensor", None) if shared else None
-    return outputs if own is None or outputs is None else outputs * len(own) // len(weight)

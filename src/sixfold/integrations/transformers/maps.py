@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from sixfold.arguments import shown
 from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.integrations.transformers.checks import model_layers
 from sixfold.integrations.transformers.layer import TurboQuantLayer
+from sixfold.integrations.transformers.model_layers import model_layers
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
 

@@ -21,10 +21,12 @@ from sixfold.cache.policy import CachePolicy
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.cache.validate import check_finite
 from sixfold.errors import FormatError
-from sixfold.integrations.transformers.checks import expected_layers, model_layers
+from sixfold.integrations.transformers.checks import expected_layers
+from sixfold.integrations.transformers.combined import held_beside
 from sixfold.integrations.transformers.config import config_value, decoder_config, layer_types
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.layers import CrossAttentionLayer
+from sixfold.integrations.transformers.model_layers import model_layers
 from sixfold.integrations.transformers.weights import check_weights, weights_digest
 from sixfold.io import DTYPE_NAMES, open_container, write_container
 
@@ -232,7 +234,7 @@ def _differ(stored: Any, own: Any, strict: bool) -> bool:
 def _describe(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(layer, TurboQuantLayer):
         state = ({}, {}) if layer.store is None else layer_state(layer.store)
-        extra = layer.extra_tensors()
+        extra = {name: _state(layer, name, x) for name, x in layer.extra_tensors().items()}
         described = {"policy": layer.policy.to_dict(), **state[0]}
         if extra:
             described["tensors"] = _specs(extra)
@@ -258,21 +260,16 @@ def _dense_tensors(layer: Any) -> dict[str, Tensor]:
         held = layer.is_initialized and layer.keys.numel()
         return {"keys": layer.keys, "values": layer.values} if held else {}
     if type(layer) is LinearAttentionLayer:
-        states = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
-        return {
-            f"{kind}.{index}": _state(layer, kind, index, state)
-            for kind, by_index in states.items()
-            for index, state in by_index.items()
-            if state is not None and layer.has_previous_state[index]
-        }
+        return {name: _state(layer, name, x) for name, x in held_beside(layer).items()}
     if hasattr(layer, "update_conv_state") or (layer.is_initialized and layer.keys is not None):
         raise FormatError(f"layers of type {type(layer).__name__} cannot be saved yet.")
     return {}
 
 
-def _state(layer: LinearAttentionLayer, kind: str, index: int, state: Tensor) -> Tensor:
+def _state(layer: Any, name: str, state: Tensor) -> Tensor:
     """A state without the past that is recorded for `crop`: a loaded one has no such past."""
-    size = layer.conv_kernel_size[index] if kind == "conv_states" else None
+    kind, _, index = name.partition(".")
+    size = layer.conv_kernel_size[int(index)] if kind == "conv_states" else None
     return state if size is None else state[..., -size:]
 
 
