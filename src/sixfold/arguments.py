@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 
@@ -182,7 +183,8 @@ def dense(name: str, x: Any) -> None:
     """Refuse what is no plain tensor: another type, or one whose numbers lie otherwise.
 
     Raises:
-        SixfoldError: It is no tensor, or sparse, nested, of a vendor's layout, or not in memory.
+        SixfoldError: It is no tensor, or sparse, nested, of a vendor's layout, or not in memory;
+            or it has a derivative in forward mode.
     """
     if not isinstance(x, Tensor):
         raise SixfoldError(
@@ -197,6 +199,11 @@ def dense(name: str, x: Any) -> None:
         )
     if torch.compiler.is_compiling():
         return
+    if _has_tangent(x):
+        raise SixfoldError(
+            f"{name} has a derivative in forward mode, which codes cannot pass on: compute it "
+            "outside of torch.autograd.forward_ad.dual_level, or differentiate backwards"
+        )
     try:
         held = _has_memory(x)
     except RuntimeError as error:
@@ -208,6 +215,11 @@ def dense(name: str, x: Any) -> None:
         raise SixfoldError(
             f"{name} must be a tensor with its numbers in memory, got one whose storage was freed"
         )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    # Asked in every step: outside of a level, as nearly always, there are none.
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -260,7 +272,7 @@ def plain_floats(x: Any) -> bool:
     """
     plain = type(x) is Tensor and x.dtype in FLOATS and x.layout is torch.strided
     try:
-        return plain and not x.is_nested and x.data_ptr() != 0
+        return plain and not x.is_nested and x.data_ptr() != 0 and not _has_tangent(x)
     except RuntimeError:
         return False
 

@@ -1,10 +1,13 @@
 """At 8 bits every architecture says what it says uncompressed, fused and dequantized."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from sixfold import TurboQuantCache
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.e2e.decoding import (
     STEPS,
     batch,
@@ -14,7 +17,8 @@ from tests.e2e.decoding import (
     relative_error,
     uncompressed_logits,
 )
-from tests.e2e.models import ARCHITECTURES, tiny_model
+from tests.e2e.models import ARCHITECTURES, fresh_model, tiny_model
+from tools.sweep_architectures import architectures, build
 
 TOLERANCE = 0.03
 SHORT = 10  # enough to complete a page
@@ -88,3 +92,34 @@ def tokens_encoded(cache: TurboQuantCache) -> dict[int, int]:
     """Tokens of every layer that became codes, those that left a sliding window included."""
     stores = {i: getattr(layer, "store", None) for i, layer in enumerate(cache.layers)}
     return {i: s.length - s.window.tokens for i, s in stores.items() if s}
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("name", ["llama-64", "gemma2", "qwen3"])
+@torch.no_grad()
+def test_a_model_cut_to_its_first_layers(name: str) -> None:
+    """Its config still names the types of those that it had."""
+    model, data = fresh_model(name), batch((150, 150), steps=0)
+    model.config.num_hidden_layers -= 1
+    model.model.layers = model.model.layers[: model.config.num_hidden_layers]
+    expected = forward(model, DynamicCache(config=model.config), data, 0, data.prompt)
+    for cache in (TurboQuantCache(model.config, 8), TurboQuantCache.for_model(model, 8)):
+        assert len(cache.layers) == model.config.num_hidden_layers
+        logits = forward(model, cache, data, 0, data.prompt)
+        assert relative_error(logits, expected) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*dequantized for it")
+@torch.no_grad()
+def test_an_encoder_beside_it_has_heads_of_its_own(tmp_path: Path) -> None:
+    name = "ProphetNetForCausalLM"
+    model = build(architectures()[name], name, 1.5)
+    own, encoder = (
+        model.config.num_decoder_attention_heads,
+        model.config.num_encoder_attention_heads,
+    )
+    assert own != encoder
+    cache = TurboQuantCache.for_model(model, 8)
+    model(torch.randint(3, 90, (1, 100)), **cache_argument(cache))
+    cache.save(tmp_path / "cache")
+    assert TurboQuantCache.load(tmp_path / "cache", model).get_seq_length() == 100

@@ -60,6 +60,15 @@ def test_a_bert_that_is_a_decoder_is_not() -> None:
     assert len(TurboQuantCache.for_model(model.eval()).compressed_layers) == 1
 
 
+def test_a_model_without_heads_is_refused() -> None:
+    """RWKV's config calls its layers attention."""
+    config = transformers.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)
+    model = transformers.RwkvForCausalLM(config)
+    for make in (TurboQuantCache, lambda _: TurboQuantCache.for_model(model)):
+        with pytest.raises(UnsupportedModelError, match="no attention heads"):
+            make(config)
+
+
 LATENTS = transformers.DeepseekV3Config(num_hidden_layers=2, qk_rope_head_dim=0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sixfold import TurboQuantCache
-from sixfold.errors import SixfoldError, UnsupportedModelError
+from sixfold.errors import OutOfRangeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.combined import held_beside
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -109,6 +109,39 @@ def test_recovery_that_would_lose_tokens_is_refused(fused: bool) -> None:
     cache.reset()
     forward(model, cache, data, 0, data.prompt)
     assert lengths(cache) == [data.prompt] * 2
+
+
+@both_modes
+@pytest.mark.parametrize("after", ["between layers", "the last layer"])
+def test_recovery_to_what_was_held_before(fused: bool, after: str) -> None:
+    model, data = fresh_model("llama-64"), batch((248, 248), steps=6)
+    cache = cache_for(model, fused)
+    forward(model, cache, data, 0, SEEN)
+    untouched = cache.fork()
+    before = cache.get_seq_length()
+    place = model.lm_head if after == "the last layer" else model.model.layers[1]
+    hook = place.register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        forward(model, cache, data, SEEN, data.prompt)
+    hook.remove()
+    with pytest.raises(OutOfRangeError, match=r"tokens must be at most the \d+"):
+        cache.recover(data.prompt + 1)
+    assert cache.recover(before) == before
+    assert lengths(cache) == [before] * 2
+    logits, expected = (forward(model, x, data, SEEN, data.prompt) for x in (cache, untouched))
+    assert relative_error(logits, expected) < 1e-3
+    assert cache.recover(0) == 0
+    assert lengths(cache) == [0, 0]
+
+
+def test_states_of_a_finished_pass_are_not_recovered() -> None:
+    model, data = fresh_model("qwen3-next"), batch((248, 248), steps=0)
+    cache = cache_for(model, fused=True)
+    forward(model, cache, data, 0, SEEN)
+    forward(model, cache, data, SEEN, data.prompt)
+    with pytest.raises(SixfoldError, match="recurrent state"):
+        cache.recover(SEEN)
+    assert cache.get_seq_length() == data.prompt
 
 
 @both_modes
@@ -593,8 +626,46 @@ def test_a_static_cache_after_an_interrupted_step() -> None:
     cache = growing.static(300)
     forward(model, cache, data, 248, 249)
     interrupted(model, 1, cache, data, 249, 250)
-    with pytest.raises(SixfoldError, match="has not reached all layers"):
+    with pytest.raises(SixfoldError, match=r"has not reached all layers.*\.static\(max_tokens\)"):
         forward(model, cache, data, 249, 250)
+    for going_back in (cache.recover, cache.reset):
+        with pytest.raises(SixfoldError, match=r"call \.static\(max_tokens\) again"):
+            going_back()
+
+
+@pytest.mark.compile
+@traces_models
+@pytest.mark.filterwarnings("ignore:.*Dynamo detected a call")
+@torch.no_grad()
+def test_a_compiled_static_step_that_was_interrupted() -> None:
+    model, data = fresh_model("llama-64"), batch((248, 248), steps=6)
+    growing = cache_for(model, True)
+    forward(model, growing, data, 0, data.prompt)
+    cache = growing.static(300)
+
+    @torch.compile(backend="eager")
+    def step(at: int) -> Tensor:
+        ids, positions = data.ids[:, at : at + 1], torch.tensor([[at]])
+        logits: Tensor = model(ids, **cache_argument(cache), position_ids=positions).logits
+        return logits
+
+    stopping = True
+
+    @torch.compiler.disable
+    def check(*_: Any) -> None:
+        if stopping:
+            raise Stopped
+
+    model.model.layers[1].register_forward_pre_hook(check)
+    with pytest.raises(Stopped):
+        step(248)
+    stopping = False
+    with pytest.raises(RuntimeError, match=r"interrupted between layers.*\.static\(max_tokens\)"):
+        step(248)
+    cache = growing.static(300)
+    expected = growing.fork()
+    logits = [step(248), forward(model, expected, data, 248, 249)]
+    assert relative_error(*logits) < 0.03
 
 
 @both_modes

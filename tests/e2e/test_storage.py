@@ -1,5 +1,6 @@
 """A saved cache continues as if it had never been saved; anything else is refused."""
 
+import copy
 import dataclasses
 import json
 import struct
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel
 
 from sixfold import TurboQuantCache, io
 from sixfold.errors import FormatError, SixfoldError
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.e2e.decoding import Batch, batch, forward
 from tests.e2e.models import fresh_model, tiny_model
 from tests.memory import storage_bytes
+from tools.sweep_architectures import architectures, build
 
 pytestmark = [
     pytest.mark.usefixtures("unhooked"),
@@ -249,6 +252,24 @@ def test_what_is_no_weight_matters(
     TurboQuantCache.load(tmp_path / "cache", fresh_model(name, **options))
     with pytest.raises(FormatError, match=f"another model.*{difference}"):
         TurboQuantCache.load(tmp_path / "cache", fresh_model(name, **{**options, **changed}))
+
+
+def test_what_begins_like_what_does_not_matter(tmp_path: Path) -> None:
+    """MuseSpark's `output_multiplier` scales what its routers read."""
+    name = "MuseSparkForConditionalGeneration"
+    model = build(architectures()[name], name, 1.5)
+    cache = TurboQuantCache.for_model(model)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (1, 150)), **cache_argument(cache))
+    cache.save(tmp_path / "cache")
+    config = copy.deepcopy(model.config)
+    config.get_text_config().output_multiplier *= 20
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(FormatError, match=r"another model.*output_multiplier"):
+        TurboQuantCache.load(tmp_path / "cache", other)
+    model.config.get_text_config().output_hidden_states = True
+    TurboQuantCache.load(tmp_path / "cache", model)
 
 
 @pytest.mark.parametrize("limit", [float("inf"), float("-inf"), float("nan")])

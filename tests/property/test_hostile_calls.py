@@ -458,3 +458,24 @@ def test_tensors_that_stand_for_others_are_refused(quantizer: Any) -> None:
     ):
         with pytest.raises(SixfoldError, match=r"inside torch\.vmap"):
             transformed()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_derivatives_in_forward_mode_are_refused() -> None:
+    """Codes have none: what was passed on would lack their part, without a word."""
+    x, tangent = torch.randn(2, 2, 200, 64), torch.ones(2, 2, 200, 64)
+    layer = CompressedLayer(x, x, CachePolicy(key_bits=4, value_bits=4))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        for call in (
+            lambda: sixfold.TurboQuantMSE(64, 4).encode(dual),
+            lambda: layer.append(dual, x),
+            lambda: layer.append(x, dual),
+        ):
+            with pytest.raises(SixfoldError, match="derivative in forward mode"):
+                call()
+        # Nothing was added; and what has no derivative is taken.
+        layer.append(x, x)
+        with pytest.raises(SixfoldError, match="derivative in forward mode"):
+            layer.attend(dual, scaling=1.0)
+    assert layer.held == 200

@@ -199,8 +199,9 @@ class StaticLayer:
         columns = self.evicted + self.max_tokens
         if mask.shape[-1] != columns:
             raise ShapeError(
-                f"mask: expected {columns} columns, one for each token there is room for, got "
-                f"{list(mask.shape)}: pass an attention_mask of that length, or none."
+                f"mask: expected {columns} columns, {self.evicted} tokens that a sliding window "
+                f"has let go of and {self.max_tokens} there is room for, got {list(mask.shape)}: "
+                "pass an attention_mask of that length, or none."
             )
         places = PAGE_TOKENS * (self.table.shape[1] + 1) + self.window_keys.shape[2]
         return with_hidden(mask[..., self.evicted :], 0, places - self.max_tokens)

@@ -22,7 +22,7 @@ from sixfold.arguments import rows as checked_rows
 from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import FIT_TOKENS, SPLITS
-from sixfold.errors import FormatError
+from sixfold.errors import FormatError, OutOfRangeError
 from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, untraced
 from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
@@ -267,32 +267,58 @@ class TurboQuantCache(CountedCache):
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
         if isinstance(layer, StaticTurboQuantLayer):
+            if index == self._pass.first:
+                last: Any = self.layers[self._pass.last]
+                torch._assert_async(
+                    layer.get_seq_length() == last.get_seq_length(),
+                    "a step of the static cache was interrupted between layers: make it again, "
+                    "with .static(max_tokens), from the cache that it was made of",
+                )
             return layer.update(keys, values)
         # A growing layer is Python's business: the graph is interrupted.
         updated: tuple[Any, Any] = _untraced(self.update, keys, values, index)
         return updated
 
-    def recover(self) -> int:
-        """Forget what an interrupted forward pass has added, and only that.
+    def recover(self, tokens: int | None = None) -> int:
+        """Forget what an interrupted forward pass has added.
 
         An exception (an interrupt, a lack of memory) between two layers leaves some layers with
         tokens that others lack, and the cache refuses further tokens. This cuts all layers to the
-        tokens that every one has; then the forward pass can be repeated. A cache whose first
-        forward pass was interrupted becomes empty. An interruption after the last layer has stored
-        its tokens cannot be told from a finished pass: `crop` what it added.
+        tokens that every one has. A cache whose first forward pass was interrupted becomes empty.
+
+        Args:
+            tokens: How many tokens a sequence the cache held before that pass: then it holds as
+                many again, and the pass can be repeated. Without it a pass that was interrupted
+                after its last layer, in the projection to logits, say, counts as finished.
 
         Returns:
             The tokens a sequence that are left.
 
         Raises:
+            OutOfRangeError: Fewer than `tokens` are left. Nothing is changed.
             SixfoldError: A layer cannot go back (a sliding window has let go of tokens, a state has
                 replaced the one before): `reset`, and prefill again. Nothing is changed.
         """
+        self._refuse_static()
         self._pass.check_finished(shortening=True)
-        growing: list[Any] = [self.layers[i] for i in self._pass.growing]
-        if not (length := self._text):
+        length = self._text
+        before = length if tokens is None else whole("tokens", tokens)
+        if before > length:
+            raise OutOfRangeError(
+                f"tokens must be at most the {length} that every layer holds, got {before}: pass "
+                "what cache.get_seq_length() was before the forward pass that was interrupted."
+            )
+        if not before:
             self.reset()
             return 0
+        self._cut_to(length)
+        if before < length:
+            self.crop(before - length)
+        return before
+
+    def _cut_to(self, length: int) -> None:
+        """Take from every layer what it holds beyond `length` tokens, which every one has."""
+        growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         self._check_carried("recover")
         ahead = [(x, surplus) for x in growing if (surplus := longest(x) - length)]
         for layer, surplus in ahead:
@@ -303,7 +329,6 @@ class TurboQuantCache(CountedCache):
                 layer.crop(-surplus)
             self._keep_text(length)
         self._pass.restart()
-        return length
 
     @property
     def _text(self) -> int:

@@ -84,6 +84,8 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
             f"cannot read layer types from {type(text).__name__}: {error}. Expected a decoder "
             "config with num_hidden_layers and, if layers differ, layer_types."
         ) from error
+    # A model that was cut to its first layers still has a type for each of those it had.
+    types = types[: len(kwargs)]
     latents = [x for x in text.per_layer_config if getattr(x, "kv_lora_rank", None)]
     if any(getattr(layer, "qk_rope_head_dim", None) == 0 for layer in latents):
         raise UnsupportedModelError(
@@ -97,6 +99,11 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
         raise UnsupportedModelError(
             f"{type(text).__name__} has no attention layer that Sixfold can compress: its layers "
             f"are {sorted(set(types))}, expected some of {list(COMPRESSED_TYPES)}."
+        )
+    if not any(map(_heads, text.per_layer_config)):
+        raise UnsupportedModelError(
+            f"{type(text).__name__} has no attention heads, so there are no keys and values to "
+            "compress: use the model without a TurboQuantCache."
         )
     return types, kwargs
 
@@ -155,9 +162,15 @@ def _dims(config: PreTrainedConfig) -> tuple[int, int, int]:
     """KV heads, key dimension and value dimension of one layer."""
     if getattr(config, "kv_lora_rank", None) is not None:
         return 1, config.kv_lora_rank, config.qk_rope_head_dim
-    heads = config.num_attention_heads
+    heads = _heads(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return _kv_heads(config, heads), head_dim, getattr(config, "v_head_dim", None) or head_dim
+
+
+def _heads(config: PreTrainedConfig) -> int:
+    """Query heads of one layer; 0 without any. An encoder in the same config has its own."""
+    names = ("decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads")
+    return next((n for name in names if (n := getattr(config, name, None))), 0)
 
 
 def _kv_heads(config: PreTrainedConfig, heads: int) -> int:

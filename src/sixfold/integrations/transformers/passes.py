@@ -21,6 +21,10 @@ _HOW = (
     "a forward pass was interrupted between layers. Call cache.recover() to forget what it added, "
     "then repeat it; or cache.reset(), and prefill again."
 )
+_HOW_STATIC = (
+    "a forward pass was interrupted between layers, and a static cache cannot go back. Make it "
+    "again, with .static(max_tokens), from the cache that it was made of."
+)
 
 
 class ForwardPass:
@@ -31,6 +35,8 @@ class ForwardPass:
 
     Attributes:
         growing: Layers that hold every token of the text, or the last ones of it.
+        first: The first of them.
+        last: The last of them.
         reached: Layers of those that the pass has added its tokens to.
         states: Convolution and recurrent states that it has replaced, or changed in place.
         lent: States that a model has read and may change in place, and what tells if it did.
@@ -43,6 +49,7 @@ class ForwardPass:
 
     def __init__(self, growing: Iterable[int]) -> None:
         self.growing = frozenset(growing)
+        self.first, self.last = min(self.growing, default=-1), max(self.growing, default=-1)
         self.restart()
 
     def restart(self) -> None:
@@ -124,17 +131,19 @@ class ForwardPass:
             held = layer.tokens_seen
             # A model may index new tokens before or after it adds them.
             if layer.tokens_indexed not in (held, held + tokens):
-                raise SixfoldError(f"layer {index} has indexed other tokens than it holds: {_HOW}")
+                raise SixfoldError(
+                    f"layer {index} has indexed other tokens than it holds: {_how(layers)}"
+                )
         if self.before is None:
             self.before, self.tokens = held, tokens
         if held != self.before or self.started not in (None, held > 0):
             raise SixfoldError(
                 f"layer {index} holds {held} tokens where others held {self.before} before this "
-                f"forward pass: {_HOW}"
+                f"forward pass: {_how(layers)}"
             )
         if tokens != self.tokens:
             raise SixfoldError(
-                f"layer {index} gets {tokens} tokens where others got {self.tokens}: {_HOW}"
+                f"layer {index} gets {tokens} tokens where others got {self.tokens}: {_how(layers)}"
             )
 
     def leave(self, index: int) -> None:
@@ -184,7 +193,9 @@ class ForwardPass:
             started = bool(layers[index].has_previous_state[number])
             expected = self.started if self.before is None else self.before > 0
             if expected not in (None, started):
-                raise SixfoldError(f"the states of layer {index} are of another length: {_HOW}")
+                raise SixfoldError(
+                    f"the states of layer {index} are of another length: {_how(layers)}"
+                )
             self.started = started
         self.states.add((index, kind, number))
 
@@ -208,7 +219,7 @@ class ForwardPass:
 
     def _check_complete(self, layers: Sequence[Any]) -> None:
         if (self.reached or self.states) and not self._complete(layers):
-            raise SixfoldError(f"the last forward pass has not reached all layers: {_HOW}")
+            raise SixfoldError(f"the last forward pass has not reached all layers: {_how(layers)}")
         self._check_lengths(layers)
 
     def spoiled(self, layers: Sequence[Any]) -> bool:
@@ -238,7 +249,14 @@ class ForwardPass:
             return
         lengths = {i: n for i in sorted(self.growing) if (n := _length(layers[i]))}
         if len(set(lengths.values())) > 1:
-            raise SixfoldError(f"layers hold different numbers of tokens, {lengths}: {_HOW}")
+            raise SixfoldError(
+                f"layers hold different numbers of tokens, {lengths}: {_how(layers)}"
+            )
+
+
+def _how(layers: Sequence[Any]) -> str:
+    static = any(isinstance(layer, StaticTurboQuantLayer) for layer in layers)
+    return _HOW_STATIC if static else _HOW
 
 
 def common_length(layers: Sequence[Any]) -> int:

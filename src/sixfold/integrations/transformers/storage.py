@@ -142,10 +142,12 @@ _NO_MATTER = frozenset(
         *("use_cache", "return_dict", "return_legacy_cache", "cache_implementation"),
         *("tie_word_embeddings", "chunk_size_feed_forward", "pretraining_tp", "torchscript"),
         *("id2label", "label2id", "num_labels", "problem_type", "auto_map", "tokenizer_class"),
+        # Not what else begins so: a multiplier of MuseSpark's does.
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
         *("is_decoder", "is_encoder_decoder", "final_logit_softcapping", "use_mamba_kernels"),
     )
 )
-_NO_MATTER_IN = ("drop", "initializer", "jitter", "_loss", "token_id", "summary_")
+_NO_MATTER_IN = ("drop", "initializer", "_loss", "token_id", "summary_")
 # Rotations that change with the longest text that a model is said to be for.
 _ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
 
@@ -172,7 +174,7 @@ def _what_matters(fields: dict[str, Any], by_length: bool) -> dict[str, Any]:
     kept = {}
     for name, value in fields.items():
         known = str(name)
-        if known.startswith(("_", "output_")) or known in _NO_MATTER:
+        if known.startswith("_") or known in _NO_MATTER:
             continue
         if any(part in known for part in _NO_MATTER_IN):
             continue
