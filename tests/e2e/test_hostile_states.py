@@ -14,7 +14,7 @@ from sixfold import TurboQuantCache
 from sixfold.errors import FormatError
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.storage import KIND
-from sixfold.io import open_container, write_container
+from sixfold.io import DTYPE_NAMES, open_container, write_container
 from tests.e2e.models import ARCHITECTURES, fresh_model
 from tools.sweep_architectures import architectures, build
 
@@ -72,7 +72,7 @@ class File:
                     del tensors[path], held[name]
                 else:
                     tensors[path] = change(tensors[path]).contiguous()
-                    held[name][0] = list(tensors[path].shape)
+                    held[name] = [list(tensors[path].shape), DTYPE_NAMES[tensors[path].dtype]]
         write_container(self.path, KIND, description, tensors)
 
     def _names(self, index: int, kind: str) -> list[str]:
@@ -96,6 +96,7 @@ def test_states(name: str, everywhere: bool, tmp_path: Path) -> None:
         return
     refused(file, "recurrent_states", None, everywhere)
     if not everywhere:
+        refused(file, "recurrent_states", Tensor.double, everywhere)
         for axis in (1, 2, 3):
             refused(file, "recurrent_states", shorter(axis), everywhere)
 

@@ -680,6 +680,11 @@ def test_early_exit(fused: bool) -> None:
     forward(model, cache, data, 0, data.prompt)
     continue_decoding(model, cache, data)
     assert lengths(cache) == [data.prompt + 6, 0]
+    # What was seen before may be had again.
+    before = cache.get_seq_length()
+    assert cache.recover(before) == before
+    assert cache.recover(before - 2) == before - 2
+    assert lengths(cache) == [before - 2, 0]
 
 
 # ---------------------------------------------------------------- filled by hand

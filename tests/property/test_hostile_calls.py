@@ -476,6 +476,9 @@ def test_derivatives_in_forward_mode_are_refused() -> None:
                 call()
         # Nothing was added; and what has no derivative is taken.
         layer.append(x, x)
-        with pytest.raises(SixfoldError, match="derivative in forward mode"):
-            layer.attend(dual, scaling=1.0)
+        layer.attend(x[:, :, :1], scaling=1.0)
+        layer.compress(now=True)
+        for holder in (layer, StaticLayer(layer, 300)):
+            with pytest.raises(SixfoldError, match="derivative in forward mode"):
+                holder.attend(dual[:, :, :1], scaling=1.0)
     assert layer.held == 200

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from sixfold.arguments import shown, whole
+from sixfold.arguments import floating, shown, whole
 from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.dense import DenseTokens, check_tokens
 from sixfold.cache.layer import CompressedLayer
@@ -165,8 +165,12 @@ class StaticLayer:
             sink_logits: A learned logit a head without a value (GPT-OSS).
 
         Raises:
+            SixfoldError: The query is no dense tensor of numbers, or has a derivative in forward
+                mode.
             ShapeError: The mask has another number of columns.
         """
+        if not torch.compiler.is_compiling():
+            floating("query", query)
         if mask is not None:
             mask = self._fitted(mask)
         prefix = self.prefix

@@ -270,9 +270,9 @@ class TurboQuantCache(CountedCache):
             if index == self._pass.first:
                 last: Any = self.layers[self._pass.last]
                 torch._assert_async(
-                    layer.get_seq_length() == last.get_seq_length(),
-                    "a step of the static cache was interrupted between layers: make it again, "
-                    "with .static(max_tokens), from the cache that it was made of",
+                    layer.get_seq_length() <= last.get_seq_length(),
+                    "a step of the static cache was interrupted between layers, or left some out: "
+                    "make it again, with .static(max_tokens), from the cache that it was made of",
                 )
             return layer.update(keys, values)
         # A growing layer is Python's business: the graph is interrupted.
@@ -289,7 +289,8 @@ class TurboQuantCache(CountedCache):
         Args:
             tokens: How many tokens a sequence the cache held before that pass: then it holds as
                 many again, and the pass can be repeated. Without it a pass that was interrupted
-                after its last layer, in the projection to logits, say, counts as finished.
+                after its last layer, in the projection to logits, say, counts as finished, and
+                one that left out the last layers of a new cache (early exit) as interrupted.
 
         Returns:
             The tokens a sequence that are left.
@@ -301,8 +302,13 @@ class TurboQuantCache(CountedCache):
         """
         self._refuse_static()
         self._pass.check_finished(shortening=True)
+        tokens = None if tokens is None else whole("tokens", tokens)
         length = self._text
-        before = length if tokens is None else whole("tokens", tokens)
+        if tokens:
+            # Layers that hold nothing did not before either: an early exit leaves them out.
+            layers: list[Any] = [self.layers[i] for i in self._pass.growing]
+            length = min(filter(None, (int(x.get_seq_length()) for x in layers)), default=0)
+        before = length if tokens is None else tokens
         if before > length:
             raise OutOfRangeError(
                 f"tokens must be at most the {length} that every layer holds, got {before}: pass "
@@ -320,7 +326,7 @@ class TurboQuantCache(CountedCache):
         """Take from every layer what it holds beyond `length` tokens, which every one has."""
         growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         self._check_carried("recover")
-        ahead = [(x, surplus) for x in growing if (surplus := longest(x) - length)]
+        ahead = [(x, surplus) for x in growing if (surplus := longest(x) - length) > 0]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
         self._check_states()

@@ -130,31 +130,32 @@ def _check_beside(found: Sequence[Mapping[str, TensorSpec]], model: Sequence[Mod
     Layers after the last that holds anything have seen no tokens yet.
     """
     last = max((index for index, specs in enumerate(found) if specs), default=-1)
-    of_kind: dict[tuple[str, frozenset[str]], tuple[int, dict[str, tuple[int, ...]]]] = {}
+    of_kind: dict[tuple[str, frozenset[str]], tuple[int, dict[str, TensorSpec]]] = {}
     for index, (specs, own) in enumerate(zip(found[: last + 1], model, strict=False)):
         kinds = {name: name.partition(".")[0] for name in specs}
-        shapes = {
-            name: specs[name].shape
+        beside = {
+            name: specs[name]
             for name, kind in kinds.items()
             if own.cross or kind in (*STATES, *INDEXER)
         }
         missing = own.keeps - set(kinds.values())
         if missing:
             raise ValueError(f"layer {index}: it has no {sorted(missing)}")
-        for name, shape in shapes.items():
-            if kinds[name] == "conv_states" and own.convolutions:
-                if shape[1:] not in own.convolutions:
-                    raise ValueError(
-                        f"layer {index}: {name} has shape {shape}, expected (channels, columns) "
-                        f"among {sorted(own.convolutions)}"
-                    )
-        first, others = of_kind.setdefault((own.kind, own.keeps), (index, shapes))
+        for name, spec in beside.items():
+            known = own.convolutions if kinds[name] == "conv_states" else None
+            if known and spec.shape[1:] not in known:
+                raise ValueError(
+                    f"layer {index}: {name} has shape {spec.shape}, expected (channels, columns) "
+                    f"among {sorted(known)}"
+                )
+        first, others = of_kind.setdefault((own.kind, own.keeps), (index, beside))
         complete = own.keeps or own.cross
-        names = shapes.keys() | others.keys() if complete else shapes.keys() & others.keys()
-        differ = {name for name in names if shapes.get(name) != others.get(name)}
+        names = beside.keys() | others.keys() if complete else beside.keys() & others.keys()
+        differ = {name for name in names if beside.get(name) != others.get(name)}
         if differ:
             raise ValueError(
-                f"layer {index}: {sorted(differ)} differ in shape from those of layer {first}"
+                f"layer {index}: {sorted(differ)} differ in shape or dtype from those of layer "
+                f"{first}"
             )
 
 

@@ -18,12 +18,12 @@ from sixfold.integrations.transformers.static import StaticTurboQuantLayer
 # Numbers of a state that are compared where nothing else tells that it was changed.
 _SAMPLE = 256
 _HOW = (
-    "a forward pass was interrupted between layers. Call cache.recover() to forget what it added, "
-    "then repeat it; or cache.reset(), and prefill again."
+    "a forward pass was interrupted between layers, or left some out. Call cache.recover() to "
+    "forget what it added, then repeat it; or cache.reset(), and prefill again."
 )
 _HOW_STATIC = (
-    "a forward pass was interrupted between layers, and a static cache cannot go back. Make it "
-    "again, with .static(max_tokens), from the cache that it was made of."
+    "a forward pass was interrupted between layers, or left some out, and a static cache cannot go "
+    "back. Make it again, with .static(max_tokens), from the cache that it was made of."
 )
 
 
