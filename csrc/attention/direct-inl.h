@@ -112,7 +112,7 @@ template <template <int> class Levels, int kBits, int kAxes>
 Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
     // Else not even compiled.
     if constexpr (kBits <= Simd::kDirectBits)
-        return of_rows(rows, [&]<int kRows>() {
+        return of_few_rows(rows, [&]<int kRows>() {
             return direct_of_rows<Levels, kBits, kAxes, kRows>(codec, words);
         });
     return nullptr;
@@ -121,7 +121,7 @@ Multiply direct_of_bits(const Codec& codec, Words words, int rows) {
 template <class Levels>
 Multiply direct_of_paths(const Codec& codec, int rows) {
     if constexpr (Levels::kBits <= Simd::kDirectBits)
-        return of_rows(rows, [&]<int kRows>() {
+        return of_few_rows(rows, [&]<int kRows>() {
             return of_width(codec.half_bits, [&]<int kHalfBits>() -> Multiply {
                 if (codec.values)
                     return multiply_value_codes<Levels, ValuePaths<kHalfBits>, 1, kRows>;
@@ -133,7 +133,7 @@ Multiply direct_of_paths(const Codec& codec, int rows) {
 
 // How to multiply `rows` with the codes of a page, or null if it takes a tile.
 Multiply direct_multiplier(const Codec& codec, int rows) {
-    if (codec.arithmetic == Arithmetic::floats || rows != rows_at_once(rows)) return nullptr;
+    if (codec.arithmetic == Arithmetic::floats || rows > kFewRows) return nullptr;
     if (codec.half_bits) return direct_of_paths<PathLevels>(codec, rows);
     const Words words = words_of(codec);
     switch (codec.axes == 2 ? -codec.symbol_bits : codec.symbol_bits) {

@@ -108,23 +108,29 @@ void multiply(const Codec& codec, const Products& p) {
         multiply_strips<kArithmetic, kValues, kRows, 1>(codec, p, strip);
 }
 
+// So many, and fewer, are multiplied straight from the codes (direct-inl.h).
+constexpr int kFewRows = 4;
+
 using Multiply = void (*)(const Codec&, const Products&);
 
 // How many of `left` rows to multiply at once: each number is code of its own, so not every one.
 inline int rows_at_once(int left) {
-    return left >= kRowBlock ? kRowBlock : left < 4 ? left : 4;
+    return left >= kRowBlock ? kRowBlock : left < kFewRows ? left : kFewRows;
 }
 
 // `then`, for such a number.
 template <class Then>
-Multiply of_rows(int rows, Then then) {
+Multiply of_few_rows(int rows, Then then) {
     switch (rows) {
         case 1: return then.template operator()<1>();
         case 2: return then.template operator()<2>();
         case 3: return then.template operator()<3>();
-        case 4: return then.template operator()<4>();
-        default: return then.template operator()<kRowBlock>();
+        default: return then.template operator()<kFewRows>();
     }
+}
+template <class Then>
+Multiply of_rows(int rows, Then then) {
+    return rows > kFewRows ? then.template operator()<kRowBlock>() : of_few_rows(rows, then);
 }
 
 template <Arithmetic kArithmetic, bool kValues>

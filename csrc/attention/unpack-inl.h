@@ -81,6 +81,34 @@ private:
     std::int64_t stride_[3];
 };
 
+// Of any number of bits, wherever the words lie: slower, but one for all.
+class AnyPlanesPage {
+public:
+    using Unit = const sixfold::Unit*;
+
+    AnyPlanesPage(const Codec& codec, const std::uint8_t* page) : codec_(codec), page_(page) {}
+    Unit unit(int u) const { return codec_.table + u * codec_.planes.count; }
+    U8x64 indices(Unit unit, int block) const {
+        U8x64 s = keep(shift_right(words(unit, 0, block), load(unit[0].rotation)), mask(0));
+        for (int p = 1; p < codec_.planes.count; ++p)
+            s = merge(s, rotate_right(words(unit, p, block), load(unit[p].rotation)), mask(p));
+        return s;
+    }
+
+private:
+    U8x64 words(Unit unit, int p, int block) const {
+        const std::uint8_t* at = page_ + codec_.plane_offset[p] + block * codec_.plane_stride[p];
+        const std::int32_t* offset = unit[p].offset;
+        return unit[p].contiguous ? load(at + offset[0]) : load_pieces(at, offset);
+    }
+    int mask(int p) const {
+        return ((1 << codec_.planes.width[p]) - 1) << codec_.planes.before[p];
+    }
+
+    const Codec& codec_;
+    const std::uint8_t* page_;
+};
+
 // Levels of 64 indices, in kParts pieces of 64 bytes.
 template <class Table, int kIndexBits>
 struct LevelsOfBytes {
@@ -111,7 +139,6 @@ struct WordLevels {
     }
 };
 
-template <int kBits>
 struct FloatLevels {
     static constexpr Arithmetic kArithmetic = Arithmetic::floats;
     static constexpr int kParts = 4;
@@ -161,13 +188,6 @@ constexpr Unpack unpack_as = unpack_page<Levels<kBits>, PlanesPage<kBits, kWords
 template <Words kWords>
 Unpack unpacker_of(const Codec& codec) {
     constexpr Words w = kWords;
-    static constexpr Unpack floats[2][9] = {
-        {nullptr, unpack_as<FloatLevels, 1, 1, w>, unpack_as<FloatLevels, 2, 1, w>,
-         unpack_as<FloatLevels, 3, 1, w>, unpack_as<FloatLevels, 4, 1, w>,
-         unpack_as<FloatLevels, 5, 1, w>, unpack_as<FloatLevels, 6, 1, w>,
-         unpack_as<FloatLevels, 7, 1, w>, unpack_as<FloatLevels, 8, 1, w>},
-        {nullptr, nullptr, nullptr, nullptr, nullptr, unpack_as<FloatLevels, 5, 2, w>, nullptr,
-         unpack_as<FloatLevels, 7, 2, w>, nullptr}};
     static constexpr Unpack integers[2][9] = {
         {nullptr, unpack_as<ByteLevels, 1, 1, w>, unpack_as<ByteLevels, 2, 1, w>,
          unpack_as<ByteLevels, 3, 1, w>, unpack_as<ByteLevels, 4, 1, w>,
@@ -175,17 +195,16 @@ Unpack unpacker_of(const Codec& codec) {
          unpack_as<WordLevels, 7, 1, w>, unpack_as<WordLevels, 8, 1, w>},
         {nullptr, nullptr, nullptr, nullptr, nullptr, unpack_as<ByteLevels, 5, 2, w>, nullptr,
          unpack_as<ByteLevels, 7, 2, w>, nullptr}};
-    const auto& table = codec.arithmetic == Arithmetic::floats ? floats : integers;
-    return table[codec.axes - 1][codec.symbol_bits];
+    return integers[codec.axes - 1][codec.symbol_bits];
 }
 
 Unpack path_unpacker(const Codec& codec) {
     const bool floats = codec.arithmetic == Arithmetic::floats;
     return of_width(codec.half_bits, [&]<int kHalfBits>() -> Unpack {
         if (codec.values)
-            return floats ? unpack_page<FloatLevels<7>, ValuePaths<kHalfBits>, 1>
+            return floats ? unpack_page<FloatLevels, ValuePaths<kHalfBits>, 1>
                           : unpack_page<PathLevels, ValuePaths<kHalfBits>, 1>;
-        return floats ? unpack_page<FloatLevels<7>, KeyPaths<kHalfBits>, 1>
+        return floats ? unpack_page<FloatLevels, KeyPaths<kHalfBits>, 1>
                       : unpack_page<PathLevels, KeyPaths<kHalfBits>, 1>;
     });
 }
@@ -212,6 +231,10 @@ Words words_of(const Codec& codec) {
 
 Unpack unpacker(const Codec& codec) {
     if (codec.half_bits) return path_unpacker(codec);
+    // What the others are checked against: no reason to compile it for every width.
+    if (codec.arithmetic == Arithmetic::floats)
+        return codec.axes == 2 ? unpack_page<FloatLevels, AnyPlanesPage, 2>
+                               : unpack_page<FloatLevels, AnyPlanesPage, 1>;
     switch (words_of(codec)) {
         case Words::together: return unpacker_of<Words::together>(codec);
         case Words::repeated: return unpacker_of<Words::repeated>(codec);

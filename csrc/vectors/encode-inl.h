@@ -154,20 +154,17 @@ SIXFOLD_INLINE typename V::i32 index_of(typename V::f32 u, const Codebook& book)
     }
 }
 
-// Symbols take the place of coordinates. kCount sums: u·q, q·q.
-template <class V, int kBits, bool kGrid, int kCount>
+// Symbols take the place of coordinates. Sums: u·q, q·q.
+template <class V, int kBits, bool kGrid>
 void quantize(const EncodeTask& task, const Norms& norms, float* tile, float* sums) {
     const Codebook& book = task.book;
-    fold_sum<V, kCount>(task.shape.dim, sums, [&](int d, int lane) __attribute__((always_inline)) {
+    fold_sum<V, 2>(task.shape.dim, sums, [&](int d, int lane) __attribute__((always_inline)) {
         float* row = tile + d * kLanes + lane;
         const auto u = V::load(row) * V::load(norms.stretch + lane);
         const auto index = index_of<V, kBits, kGrid>(u, book);
         const auto q = V::template lookup<1 << kBits>(book.points[0], index);
         V::store(row, bits<typename V::f32>(index));
-        if constexpr (kCount == 1)
-            return Sums<V, 1>{{u * q}};
-        else
-            return Sums<V, 2>{{u * q, q * q}};
+        return Sums<V, 2>{{u * q, q * q}};
     });
 }
 
@@ -221,11 +218,9 @@ void quantize_pairs(const EncodeTask& task, const Norms& norms, float* tile, flo
 template <class V, int kBits>
 SIXFOLD_INLINE void quantize_bits(const EncodeTask& task, const Norms& norms, float* tile,
                                   float* sums) {
-    const bool squares = task.scale == ScaleKind::optimal;
-    auto* chosen = squares ? quantize<V, kBits, false, 2> : quantize<V, kBits, false, 1>;
+    auto* chosen = quantize<V, kBits, false>;
     if constexpr (V::kGrid && kBits > V::kCountedBits && kBits <= 6)
-        if (task.book.uniform)
-            chosen = squares ? quantize<V, kBits, true, 2> : quantize<V, kBits, true, 1>;
+        if (task.book.uniform) chosen = quantize<V, kBits, true>;
     chosen(task, norms, tile, sums);
 }
 
