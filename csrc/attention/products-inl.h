@@ -118,7 +118,7 @@ inline int rows_at_once(int left) {
     return left >= kRowBlock ? kRowBlock : left < kFewRows ? left : kFewRows;
 }
 
-// `then`, for such a number.
+// `then`, for a number of up to kFewRows, and for any that rows_at_once gives.
 template <class Then>
 Multiply of_few_rows(int rows, Then then) {
     switch (rows) {

@@ -1,7 +1,7 @@
 """What a file holds beside keys and values is of the model's shape, or the file is refused."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,14 @@ class File:
     def load(self) -> TurboQuantCache:
         return TurboQuantCache.load(self.path, self.model)
 
-    def change(self, kind: str, change: Change | None, everywhere: bool) -> None:
-        """Write the file with other tensors of a kind, or without them, in one layer or in all."""
+    def change(self, kinds: Sequence[str], change: Change | None, everywhere: bool) -> None:
+        """Write the file with other tensors of these kinds, or without, in one layer or in all."""
         description, tensors = copy.deepcopy(self.description), dict(self.tensors)
-        changed = [i for i in range(len(self.cache.layers)) if self._names(i, kind)]
+        changed = [i for i in range(len(self.cache.layers)) if self._names(i, kinds)]
         assert changed
         for index in changed if everywhere else changed[:1]:
             held = description["layers"][index]["tensors"]
-            for name in self._names(index, kind):
+            for name in self._names(index, kinds):
                 path = f"layers.{index}.{name}"
                 if change is None:
                     del tensors[path], held[name]
@@ -75,15 +75,20 @@ class File:
                     held[name] = [list(tensors[path].shape), DTYPE_NAMES[tensors[path].dtype]]
         write_container(self.path, KIND, description, tensors)
 
-    def _names(self, index: int, kind: str) -> list[str]:
+    def _names(self, index: int, kinds: Sequence[str]) -> list[str]:
         held = self.description["layers"][index].get("tensors", {})
-        return [name for name in held if name.partition(".")[0] == kind]
+        return [name for name in held if name.partition(".")[0] in kinds]
 
-
-def refused(file: File, kind: str, change: Change | None, everywhere: bool) -> None:
-    file.change(kind, change, everywhere)
-    with pytest.raises(FormatError, match=r"layer \d: "):
-        file.load()
+    def refused(
+        self,
+        kinds: Sequence[str],
+        change: Change | None,
+        everywhere: bool,
+        reason: str = r"layer \d: ",
+    ) -> None:
+        self.change(kinds, change, everywhere)
+        with pytest.raises(FormatError, match=reason):
+            self.load()
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["one layer", "all layers"])
@@ -91,43 +96,34 @@ def refused(file: File, kind: str, change: Change | None, everywhere: bool) -> N
 def test_states(name: str, everywhere: bool, tmp_path: Path) -> None:
     file = File(name, tmp_path / "file")
     for change in (None, shorter(1), longer(1), shorter(2), longer(2)):
-        refused(file, "conv_states", change, everywhere)
+        file.refused(["conv_states"], change, everywhere)
     if name == "lfm2":
         return
-    refused(file, "recurrent_states", None, everywhere)
+    file.refused(["recurrent_states"], None, everywhere)
     if not everywhere:
-        refused(file, "recurrent_states", Tensor.double, everywhere)
+        file.refused(["recurrent_states"], Tensor.double, everywhere)
         for axis in (1, 2, 3):
-            refused(file, "recurrent_states", shorter(axis), everywhere)
+            file.refused(["recurrent_states"], shorter(axis), everywhere)
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["one layer", "all layers"])
 def test_the_keys_of_an_indexer(everywhere: bool, tmp_path: Path) -> None:
     file = File(*INDEXED, tmp_path / "file")
     for change in (None, shorter(1), longer(1)):
-        refused(file, "indexer_keys", change, everywhere)
+        file.refused(["indexer_keys"], change, everywhere)
     if not everywhere:
-        refused(file, "indexer_keys", shorter(2), everywhere)
+        file.refused(["indexer_keys"], shorter(2), everywhere)
 
 
 def test_the_keys_of_an_image(tmp_path: Path) -> None:
     file = File(*CROSS, tmp_path / "file")
-    (layer,) = [x for x in file.description["layers"] if "parts" in x]
+    (index,) = [i for i, x in enumerate(file.description["layers"]) if "parts" in x]
     for axis in (1, 3):
         for change in (shorter(axis), longer(axis)):
-            description, tensors = copy.deepcopy(file.description), dict(file.tensors)
-            index = file.description["layers"].index(layer)
-            for side in ("keys", "values"):
-                path = f"layers.{index}.{side}"
-                tensors[path] = change(tensors[path]).contiguous()
-                held = description["layers"][index]["tensors"]
-                held[side][0] = list(tensors[path].shape)
-            write_container(file.path, KIND, description, tensors)
-            with pytest.raises(FormatError, match="KV heads, key and value dim"):
-                file.load()
+            file.refused(["keys", "values"], change, True, "KV heads, key and value dim")
     for length in (0, 3, 10**9):
         description = copy.deepcopy(file.description)
-        description["layers"][file.description["layers"].index(layer)]["length"] = length
+        description["layers"][index]["length"] = length
         write_container(file.path, KIND, description, file.tensors)
         with pytest.raises(FormatError, match=f"holds 7 keys and says {length}"):
             file.load()

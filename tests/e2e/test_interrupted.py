@@ -16,7 +16,7 @@ from sixfold.errors import OutOfRangeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.combined import held_beside
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
-from tests.e2e.decoding import batch, continue_decoding, forward, relative_error
+from tests.e2e.decoding import Batch, batch, continue_decoding, forward, relative_error
 from tests.e2e.models import ARCHITECTURES, WINDOW, fresh_model
 from tests.processes import printed
 from tests.versions import traces_models
@@ -618,11 +618,16 @@ def test_a_static_cache_of_tokens_that_were_never_attended() -> None:
     assert [layer.store.history.tokens for layer in cache.compressed_layers] == [0, 0]
 
 
+def prefilled() -> tuple[PreTrainedModel, Batch, TurboQuantCache]:
+    model, data = fresh_model("llama-64"), batch((248, 248), steps=6)
+    cache = cache_for(model, fused=True)
+    forward(model, cache, data, 0, data.prompt)
+    return model, data, cache
+
+
 @torch.no_grad()
 def test_a_static_cache_after_an_interrupted_step() -> None:
-    model, data = fresh_model("llama-64"), batch((248, 248), steps=6)
-    growing = cache_for(model, True)
-    forward(model, growing, data, 0, data.prompt)
+    model, data, growing = prefilled()
     cache = growing.static(300)
     forward(model, cache, data, 248, 249)
     interrupted(model, 1, cache, data, 249, 250)
@@ -638,9 +643,7 @@ def test_a_static_cache_after_an_interrupted_step() -> None:
 @pytest.mark.filterwarnings("ignore:.*Dynamo detected a call")
 @torch.no_grad()
 def test_a_compiled_static_step_that_was_interrupted() -> None:
-    model, data = fresh_model("llama-64"), batch((248, 248), steps=6)
-    growing = cache_for(model, True)
-    forward(model, growing, data, 0, data.prompt)
+    model, data, growing = prefilled()
     cache = growing.static(300)
 
     @torch.compile(backend="eager")

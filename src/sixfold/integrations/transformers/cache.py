@@ -303,11 +303,7 @@ class TurboQuantCache(CountedCache):
         self._refuse_static()
         self._pass.check_finished(shortening=True)
         tokens = None if tokens is None else whole("tokens", tokens)
-        length = self._text
-        if tokens:
-            # Layers that hold nothing did not before either: an early exit leaves them out.
-            layers: list[Any] = [self.layers[i] for i in self._pass.growing]
-            length = min(filter(None, (int(x.get_seq_length()) for x in layers)), default=0)
+        length = common_length(self._growing, begun=bool(tokens))
         before = length if tokens is None else tokens
         if before > length:
             raise OutOfRangeError(
@@ -324,9 +320,8 @@ class TurboQuantCache(CountedCache):
 
     def _cut_to(self, length: int) -> None:
         """Take from every layer what it holds beyond `length` tokens, which every one has."""
-        growing: list[Any] = [self.layers[i] for i in self._pass.growing]
         self._check_carried("recover")
-        ahead = [(x, surplus) for x in growing if (surplus := longest(x) - length) > 0]
+        ahead = [(x, surplus) for x in self._growing if (surplus := longest(x) - length) > 0]
         for layer, surplus in ahead:
             check_crop(layer, -surplus)
         self._check_states()
@@ -339,7 +334,11 @@ class TurboQuantCache(CountedCache):
     @property
     def _text(self) -> int:
         """Tokens of the text that every layer can have seen."""
-        return common_length([self.layers[i] for i in self._pass.growing])
+        return common_length(self._growing)
+
+    @property
+    def _growing(self) -> list[Any]:
+        return [self.layers[i] for i in self._pass.growing]
 
     def _keep_text(self, tokens: int) -> None:
         for layer in self.layers:

@@ -1,7 +1,6 @@
 """What a model has at each of its layers, so far as its config and its modules tell."""
 
 import dataclasses
-import inspect
 from collections import defaultdict
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ from sixfold.integrations.transformers.config import (
     layer_types,
     uncompressed_shapes,
 )
+from sixfold.integrations.transformers.source import methods
 
 # How a module hands on what it keeps beside keys and values, and what that is.
 _UPDATES = {
@@ -108,10 +108,7 @@ def _kept_beside(
 
 @cache
 def _kept_by(cls: Any) -> frozenset[str]:
-    called: set[str] = set()
-    for _, method in inspect.getmembers(cls, inspect.isfunction):
-        code = getattr(inspect.unwrap(method), "__code__", None)
-        called.update(getattr(code, "co_names", ()))
+    called = {name for _, names in methods(cls) for name in names}
     return frozenset(kind for name, kind in _UPDATES.items() if name in called)
 
 

@@ -259,14 +259,17 @@ def _how(layers: Sequence[Any]) -> str:
     return _HOW_STATIC if static else _HOW
 
 
-def common_length(layers: Sequence[Any]) -> int:
+def common_length(layers: Sequence[Any], begun: bool = False) -> int:
     """Tokens that every layer can have seen: those of the shortest.
 
-    A layer without any counts only where the others agree: then a first pass never reached it.
+    A layer without any counts only where the others agree: then a first pass never reached it. If
+    the pass in progress is not the first (`begun`), none counts: an early exit leaves it out.
     """
     lengths = [int(layer.get_seq_length()) for layer in layers]
     held = [n for n in lengths if n]
-    return min(held) if len(set(held)) > 1 else min(lengths, default=0)
+    if held and (begun or len(set(held)) > 1):
+        return min(held)
+    return min(lengths, default=0)
 
 
 def longest(layer: Any) -> int:

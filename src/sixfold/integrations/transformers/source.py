@@ -86,15 +86,21 @@ class _CachedCall:
         return None
 
 
+def methods(cls: type[nn.Module]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The methods of a module's class, without those of all modules, and the names each reads."""
+    for name, member in inspect.getmembers(cls, inspect.isfunction):
+        if member is not getattr(nn.Module, name, None):
+            method = inspect.unwrap(member)
+            yield method, getattr(getattr(method, "__code__", None), "co_names", ())
+
+
 @functools.cache
 def _cached_calls(cls: Any) -> tuple[_CachedCall, ...]:
     """Every update of a cache by keys, values and a layer's number in the methods of `cls`."""
     found = []
-    for name, member in inspect.getmembers(cls, inspect.isfunction):
-        method = inspect.unwrap(member)
+    for method, names in methods(cls):
         # Reading the source of a method is slow, so what cannot matter is left out before.
-        names = getattr(getattr(method, "__code__", None), "co_names", ())
-        if "update" not in names or member is getattr(nn.Module, name, None):
+        if "update" not in names:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
