@@ -14,6 +14,7 @@ from torch import Tensor
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.arguments import device as checked_device
 from sixfold.hadamard import hadamard_factor
+from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.rotate import rotate
 
 RotationKind: TypeAlias = Literal["hadamard", "orthogonal"]
@@ -79,7 +80,7 @@ def _tensors(
     dim: int, kind: RotationKind, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     # Tensors made in inference mode would stay barred from autograd for every later caller.
-    with torch.inference_mode(False):
+    with ordinary_tensors():
         turns, factor = (
             torch.tensor(array, dtype=torch.float32, device=device)
             for array in _arrays(dim, kind, seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sixfold.arguments import floating, plain_floats
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels._autocast import ordinary_tensors, outside_autocast
 
 
 def check_tokens(keys: Any, values: Any) -> None:
@@ -59,7 +59,7 @@ class Room:
         held = tokens.keys.shape[2]
         capacity = -(-(held + more) // GROWTH) * GROWTH
         # Memory from inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self.keys, self.values = (
                 x.new_empty(*x.shape[:2], capacity, x.shape[3])
                 for x in (tokens.keys.detach(), tokens.values.detach())

@@ -22,7 +22,7 @@ from sixfold.cache.learning import ENOUGH, Learning
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
+from sixfold.kernels._autocast import ordinary_tensors, outside_autocast
 from sixfold.kernels._groups import check_heads
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Past, Pool, Softmax, Tokens
@@ -164,7 +164,7 @@ class EngineLayer:
         dtype = float_dtype(dtype)
         self.policy, self.sliding_window, self.key_map = policy, sliding_window, key_map
         self.code = page_code(policy, key_dim, value_dim)
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             self.copies, self.sinks = (
                 (
                     # The system gives memory that is only reserved when it is written to. What was

@@ -13,6 +13,7 @@ from sixfold.arguments import MOST_COORDINATES, floating, rows, settle, shown, w
 from sixfold.cache.validate import check_map
 from sixfold.errors import FormatError, OutOfRangeError, ShapeError, SixfoldError
 from sixfold.io import TensorSpec, open_container, write_container
+from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.types import KeyMap
 
 KIND = "key-maps"
@@ -168,7 +169,7 @@ def _checked(layer: int, pair: Any) -> tuple[Tensor, Tensor]:
 
 def _own(x: Float[Tensor, "heads dim"]) -> Float32[Tensor, "heads dim"]:
     # What inference mode makes cannot be used outside of it by autograd.
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors(), torch.no_grad():
         own = torch.empty(x.shape, dtype=torch.float32, device="cpu")
         return own.copy_(x.detach())
 

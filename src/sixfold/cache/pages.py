@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sixfold.cache.memory import empty
 from sixfold.cache.slots import Lease, Slots
+from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.types import Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 
@@ -40,7 +41,7 @@ class Slab:
         codes = partial(empty, slots, kv_heads, dtype=torch.uint8, device=device)
         scales = partial(empty, slots, kv_heads, PAGE_TOKENS, dtype=torch.float16, device=device)
         # Memory from inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             pool = Pool(codes(key_bytes), scales(), codes(value_bytes), scales())
             return cls(pool, Slots(slots))
 

@@ -77,7 +77,7 @@ class Index:
         self._state = State(code, choice("metric", metric, get_args(Metric)))
         self._unseen: Tensor | None = None
         self._begin()
-        _indexes.add(self)
+        _indexes.add(weakref.ref(self, _indexes.discard))
 
     def _begin(self) -> None:
         # Held for a whole change; the other for as long as the table is read or changed.
@@ -530,12 +530,16 @@ def _bitmaps(state: State, slots: np.ndarray) -> list[np.ndarray]:
 
 
 # A child process has locks of its own: a thread that the fork left behind may hold the others.
-_indexes: weakref.WeakSet[Index] = weakref.WeakSet()
+# No WeakSet: what it runs when an index goes is Python, in which a signal handler may raise, and
+# what is raised there is lost.
+_indexes: set[weakref.ref[Index]] = set()
 
 
 def _begin_all() -> None:
-    for index in list(_indexes):
-        index._begin()
+    for living in list(_indexes):
+        index = living()
+        if index is not None:
+            index._begin()
 
 
 if hasattr(os, "register_at_fork"):

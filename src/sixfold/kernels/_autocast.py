@@ -1,7 +1,8 @@
 """What Sixfold computes does not depend on the caller's autocast, nor on inference mode."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -37,9 +38,19 @@ def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             return function(*args, **kwargs)
 
     return run
+
+
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """A block whose tensors can be changed, and used by autograd, outside of inference mode."""
+    return _left() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _left() -> Iterator[None]:
+    # To leave inference mode turns gradients on, and a signal handler would run with them.
+    with torch.inference_mode(False), torch.no_grad():
+        yield

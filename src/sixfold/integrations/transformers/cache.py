@@ -62,7 +62,7 @@ from sixfold.integrations.transformers.storage import (
 )
 from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
-from sixfold.kernels._autocast import outside_inference_mode
+from sixfold.kernels._autocast import ordinary_tensors, outside_inference_mode
 from sixfold.kernels._dispatch import slow_kernels
 from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits, check_bits
@@ -536,7 +536,7 @@ class TurboQuantCache(CountedCache):
         twin.__dict__.update(self.__dict__)
         max_tokens = whole("max_tokens", max_tokens)
         # What inference mode makes cannot be changed outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors(), torch.no_grad():
             twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
         twin._pass = ForwardPass(self._pass.growing)
         return twin
