@@ -3,7 +3,9 @@
 One command, one JSON, under nine minutes on an H200; needs torch, triton, numpy, safetensors and
 jaxtyping, and runs from a checkout (PYTHONPATH=src). Kernels are compared with the references
 first, then timed as CUDA graphs, as a compiled decode step runs them. The JSON is written anew
-after every case: what fails, or comes too late, costs nothing but itself. `--smoke` runs everything
+after every case and check: what raises, or comes too late, costs nothing but itself. A kernel that
+reads where it must not spoils all that its process does after it: `benchmarks/gpu_first.sh` gives
+every group of cases (`--groups`) a process of its own. `--smoke` runs everything
 at sizes that prove only that it runs, on a CPU in Triton's interpreter: no time in its rows means
 anything.
 """
@@ -15,17 +17,22 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_cases import Code
 
 NEEDED = ("torch", "triton", "numpy", "safetensors", "jaxtyping")
 BITS = (2, 2.5, 3, 3.5, 4, 8)
 TRELLIS_BITS = (2, 2.5, 3, 4)
 BATCHES = (1, 8, 32)
 CONTEXTS = (4096, 32768, 131072)
+GROUPS = ("first", "checks", "targets", "step", "store", "matrix")
 # Exact attention in float64 is worked out up to here; longer contexts run the same kernels.
 EXACT_TOKENS = 32768 * 8
 
@@ -41,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="write the results here")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="what to run")
     parser.add_argument("--seconds", type=float, default=480, help="start no case after these")
     return parser.parse_args()
 
@@ -65,15 +73,20 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.bandwidth = 0.0
 
-    def add(self, case: str, one: Any, exact: Any = None, **notes: Any) -> float:
-        """Time a contender and keep its row; one that fails takes for ever."""
+    def add(
+        self, case: str, one: Any, exact: Any = None, capture: bool = True, **notes: Any
+    ) -> float:
+        """Time a contender, as a CUDA graph if told to, and keep its row.
+
+        One that fails takes for ever.
+        """
         from benchmarks import gpu_cases as cases
         from sixfold.eval import timing
 
         named = {"case": case, "contender": one.name, **notes}
         try:
             error = timing.error_of(one, exact)
-            graph = None if self.smoke else cases.captured(one.call)
+            graph = cases.captured(one.call) if capture and not self.smoke else None
             calls = [timing.time_once(one.call)] if self.smoke else cases.calls(graph or one.call)
             seconds = timing.Quartiles.of(calls)
         # Compilers and drivers raise what they like, and the rest is still wanted.
@@ -125,12 +138,21 @@ class Bench:
         }
         self.path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
+    def first(self, case: str) -> None:
+        """Whether anything is right at all: attention at 4 bits."""
+        from benchmarks.gpu_cases import Code
+
+        self._check(case, [Code(4)], most=1)
+
     def check(self, case: str) -> None:
         """Whether kernels are right, a row each; half of the time at most."""
+        self._check(case, self.codes)
+
+    def _check(self, case: str, codes: "list[Code]", most: int | None = None) -> None:
         from benchmarks import gpu_checks
 
         late = self.started + (self.deadline - self.started) / 2
-        for name, work in gpu_checks.checks(self.device, self.codes, quick=self.smoke):
+        for name, work in islice(gpu_checks.checks(self.device, codes, self.smoke), most):
             if time.monotonic() > late:
                 self.checks.append({"check": name, "passed": None, "skipped": "out of time"})
                 continue
@@ -140,6 +162,7 @@ class Bench:
                 self.fail(problem, case=case, check=name)
                 found = {"passed": False}
             self.checks.append({"check": name, **found})
+            self.write()
             print(f"{'ok  ' if found['passed'] else 'FAIL'} {name}", flush=True)
 
     def copy(self, case: str) -> None:
@@ -148,7 +171,9 @@ class Bench:
 
         from sixfold.eval.timing import Contender
 
-        source = torch.ones(2**20 if self.smoke else 2**32, dtype=torch.uint8, device=self.device)
+        size = 2**20 if self.smoke else 2**32
+        # Not of one value: memory may compress that.
+        source = torch.randint(256, (size,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         nbytes = 2 * source.nbytes
         median = self.add(case, Contender("copy", lambda: target.copy_(source), nbytes))
@@ -171,7 +196,7 @@ class Bench:
             exact = cases.exact_attention(query, keys, values) if small else None
             full = keys.nbytes + values.nbytes
 
-            sizes = {"batch": batch, "tokens": tokens}
+            sizes: dict[str, Any] = {"batch": batch, "tokens": tokens}
             best = min(
                 self.add(case, Contender(name, call, full), exact, **sizes)
                 for name, call in peers.sdpa_contenders(query, keys, values)
@@ -188,6 +213,35 @@ class Bench:
                 self.rows[-1]["times_faster_than_best_bf16"] = best / median
 
         return f"attention, batch {batch}, {tokens:,} tokens", work
+
+    def step(self, size: tuple[int, int]) -> tuple[str, Callable[[str], None]]:
+        """A layer's whole decode step: append, attention, and a page whenever one is full."""
+        batch, tokens = size
+
+        def work(case: str) -> None:
+            from benchmarks import gpu_step as steps
+            from benchmarks.gpu_cases import Code
+            from sixfold.eval.timing import Contender
+
+            sizes: dict[str, Any] = {"batch": batch, "tokens": tokens}
+            call, nbytes = steps.plain_step(batch, tokens, self.shape, self.device)
+            plain = self.add(case, Contender("bf16, sdpa", call, nbytes), **sizes)
+            del call
+            # The interpreter takes half a minute for a page of paths.
+            paths = () if self.smoke else (Code(4, "trellis"), Code(2.5, "trellis"))
+            for code in (Code(4), *paths):
+                make = partial(steps.compressed_step, batch, tokens, code, self.shape, self.device)
+                call, nbytes = make()
+                notes: dict[str, Any] = asdict(code) | sizes
+                if not self.smoke:
+                    notes["kernels"] = steps.launches(call)
+                median = self.add(case, Contender(f"sixfold {code}", call, nbytes), **notes)
+                self.rows[-1]["times_faster_than_bf16"] = plain / median
+                if not self.smoke:
+                    one = Contender(f"sixfold {code}, compiled", steps.compiled(make()[0]), nbytes)
+                    self.add(case, one, capture=False, **notes)
+
+        return f"layer step, batch {batch}, {tokens:,} tokens", work
 
     def logits(self, case: str) -> None:
         """Attention logits alone, the paper's headline."""
@@ -217,16 +271,26 @@ class Bench:
             median = self.add(case, one, tokens=tokens, **asdict(code))
             self.rows[-1]["share_of_prefill"] = median / whole
 
-    def cases(self) -> Iterator[tuple[str, Callable[[str], None]]]:
-        """Everything, the most wanted first."""
-        yield "checks", self.check
-        yield "copy", self.copy
+    def cases(self, groups: Sequence[str]) -> Iterator[tuple[str, Callable[[str], None]]]:
+        """The cases of these groups, in the order of `GROUPS`: the most wanted first."""
         targets = [(2, 128)] if self.smoke else [(8, 32768), (1, 131072)]
+        steps = [(2, 256)] if self.smoke else [(1, 32768), (8, 32768)]
         sizes = [] if self.smoke else [(b, t) for t in CONTEXTS for b in BATCHES]
-        yield from map(self.attention, targets)
-        yield "store", self.store
-        yield "logits", self.logits
-        yield from (self.attention(size) for size in sizes if size not in targets)
+        of: dict[str, list[tuple[str, Callable[[str], None]]]] = {
+            "first": [("first check", self.first)],
+            "checks": [("checks", self.check)],
+            "targets": [*map(self.attention, targets)],
+            "step": [*map(self.step, steps)],
+            "store": [("store", self.store), ("logits", self.logits)],
+            "matrix": [self.attention(size) for size in sizes if size not in targets],
+        }
+        copied = False
+        for group in (group for group in GROUPS if group in groups):
+            # What times are compared with.
+            if not copied and group not in ("first", "checks"):
+                copied = True
+                yield "copy", self.copy
+            yield from of[group]
 
 
 def main() -> None:
@@ -244,7 +308,7 @@ def main() -> None:
 
         gpu_checks.use_interpreter()
     bench = Bench(options.json, options.smoke, options.seconds)
-    for case, work in bench.cases():
+    for case, work in bench.cases(options.groups):
         bench.run(case, work)
     wrong = [check["check"] for check in bench.checks if check["passed"] is False]
     if wrong:

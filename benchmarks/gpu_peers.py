@@ -31,6 +31,8 @@ def sdpa_contenders(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tup
             # Not for these shapes, or not in this build.
             continue
         yield f"sdpa {name} bf16", partial(call, backend)
+    if query.is_cuda:
+        yield from _flex(query, keys, values)
     grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[-1])
 
     def matmul() -> Tensor:
@@ -38,6 +40,21 @@ def sdpa_contenders(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tup
         return torch.matmul(weights, values).view(query.shape)
 
     yield "matmul bf16", matmul
+
+
+def _flex(query: Tensor, keys: Tensor, values: Tensor) -> Iterator[tuple[str, Call]]:
+    """FlexAttention, whose decoding splits the keys of a group of heads among programs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    call = partial(
+        torch.compile(flex_attention, dynamic=False), query, keys, values, enable_gqa=True
+    )
+    try:
+        call()
+    # Compilers raise what they like.
+    except Exception:
+        return
+    yield "flex_attention bf16", call
 
 
 def vllm_contenders(query: Tensor, keys: Tensor) -> Iterator[tuple[str, Call, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -242,6 +243,41 @@ def test_tables_show_every_row(tmp_path: Path) -> None:
     assert len(table) == len(document["rows"]) + 2
     assert "prefill" not in table[0]
     assert table[2].startswith("| torch matmul bf16 | 64 |")
+
+
+BROKEN_PYTHON = """#!/bin/sh
+case "$*" in *"--groups targets"*) kill -9 $$ ;; esac
+for word in "$@"; do
+  if [ "$last" = --json ]; then echo "{}" > "$word"; fi
+  last=$word
+done
+"""
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
+def test_what_fails_first_on_a_gpu_stops_nothing(tmp_path: Path) -> None:
+    """Steps before one that is killed have left their results, and those after it run."""
+    root, python, out = Path(__file__).resolve().parents[2], tmp_path / "python", tmp_path / "out"
+    python.write_text(BROKEN_PYTHON, encoding="utf-8")
+    python.chmod(0o755)
+    places = {"OUT": str(out), "PYTHON": str(python), "TRITON_CACHE_DIR": str(tmp_path / "made")}
+    done = subprocess.run(
+        ["bash", str(root / "benchmarks/gpu_first.sh")],
+        env={**os.environ, **places, "SMOKE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    groups = {"first", "step", "checks", "store", "matrix"}
+    # As many as a machine that is lent may give back.
+    assert {path.stem for path in out.glob("*.json")} == groups
+    assert len(list(out.iterdir())) + 1 <= 8
+    log = (out / "log.txt").read_text(encoding="utf-8")
+    assert "== targets: status 137" in log
+    assert "== matrix: status 0" in log
+    assert done.returncode == 1
+    assert " targets" in log.splitlines()[-1]
+    assert " matrix" not in log.splitlines()[-1]
 
 
 @pytest.mark.slow
