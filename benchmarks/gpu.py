@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ BITS = (2, 2.5, 3, 3.5, 4, 8)
 TRELLIS_BITS = (2, 2.5, 3, 4)
 BATCHES = (1, 8, 32)
 CONTEXTS = (4096, 32768, 131072)
-GROUPS = ("first", "checks", "targets", "step", "store", "matrix")
+GROUPS = ("first", "checks", "targets", "step", "sweep", "store", "matrix")
 # Exact attention in float64 is worked out up to here; longer contexts run the same kernels.
 EXACT_TOKENS = 32768 * 8
 
@@ -214,6 +214,34 @@ class Bench:
 
         return f"attention, batch {batch}, {tokens:,} tokens", work
 
+    def sweep(self, size: tuple[int, int]) -> tuple[str, Callable[[str], None]]:
+        """Attention at 4 bits, launched in other ways; the first row is as it is shipped."""
+        batch, tokens = size
+
+        def work(case: str) -> None:
+            from benchmarks import gpu_cases as cases
+            from benchmarks.gpu_sweep import launched, ways
+            from sixfold.eval.timing import Contender
+
+            held = (batch, self.shape.kv_heads, tokens, self.shape.dim)
+            keys, values = (cases.random(*held, device=self.device, seed=n) for n in (1, 2))
+            query = cases.random(
+                batch, self.shape.heads, 1, self.shape.dim, device=self.device, seed=3
+            )
+            for code in [cases.Code(4), *([] if self.smoke else [cases.Code(4, "trellis")])]:
+                pages = cases.compressed(keys, values, code, self.shape)
+                call = partial(cases.attend, query.float(), pages, code)
+                notes: dict[str, Any] = {"batch": batch, "tokens": tokens, **asdict(code)}
+                one = Contender(f"sixfold {code}", call, pages.nbytes)
+                self.add(case, one, **notes)
+                for way in ways(self.smoke):
+                    name = ", ".join(f"{count} {what}" for what, count in way.items())
+                    with launched(**way):
+                        self.add(case, replace(one, name=f"{code}, {name}"), **notes | way)
+                self.write()
+
+        return f"sweep, batch {batch}, {tokens:,} tokens", work
+
     def step(self, size: tuple[int, int]) -> tuple[str, Callable[[str], None]]:
         """A layer's whole decode step: append, attention, and a page whenever one is full."""
         batch, tokens = size
@@ -281,6 +309,7 @@ class Bench:
             "checks": [("checks", self.check)],
             "targets": [*map(self.attention, targets)],
             "step": [*map(self.step, steps)],
+            "sweep": [*map(self.sweep, targets)],
             "store": [("store", self.store), ("logits", self.logits)],
             "matrix": [self.attention(size) for size in sizes if size not in targets],
         }

@@ -3,10 +3,10 @@
 #
 #     OUT=folder bash benchmarks/gpu_first.sh [STEP...]
 #
-# Steps: environment first targets step profile checks store tests matrix; all of them by default, in
-# this order, ten minutes at most. Every step is a process of its own with a time limit, and what it
+# Steps: environment first targets step sweep profile checks store tests matrix; all of them by default,
+# in this order, ten minutes at most. Every step is a process of its own with a time limit, and what it
 # finds is in $OUT as soon as it is found: a kernel that spoils the device for its process, or hangs,
-# costs its own step. $OUT gets one JSON a step and one log.txt.
+# costs its own step. $OUT gets one JSON a step that times or checks all, and log.txt.
 #
 # PYTHON: the Python that has torch and Triton (python3). KERNELS: a .tar.gz of compiled kernels, as
 # this script leaves it in $OUT, unpacked where they were compiled. SMOKE=1: a dry run without a GPU.
@@ -23,7 +23,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/sixfold-triton}
 mkdir -p "$TRITON_CACHE_DIR"
 if [ -n "${KERNELS:-}" ]; then tar -xzf "$KERNELS" -C "$TRITON_CACHE_DIR"; fi
 
-chosen=${*:-environment first targets step profile checks store tests matrix}
+chosen=${*:-environment first targets step sweep profile checks store tests matrix}
 failed=
 
 # step NAME SECONDS COMMAND...
@@ -38,10 +38,10 @@ step() {
   if [ "$code" != 0 ]; then failed="$failed $name"; fi
 }
 
-# group NAME SECONDS
+# group NAME SECONDS [JSON]
 group() {
   step "$1" "$2" "$python" -m benchmarks.gpu --groups "$1" --seconds $(($2 - 10)) \
-    --json "$out/$1.json" $smoke
+    --json "${3:-$out/$1.json}" $smoke
 }
 
 environment() {
@@ -60,7 +60,8 @@ export -f environment
 export python
 
 step environment 20 bash -c environment
-group first 60
+# Its one line is in the log.
+group first 60 /dev/null
 case $failed in
   # Where, and in which kernel.
   *first*) step first 90 compute-sanitizer --kernel-name-exclude kns=at:: \
@@ -68,15 +69,16 @@ case $failed in
 esac
 group targets 120
 group step 100
+group sweep 90
 # One call of attention at 4 bits: how much of the device it keeps busy, and with what.
 step profile 60 ncu --clock-control none -k regex:attend -c 1 --section SpeedOfLight \
   --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
   "$python" -m benchmarks.gpu --groups first --json "/dev/null" $smoke
-group checks 120
+group checks 100
 group store 60
 step tests 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_cache_static.py \
   tests/unit/test_cache_operations.py tests/unit/test_cache_engine_gpu.py tests/e2e/test_surroundings.py
-group matrix 150
+group matrix 120
 
 tar -czf "$out/kernels.tar.gz" -C "$TRITON_CACHE_DIR" .
 echo "== failed:${failed:- nothing}" | tee -a "$log"
