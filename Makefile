@@ -107,8 +107,8 @@ bench-vllm-gpu:
 # What does not depend on the machine's speed, but for the demo's tokens/s: an hour on two cores.
 results: setup
 	$(BIN)/sixfold demo --json docs/results/demo.json
-	for study in key_map key_map_chunks key_map_beginnings rotation trellis_choices recipe \
-	  reproduction long_context; do \
+	for study in key_map key_map_chunks key_map_beginnings key_map_unseen rotation trellis_choices \
+	  recipe reproduction long_context; do \
 	  $(BIN)/python -m benchmarks.$$study --json docs/results/$$study.json || exit 1; done
 	$(BIN)/python -m benchmarks.trellis --out docs/results
 	$(BIN)/python -m benchmarks.codes plain hard --windows 4 --json docs/results/codes.json

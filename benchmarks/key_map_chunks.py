@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from benchmarks.hard import with_outlier_channels
 from sixfold import KeyMaps, TurboQuantCache
@@ -92,19 +97,26 @@ def study(
     ]
 
 
-def models(path: str | None) -> tuple[dict[str, PreTrainedModel], Any]:
-    """What to measure, by name, and the tokenizer."""
-    if path is None:
+def models(
+    paths: list[str], dtype: str
+) -> Iterator[tuple[str, PreTrainedModel, PreTrainedTokenizerBase]]:
+    """What to measure: name, model and tokenizer."""
+    if not paths:
         plain, tokenizer = load_embedded()
-        return {"plain": plain, "outliers": with_outlier_channels(plain)}, tokenizer
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return {Path(path).name: model}, AutoTokenizer.from_pretrained(path)
+        yield "plain", plain, tokenizer
+        yield "outliers", with_outlier_channels(plain), tokenizer
+    for path in paths:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        yield Path(path).name, model, AutoTokenizer.from_pretrained(path)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """What every study of key maps can be told."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", help="a checkpoint's folder; default: the embedded models")
+    made.add_argument(
+        "--model", nargs="+", default=[], help="checkpoints; default: the embedded models"
+    )
+    made.add_argument("--dtype", default="float32", help="of checkpoints")
     made.add_argument("--file", type=Path, help="text; default: the package's own prose")
     made.add_argument("--windows", type=int, default=8)
     made.add_argument("--tokens", type=int, default=768)
@@ -112,18 +124,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: argparse.Namespace, study: Callable[..., Iterable[dict[str, Any]]]) -> None:
-    """Print the rows that `study` finds for every model and windows, and write them if asked to."""
-    chosen, tokenizer = models(arguments.model)
+def run(
+    arguments: argparse.Namespace, study: Callable[..., Iterable[dict[str, Any]]], spare: int = 1
+) -> None:
+    """Print the rows that `study` finds for every model and windows, and write them if asked to.
+
+    The last `spare` windows are what it makes maps of.
+    """
     text = arguments.file.read_text(encoding="utf-8") if arguments.file else haystack()
-    windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
     rows = []
-    for name, model in chosen.items():
+    for name, model, tokenizer in models(arguments.model, arguments.dtype):
+        windows = windows_of(tokenizer, text, arguments.tokens, arguments.windows)
         for row in study(model, windows):
             rows.append({"model": name, **row})
             print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
-        shape = [len(windows) - 1, arguments.tokens]
+        shape = [len(windows) - spare, arguments.tokens]
         document = {"machine": machine.describe(), "windows": shape, "rows": rows}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -77,6 +77,20 @@ def key_map_beginnings_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def key_map_unseen_table(results: dict[str, Any]) -> str:
+    """One row for every model and what its queries are taken to be."""
+    names = list(results["rows"][0]["kl"])
+    heads = ["model", "queries", "logit error", *(f"{name} bits" for name in names)]
+    lines = [table_row(heads), table_row(["---"] * 2 + ["---:"] * (1 + len(names)))]
+    for row in results["rows"]:
+        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
+        error = f"{row['logit_error']:.2f}"
+        lines.append(table_row([row["model"], row["queries"], error, *cells]))
+    windows, tokens = results["windows"]
+    lines += ["", f"{windows} windows of {tokens} tokens, the last third scored in chunks of 64."]
+    return "\n".join(lines)
+
+
 def rotation_table(results: dict[str, Any]) -> str:
     """One row for every kind of vector, dimension and width; a column for every round."""
     lines = [
@@ -397,6 +411,10 @@ BLOCKS = (
     *(
         Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_beginnings_table)
         for name in ("key_map_beginnings", "key_map_beginnings_smollm2")
+    ),
+    *(
+        Block(ROOT / "docs/key_map.md", RESULTS / f"{name}.json", name, key_map_unseen_table)
+        for name in ("key_map_unseen", "key_map_unseen_real")
     ),
     Block(ROTATE, RESULTS / "rotation.json", "rotation", rotation_table),
     *(block for block in OPTIONAL_BLOCKS if block.results.exists()),

@@ -8,9 +8,14 @@ from transformers import DynamicCache
 from benchmarks import key_map_chunks
 from benchmarks.key_map_beginnings import study as beginnings
 from benchmarks.key_map_chunks import study
+from benchmarks.key_map_unseen import study as unseen
 from sixfold.eval.perplexity import fill
 from tests.tiny import tiny_model
-from tools.render_results import key_map_beginnings_table, key_map_chunks_table
+from tools.render_results import (
+    key_map_beginnings_table,
+    key_map_chunks_table,
+    key_map_unseen_table,
+)
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -48,6 +53,21 @@ def test_a_map_of_one_page_is_compared_with_that_of_more() -> None:
     table = key_map_beginnings_table({"windows": [2, 220], "rows": rows})
     assert "| 64 tokens of another |" in table
     assert "2 windows of 220 tokens" in table
+
+
+def test_what_queries_are_taken_to_be_makes_other_maps() -> None:
+    model = tiny_model()
+    for layer in model.base_model.layers:
+        # Some channels loud, some silent.
+        layer.self_attn.k_proj.weight.data[::3] *= 4
+        layer.self_attn.k_proj.weight.data[1::3] /= 4
+    rows = [{"model": "tiny", **row} for row in unseen(model, windows())]
+    kls = [row["kl"]["2"] for row in rows]
+    assert all(kl > 0 for kl in kls)
+    assert len(set(kls)) == 4
+    table = key_map_unseen_table({"windows": [3, 220], "rows": rows})
+    assert "| tiny | seen |" in table
+    assert "3 windows of 220 tokens" in table
 
 
 @pytest.mark.parametrize(("chunk", "expected"), [(None, [20]), (8, [8, 8, 4])])
