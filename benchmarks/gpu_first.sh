@@ -4,7 +4,7 @@
 #     OUT=folder bash benchmarks/gpu_first.sh [STEP...]
 #
 # Steps: environment first targets step sweep profile checks store tests matrix; all of them by default,
-# in this order, ten minutes at most. Every step is a process of its own with a time limit, and what it
+# in this order, ten minutes at most (a look with the sanitizer left out). Every step is a process of its own with a time limit, and what it
 # finds is in $OUT as soon as it is found: a kernel that spoils the device for its process, or hangs,
 # costs its own step. $OUT gets one JSON a step that times or checks all, and log.txt.
 #
@@ -59,26 +59,26 @@ print(torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_na
 export -f environment
 export python
 
-step environment 20 bash -c environment
+step environment 15 bash -c environment
 # Its one line is in the log.
-group first 60 /dev/null
+group first 45 /dev/null
 case $failed in
   # Where, and in which kernel.
   *first*) step first 90 compute-sanitizer --kernel-name-exclude kns=at:: \
     "$python" -m benchmarks.gpu --groups first --json "/dev/null" ;;
 esac
-group targets 120
-group step 100
-group sweep 90
+group targets 100
+group step 80
+group sweep 70
 # One call of attention at 4 bits: how much of the device it keeps busy, and with what.
-step profile 60 ncu --clock-control none -k regex:attend -c 1 --section SpeedOfLight \
+step profile 40 ncu --clock-control none -k regex:attend -c 1 --section SpeedOfLight \
   --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
   "$python" -m benchmarks.gpu --groups first --json "/dev/null" $smoke
-group checks 100
-group store 60
-step tests 60 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_cache_static.py \
+group checks 80
+group store 45
+step tests 45 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_cache_static.py \
   tests/unit/test_cache_operations.py tests/unit/test_cache_engine_gpu.py tests/e2e/test_surroundings.py
-group matrix 120
+group matrix 75
 
 tar -czf "$out/kernels.tar.gz" -C "$TRITON_CACHE_DIR" .
 echo "== failed:${failed:- nothing}" | tee -a "$log"
