@@ -4,9 +4,10 @@
 #     OUT=folder bash benchmarks/gpu_first.sh [STEP...]
 #
 # Steps: environment first targets step sweep profile checks store tests matrix; all of them by default,
-# in this order, ten minutes at most (a look with the sanitizer left out). Every step is a process of its own with a time limit, and what it
-# finds is in $OUT as soon as it is found: a kernel that spoils the device for its process, or hangs,
-# costs its own step. $OUT gets one JSON a step that times or checks all, and log.txt.
+# in this order, in ten minutes at most (a look with the sanitizer left out). Every step is a process of
+# its own with a time limit, and what it finds is in $OUT as soon as it is found: a kernel that spoils the
+# device for its process, or hangs, costs its own step. $OUT gets one JSON a step that times or checks
+# all, and log.txt.
 #
 # PYTHON: the Python that has torch and Triton (python3). KERNELS: a .tar.gz of compiled kernels, as
 # this script leaves it in $OUT, unpacked where they were compiled. SMOKE=1: a dry run without a GPU.
@@ -65,7 +66,7 @@ group first 45 /dev/null
 case $failed in
   # Where, and in which kernel.
   *first*) step first 90 compute-sanitizer --kernel-name-exclude kns=at:: \
-    "$python" -m benchmarks.gpu --groups first --json "/dev/null" ;;
+    "$python" -m benchmarks.gpu --groups first --json /dev/null ;;
 esac
 group targets 100
 group step 80
@@ -73,7 +74,7 @@ group sweep 70
 # One call of attention at 4 bits: how much of the device it keeps busy, and with what.
 step profile 40 ncu --clock-control none -k regex:attend -c 1 --section SpeedOfLight \
   --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
-  "$python" -m benchmarks.gpu --groups first --json "/dev/null" $smoke
+  "$python" -m benchmarks.gpu --groups first --json /dev/null $smoke
 group checks 80
 group store 45
 step tests 45 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/unit/test_cache_static.py \
