@@ -274,7 +274,7 @@ REAL_NEEDLES_BLOCKS = tuple(
         f"needles_{model}",
         real_needles_table,
     )
-    for model in ("smollm2-135m", "gemma3-270m")
+    for model in ("qwen25-coder-1.5b", "smollm2-135m", "gemma3-270m")
 )
 REAL_BLOCKS = (
     Block(ROOT / "docs/evaluation.md", RESULTS / "real_texts.json", "real_texts", real_texts_table),
