@@ -12,10 +12,11 @@
 # PYTHON: the Python that has torch and Triton (python3). KERNELS: a .tar.gz of compiled kernels, as
 # this script leaves it in $OUT, unpacked where they were compiled. SMOKE=1: a dry run without a GPU.
 set -u
-cd "$(dirname "$0")/.." || exit
 out=${OUT:?set OUT to a folder for the results}
-python=${PYTHON:-python3}
 mkdir -p "$out" || exit
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.." || exit
 log=$out/log.txt
 smoke=${SMOKE:+--smoke}
 export PYTHONPATH=src:. PYTHONUNBUFFERED=1
@@ -24,7 +25,14 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/sixfold-triton}
 mkdir -p "$TRITON_CACHE_DIR"
 if [ -n "${KERNELS:-}" ]; then tar -xzf "$KERNELS" -C "$TRITON_CACHE_DIR"; fi
 
-chosen=${*:-environment first targets step sweep profile checks store tests matrix}
+steps="environment first targets step sweep profile checks store tests matrix"
+chosen=${*:-$steps}
+for name in $chosen; do
+  case " $steps " in
+    *" $name "*) ;;
+    *) echo "there is no step $name: expected some of $steps" >&2; exit 2 ;;
+  esac
+done
 failed=
 
 # step NAME SECONDS COMMAND...

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import whole
 from sixfold.packing import Bits, check_bits, is_paired, symbol_bits
 from sixfold.pair_grids import pair_grid, pair_mse
@@ -166,6 +167,7 @@ centroids._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
+@outside_inference_mode
 def _tensor(dim: int, bits: Bits, device: torch.device) -> Float32[Tensor, " levels *pair"]:
     book = (pair_grid if is_paired(bits) else lloyd_max)(dim, symbol_bits(bits))
     return torch.tensor(book, dtype=torch.float32, device=device)

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.arguments import device as checked_device
 from sixfold.hadamard import hadamard_factor
-from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.rotate import rotate
 
 RotationKind: TypeAlias = Literal["hadamard", "orthogonal"]
@@ -76,16 +76,15 @@ def _arrays(dim: int, kind: RotationKind, seed: int) -> tuple[_Array, _Array]:
 
 
 @lru_cache(maxsize=64)
+@outside_inference_mode
 def _tensors(
     dim: int, kind: RotationKind, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # Tensors made in inference mode would stay barred from autograd for every later caller.
-    with ordinary_tensors():
-        turns, factor = (
-            torch.tensor(array, dtype=torch.float32, device=device)
-            for array in _arrays(dim, kind, seed)
-        )
-        return turns, factor
+    turns, factor = (
+        torch.tensor(array, dtype=torch.float32, device=device)
+        for array in _arrays(dim, kind, seed)
+    )
+    return turns, factor
 
 
 def _known(device: Any) -> torch.device:

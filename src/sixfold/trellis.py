@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import choice
 from sixfold.errors import SixfoldError
 from sixfold.packing import Bits
@@ -118,6 +119,7 @@ def path_bytes(dim: int, bits: Bits) -> int:
 
 
 @lru_cache(typed=True)
+@outside_inference_mode
 def _table(
     dim: int, bits: Bits, device: torch.device
 ) -> tuple[Int64[Tensor, " dim"], Int64[Tensor, " dim"]]:
@@ -171,6 +173,7 @@ def quantile_codebook(states: int, multiplier: int, spread: float) -> Float32[Te
 
 
 @lru_cache(typed=True)
+@outside_inference_mode
 def codewords(states: int, bits: Bits, device: torch.device = _CPU) -> Float32[Tensor, " {states}"]:
     """What each state stands for, in standard deviations of a coordinate.
 

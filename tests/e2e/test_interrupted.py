@@ -723,3 +723,19 @@ def test_layers_filled_unevenly_are_not_attended(fused: bool) -> None:
     cache.update(*random_tokens(50, 0), 1)
     with pytest.raises(SixfoldError, match=r"cache\.recover"):
         forward(model, cache, data, 0, 100)
+
+
+def test_a_static_cache_refuses_gradients_of_keys_and_values() -> None:
+    """Of a model whose queries need none: they would be lost without a word."""
+    model = fresh_model("llama-64").requires_grad_(False)
+    model.lm_head.weight.requires_grad_()
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.requires_grad_()
+    data = batch((248, 248), steps=2)
+    cache = cache_for(model, fused=True)
+    with torch.no_grad():
+        forward(model, cache, data, 0, SEEN)
+    static = cache.static(400)
+    logits = model(data.ids[:, SEEN : SEEN + 1], **cache_argument(static)).logits
+    with pytest.raises(SixfoldError, match="a static cache computes no gradients"):
+        logits.sum().backward()

@@ -479,6 +479,15 @@ def test_derivatives_in_forward_mode_are_refused() -> None:
         layer.attend(x[:, :, :1], scaling=1.0)
         layer.compress(now=True)
         for holder in (layer, StaticLayer(layer, 300)):
-            with pytest.raises(SixfoldError, match="derivative in forward mode"):
-                holder.attend(dual[:, :, :1], scaling=1.0)
+            columns = 200 if holder is layer else 300
+            mask = torch.autograd.forward_ad.make_dual(
+                torch.zeros(2, 1, 1, columns), torch.ones(2, 1, 1, columns)
+            )
+            for query, options in (
+                (dual[:, :, :1], {}),
+                (x[:, :, :1], {"mask": mask}),
+                (x[:, :, :1], {"sink_logits": dual[0, :, 0, 0]}),
+            ):
+                with pytest.raises(SixfoldError, match="derivative in forward mode"):
+                    holder.attend(query, scaling=1.0, **options)
     assert layer.held == 200

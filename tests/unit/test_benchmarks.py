@@ -280,6 +280,20 @@ def test_what_fails_first_on_a_gpu_stops_nothing(tmp_path: Path) -> None:
     assert " matrix" not in log.splitlines()[-1]
 
 
+def test_a_step_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks/gpu_first.sh"
+    done = subprocess.run(
+        ["bash", str(script), "first", "sweeps"],
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no step sweeps" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_gpu_benchmark_runs_to_the_end_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("sixfold.kernels._triton", exc_type=ImportError)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import sixfold
-from sixfold.cache import CachePolicy
+from sixfold._surroundings import outside_autocast
+from sixfold.cache import CachePolicy, StaticLayer
 from sixfold.errors import SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from tests.layers import Shape, feed
+from tests.processes import printed
 from tests.tiny import tiny_model
 
 SOURCES = Path(sixfold.__file__).parent
@@ -168,3 +169,47 @@ def test_an_uncompressed_layer_follows_its_model() -> None:
                 cache.update(keys, values, layer)
     assert cache.layers[0].keys.device.type == "meta"
     assert cache.layers[0].get_seq_length() == 6
+
+
+INFERENCE = """
+import gc, torch, sixfold
+from sixfold.cache import CachePolicy, CompressedLayer
+
+@torch.inference_mode()
+def use_all(code):
+    x = torch.randn(1, 2, 200, 64)
+    for one in (
+        sixfold.TurboQuantMSE(64, 2.5), sixfold.TurboQuantProd(64, 3), sixfold.PolarQuant(64),
+        sixfold.QJL(64, 64), sixfold.QJL(64, 64, projection="gaussian"),
+        sixfold.TrellisQuantizer(64, 2.5), sixfold.TurboQuantMSE(64, 4, rotation="orthogonal"),
+    ):
+        one.scores(x[:, :, :2], one.encode(x))
+    layer = CompressedLayer(x, x, CachePolicy(4, 4, code=code))
+    layer.append(x.clone(), x.clone())
+    layer.attend(x[:, :, :1], scaling=1.0)
+    layer.compress(now=True)
+    layer.attend(x[:, :, :1], scaling=1.0)
+
+use_all("codebook")
+use_all("trellis")
+gc.collect()
+kept = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+print(len(kept) > 10, sum(x.is_inference() for x in kept))
+"""
+
+
+def test_nothing_that_is_kept_is_of_inference_mode() -> None:
+    """Tables serve whoever comes later, and autograd cannot save a tensor of that mode."""
+    assert printed(INFERENCE) == ["True", "0"]
+
+
+def test_a_static_layer_of_inference_mode_decodes_outside_of_it() -> None:
+    shape = Shape()
+    with torch.inference_mode():
+        layer = shape.layer(CachePolicy(fit_tokens=0))
+        feed(layer, shape.tokens(200))
+        static = StaticLayer(layer, 300)
+    query, keys, values = shape.tokens(1, seed=1)
+    static.append(keys, values)
+    static.attend(query, scaling=shape.scaling)
+    assert int(static.count) == 201

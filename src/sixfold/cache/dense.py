@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sixfold._surroundings import ordinary_tensors, outside_autocast
 from sixfold.arguments import floating, plain_floats
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import ordinary_tensors, outside_autocast
 
 
 def check_tokens(keys: Any, values: Any) -> None:

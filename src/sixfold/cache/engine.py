@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sixfold._surroundings import ordinary_tensors, outside_autocast
 from sixfold.arguments import MOST_COORDINATES, dense, float_dtype, floating, shown, whole
 from sixfold.arguments import device as checked_device
 from sixfold.cache.code import Code, page_code
@@ -22,7 +23,6 @@ from sixfold.cache.learning import ENOUGH, Learning
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.step import Part, Step
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import ordinary_tensors, outside_autocast
 from sixfold.kernels._groups import check_heads
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Past, Pool, Softmax, Tokens

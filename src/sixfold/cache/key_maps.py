@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import ordinary_tensors
 from sixfold.arguments import MOST_COORDINATES, floating, rows, settle, shown, whole
 from sixfold.cache.validate import check_map
 from sixfold.errors import FormatError, OutOfRangeError, ShapeError, SixfoldError
 from sixfold.io import TensorSpec, open_container, write_container
-from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.types import KeyMap
 
 KIND = "key-maps"

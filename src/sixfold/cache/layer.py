@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import float_dtype, floating, plain_floats, shown, whole
 from sixfold.arguments import rows as checked_rows
@@ -29,7 +30,6 @@ from sixfold.cache.pages import PagedHistory
 from sixfold.cache.policy import CachePolicy
 from sixfold.cache.prefix import Prefix, fitted_map
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.attention import exact_attention
 from sixfold.kernels.types import KeyMap, Mask, Past, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor
 
+from sixfold._surroundings import ordinary_tensors
 from sixfold.cache.memory import empty
 from sixfold.cache.slots import Lease, Slots
-from sixfold.kernels._autocast import ordinary_tensors
 from sixfold.kernels.types import Pages, Pool
 from sixfold.packing import PAGE_TOKENS
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.cache.affine import QueryEnergy
 from sixfold.cache.code import PageCode
 from sixfold.cache.coder import coders
@@ -18,7 +19,6 @@ from sixfold.cache.prefix import Prefix
 from sixfold.cache.validate import check_values
 from sixfold.errors import FormatError
 from sixfold.io import DTYPE_NAMES, TensorSpec
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.types import KeyMap
 from sixfold.packing import PAGE_TOKENS
 

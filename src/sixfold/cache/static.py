@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast, outside_inference_mode
 from sixfold.arguments import floating, shown, whole
 from sixfold.cache.affine import MIN_TOKENS
 from sixfold.cache.dense import DenseTokens, check_tokens
@@ -15,7 +16,6 @@ from sixfold.cache.layer import CompressedLayer
 from sixfold.cache.masks import with_hidden
 from sixfold.cache.pages import PagedHistory, Slab
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.types import Mask, Pages, Past, Softmax, Tokens
 from sixfold.packing import PAGE_TOKENS
 
@@ -39,6 +39,7 @@ class StaticLayer:
     """
 
     @outside_autocast
+    @outside_inference_mode
     def __init__(self, layer: CompressedLayer, max_tokens: int) -> None:
         """Copy what `layer` holds.
 

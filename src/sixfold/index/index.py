@@ -6,12 +6,14 @@ import threading
 import warnings
 import weakref
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast, outside_inference_mode
 from sixfold.arguments import MOST_SEED, choice, flag, whole
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, NOTICED, VectorCode
@@ -24,7 +26,6 @@ from sixfold.index.rows import Rows
 from sixfold.index.sample import SAMPLE, calibration_sample
 from sixfold.index.segment import bitmap
 from sixfold.index.state import PLACES, State
-from sixfold.kernels._autocast import outside_autocast, outside_inference_mode
 
 # Queries that are searched for at a time.
 QUERY_BLOCK = 1024
@@ -77,7 +78,8 @@ class Index:
         self._state = State(code, choice("metric", metric, get_args(Metric)))
         self._unseen: Tensor | None = None
         self._begin()
-        _indexes.add(weakref.ref(self, _indexes.discard))
+        # By number: subclasses may say when two are equal.
+        _indexes[id(self)] = weakref.ref(self, partial(_indexes.pop, id(self)))
 
     def _begin(self) -> None:
         # Held for a whole change; the other for as long as the table is read or changed.
@@ -532,11 +534,11 @@ def _bitmaps(state: State, slots: np.ndarray) -> list[np.ndarray]:
 # A child process has locks of its own: a thread that the fork left behind may hold the others.
 # No WeakSet: what it runs when an index goes is Python, in which a signal handler may raise, and
 # what is raised there is lost.
-_indexes: set[weakref.ref[Index]] = set()
+_indexes: dict[int, weakref.ref[Index]] = {}
 
 
 def _begin_all() -> None:
-    for living in list(_indexes):
+    for living in list(_indexes.values()):
         index = living()
         if index is not None:
             index._begin()

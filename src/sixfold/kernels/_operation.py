@@ -9,9 +9,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import dense, number_of, real, shown, whole
 from sixfold.errors import SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._signature import explain
 
 _P = ParamSpec("_P")

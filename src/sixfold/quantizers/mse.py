@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import choice, settle
 from sixfold.codebooks import centroids
 from sixfold.codes import MSECodes, checked
 from sixfold.kernels import decode as decoding
 from sixfold.kernels import encode as encoding
 from sixfold.kernels import scores as scoring
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits, check_bits
 from sixfold.quantizers._checks import check_queries, check_vectors

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast, outside_inference_mode
 from sixfold.arguments import sequence, settle, whole
 from sixfold.codebooks import polar_angles
 from sixfold.codes import PolarCodes, checked
 from sixfold.errors import SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import lookup
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels._wide import wide
@@ -22,6 +22,7 @@ from sixfold.rotation import Rotation
 
 
 @lru_cache
+@outside_inference_mode
 def _angles(level: int, bits: int, device: torch.device) -> Float32[Tensor, " levels"]:
     return torch.tensor(polar_angles(level, bits), dtype=torch.float32, device=device)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import settle
 from sixfold.codes import ProdCodes, checked
 from sixfold.errors import SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.packing import BITS, Bits, check_bits
 from sixfold.quantizers._checks import check_queries, check_vectors
 from sixfold.quantizers.mse import TurboQuantMSE

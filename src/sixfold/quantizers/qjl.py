@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast, outside_inference_mode
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.codes import QJLCodes, checked
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._codewords import expand
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels._wide import wide
@@ -29,6 +29,7 @@ _STREAM = 2
 
 
 @lru_cache(maxsize=64)
+@outside_inference_mode
 def _projection(
     dim: int, projections: int, kind: Projection, seed: int, device: torch.device
 ) -> Float32[Tensor, "{projections} {dim}"]:
@@ -146,5 +147,6 @@ class QJL:
 
 
 @lru_cache
+@outside_inference_mode
 def _signs(device: torch.device) -> Float32[Tensor, " 2"]:
     return torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)

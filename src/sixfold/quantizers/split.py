@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import MOST_COORDINATES, dense, settle, whole
 from sixfold.codes import SplitCodes, checked
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels._wide import wide
 from sixfold.kernels.encode import Scale

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_autocast
 from sixfold.arguments import choice, settle
 from sixfold.codes import TrellisCodes, checked
 from sixfold.kernels import trellis
-from sixfold.kernels._autocast import outside_autocast
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits
 from sixfold.quantizers._checks import check_queries, check_vectors

@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.eval.peers.scheme import FLOAT16, Scheme
 from sixfold.rotation import haar
 
 
 @lru_cache
+@outside_inference_mode
 def _projection(dim: int, bits: int) -> Float32[Tensor, "{bits} {dim}"]:
     """Rows of length sqrt(dim), orthogonal within each block of `dim` of them."""
     blocks = [haar(dim, 0, dim, block) for block in range(-(-bits // dim))]

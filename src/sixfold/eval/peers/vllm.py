@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.errors import SixfoldError
 from sixfold.eval.peers.fp8 import to_e4m3
 from sixfold.eval.peers.llama_cpp import hadamard
@@ -105,6 +106,7 @@ class VllmValues(Scheme):
 
 
 @lru_cache
+@outside_inference_mode
 def gaussian_levels(dim: int, bits: int) -> Float32[Tensor, " levels"]:
     """Levels for N(0, 1/dim) as vLLM finds them: Lloyd's iteration from equally spaced ones.
 

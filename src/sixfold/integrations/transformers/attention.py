@@ -101,13 +101,13 @@ class CodesHandle:
 class StaticHandle:
     """A `CodesHandle` of a static layer: one that torch.compile can trace, without the guards."""
 
-    def __init__(self, layer: StaticLayer) -> None:
-        self.layer = layer
+    def __init__(self, layer: StaticLayer, detached: bool) -> None:
+        self.layer, self.detached = layer, detached
 
     def attend(self, query: Tensor, **options: Any) -> Tensor:
         """Attention over all that the layer holds."""
         out = self.layer.attend(query, **options)
-        if torch.is_grad_enabled() and query.requires_grad:
+        if torch.is_grad_enabled() and (self.detached or query.requires_grad):
             return refuse_gradient(out, NO_GRADIENT)
         return out
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from sixfold._surroundings import ordinary_tensors, outside_inference_mode
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import flag, float_dtype, whole
 from sixfold.arguments import path as checked_path
@@ -62,7 +63,6 @@ from sixfold.integrations.transformers.storage import (
 )
 from sixfold.integrations.transformers.summary import summary
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
-from sixfold.kernels._autocast import ordinary_tensors, outside_inference_mode
 from sixfold.kernels._dispatch import slow_kernels
 from sixfold.kernels.types import CodeName
 from sixfold.packing import Bits, check_bits

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import dense, shown, whole
 from sixfold.errors import OutOfRangeError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import untraced
@@ -16,7 +17,6 @@ from sixfold.integrations.transformers.config import STATES_IN_MODULES, decoder_
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from sixfold.integrations.transformers.passes import ForwardPass
 from sixfold.integrations.transformers.static import StaticTurboQuantLayer
-from sixfold.kernels._autocast import outside_inference_mode
 
 
 class CountedCache(Cache):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.errors import SixfoldError
 from sixfold.integrations.transformers.combined import IndexedTurboQuantLayer
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -326,6 +327,7 @@ def _mark(state: Tensor) -> int | Tensor:
 
 
 @lru_cache(maxsize=64)
+@outside_inference_mode
 def _places(count: int, device: torch.device) -> Tensor:
     """Where a state of so many numbers is looked at: at no steps that an axis could share.
 

@@ -15,6 +15,8 @@ class StaticTurboQuantLayer(TurboQuantLayer):
     """One attention layer of fixed size: it decodes, a token a step."""
 
     is_croppable = False
+    # Whether tokens held came with a graph, which is not kept.
+    detached: bool
 
     def __init__(self, layer: TurboQuantLayer, max_tokens: int) -> None:
         """Copy the tokens of `layer`.
@@ -33,6 +35,7 @@ class StaticTurboQuantLayer(TurboQuantLayer):
         store = layer.store.fork()
         store.compress(now=True)
         self.static = StaticLayer(store, max_tokens)
+        self.detached = store.detached
         self.device, self.dtype = store.padding.device, store.window.keys.dtype
         self.is_initialized = True
 
@@ -49,7 +52,9 @@ class StaticTurboQuantLayer(TurboQuantLayer):
             key_states = key_states.to(self.static.window_keys.dtype)
             value_states = value_states.to(self.static.window_values.dtype)
         self.static.append(key_states, value_states)
-        handle = StaticHandle(self.static)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self.detached = True
+        handle = StaticHandle(self.static, self.detached)
         return handle, handle
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.errors import FormatError
 
 # What a digest begins with says how it was made. Earlier versions wrote "all:", blind to an even
@@ -245,6 +246,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@outside_inference_mode
 def _factors(device: torch.device) -> Tensor:
     """Odd numbers of 64 bits, the same on every machine (SplitMix64)."""
     mask, found = 2**64 - 1, []

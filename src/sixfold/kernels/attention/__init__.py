@@ -13,7 +13,7 @@ from sixfold.kernels._operation import (
     checked_softcap,
     checked_window,
     operation,
-    plain,
+    plain_dense,
 )
 from sixfold.kernels.attention import reference
 from sixfold.kernels.attention.dense import dense_attention, exact_attention, with_sinks
@@ -82,10 +82,10 @@ def _checked(softmax: Softmax) -> Softmax:
     scaling, mask, sliding_window, softcap, sinks = softmax
     return Softmax(
         checked_scaling(scaling),
-        mask if mask is None else plain(mask),
+        mask if mask is None else plain_dense("mask", mask),
         checked_window(sliding_window),
         softcap if softcap is None else checked_softcap(softcap),
-        sinks if sinks is None else plain(sinks),
+        sinks if sinks is None else plain_dense("sink_logits", sinks),
     )
 
 

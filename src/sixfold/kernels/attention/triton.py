@@ -14,6 +14,7 @@ import triton
 from jaxtyping import Float32, Int
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.errors import ShapeError
 from sixfold.kernels._groups import check_heads, half_bits, mask_strides, page_sizes
 from sixfold.kernels._tables import check_pages
@@ -249,6 +250,7 @@ def _levels(book: Tensor, bits: Bits, code: CodeName) -> Tensor:
 
 
 @lru_cache(typed=True)
+@outside_inference_mode
 def _half_codewords(bits: Bits, device: torch.device) -> Tensor:
     return codewords(PAGE_STATES, bits, device).half()
 

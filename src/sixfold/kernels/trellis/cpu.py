@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int16, UInt8
 from torch import Tensor
 
+from sixfold._surroundings import outside_inference_mode
 from sixfold.errors import ShapeError
 from sixfold.kernels._groups import DTYPES, LAYOUTS, SCALES, address, memory, rotation_group
 from sixfold.kernels._native import compiled
@@ -56,6 +57,7 @@ def search_of(codewords: Tensor, bits: Bits) -> Search:
 
 
 @lru_cache(typed=True)
+@outside_inference_mode
 def _made_search(numbers: bytes, bits: Bits) -> Search:
     codewords = torch.frombuffer(bytearray(numbers), dtype=torch.float32)
     # Kernels find the costs of states of opposite bits together.
