@@ -13,10 +13,13 @@ import sixfold
 from sixfold._surroundings import outside_autocast
 from sixfold.cache import CachePolicy, StaticLayer
 from sixfold.errors import SixfoldError
+from sixfold.kernels.rotate import rotate
+from sixfold.rotation import Rotation
 from tests.layers import Shape, feed
 from tests.processes import printed
 from tests.tiny import tiny_model
 
+CPU = torch.device("cpu")
 SOURCES = Path(sixfold.__file__).parent
 FACTORIES = {
     *("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace"),
@@ -213,3 +216,12 @@ def test_a_static_layer_of_inference_mode_decodes_outside_of_it() -> None:
     static.append(keys, values)
     static.attend(query, scaling=shape.scaling)
     assert int(static.count) == 201
+
+
+def test_what_inference_mode_cannot_do_is_said_by_torch() -> None:
+    """The arguments fit together: how they were made is another matter."""
+    tables = Rotation(64).turns(CPU), Rotation(64).factor(CPU)
+    with torch.inference_mode():
+        turns, factor = (x.clone() for x in tables)
+    with pytest.raises(RuntimeError, match=r"^Inference tensors cannot be saved"):
+        rotate(torch.randn(3, 64, requires_grad=True), turns, factor)

@@ -28,7 +28,7 @@ def explain(annotations: Mapping[str, Any], given: Mapping[str, Any], error: Exc
         _check_all(given, annotations)
     except SixfoldError as reason:
         raise reason from error
-    if type(error) not in _OF_ARGUMENTS or "alloc" in str(error):
+    if type(error) not in _OF_ARGUMENTS or any(word in str(error) for word in _OF_OTHERS):
         raise error
     found = ", ".join(f"{name} {_described(value)}" for name, value in given.items())
     words = str(error).partition("\n")[0]
@@ -36,11 +36,14 @@ def explain(annotations: Mapping[str, Any], given: Mapping[str, Any], error: Exc
 
 
 # What Python and PyTorch raise for arguments: errors of devices and compilers are subclasses of
-# these. A lack of memory has none of its own on a CPU, and is told by its text.
+# these.
 _OF_ARGUMENTS = (
     *(TypeError, ValueError, IndexError, KeyError, AttributeError),
     *(RuntimeError, NotImplementedError, ZeroDivisionError, OverflowError),
 )
+# Told by their text, as they have no types of their own: a lack of memory on a CPU, and tensors of
+# inference mode that autograd cannot save.
+_OF_OTHERS = "alloc", "Inference tensor"
 
 
 def _described(value: Any) -> str:
