@@ -15,6 +15,7 @@ from torch import Tensor
 import sixfold
 import sixfold.cache
 from sixfold.cache import CachePolicy, CompressedLayer
+from sixfold.integrations.transformers.keyword import cache_argument
 from tests.layers import Shape, feed
 from tests.tiny import tiny_model
 
@@ -118,7 +119,7 @@ def everything() -> None:
     feed(layer.fork(), NEXT)
     model = tiny_model()
     cache = sixfold.TurboQuantCache.for_model(model)
-    model(torch.arange(2, 300)[None], past_key_values=cache)
+    model(torch.arange(2, 300)[None], **cache_argument(cache))
     cache.static(400)
     sixfold.TurboQuantCache.for_model(model, key_map=cache.key_maps())
     # Of tables that nobody has made before.

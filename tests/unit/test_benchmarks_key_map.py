@@ -1,5 +1,7 @@
 """The study of chunks and key maps, at sizes that take no time."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ def test_a_map_of_one_page_is_compared_with_that_of_more() -> None:
 
 
 def test_what_queries_are_taken_to_be_makes_other_maps() -> None:
-    model = tiny_model()
+    model = copy.deepcopy(tiny_model())
     for layer in model.base_model.layers:
         # Some channels loud, some silent.
         layer.self_attn.k_proj.weight.data[::3] *= 4
