@@ -175,6 +175,15 @@ def random(*size: int, device: torch.device, seed: int) -> Tensor:
     ).bfloat16()
 
 
+def inputs(
+    batch: int, tokens: int, shape: Shape, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A query of every sequence, and keys and values of a context."""
+    held = batch, shape.kv_heads, tokens, shape.dim
+    keys, values = (random(*held, device=device, seed=seed) for seed in (1, 2))
+    return random(batch, shape.heads, 1, shape.dim, device=device, seed=3), keys, values
+
+
 def logits_contenders(
     batch: int, tokens: int, bits: tuple[Bits, ...], shape: Shape, device: torch.device
 ) -> Iterator[tuple[Contender, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_cases import CHUNK, Code, Shape, random
+from benchmarks.gpu_cases import CHUNK, Code, Shape, inputs
 from sixfold.cache import CachePolicy, CompressedLayer, StaticLayer
 
 Call: TypeAlias = Callable[[], Any]
@@ -23,15 +23,14 @@ def compressed_step(
     policy = CachePolicy(code.bits, code.bits, code=code.name)
     layer = None
     for start in range(0, tokens, CHUNK):
-        count = min(CHUNK, tokens - start)
-        keys, values = _tokens(batch, count, shape, device, start)
+        _, keys, values = inputs(batch, min(CHUNK, tokens - start), shape, device)
         layer = layer or CompressedLayer(keys[:, :, :0], values[:, :, :0], policy)
         layer.append(keys, values)
         layer.compress()
     assert layer is not None
     held = sum(x.nbytes for x in layer.tensors())
     static = StaticLayer(layer, tokens + ROOM)
-    query, (key, value) = _query(batch, shape, device), _tokens(batch, 1, shape, device, 1)
+    query, key, value = inputs(batch, 1, shape, device)
 
     def step() -> Tensor:
         static.append(key, value)
@@ -42,8 +41,8 @@ def compressed_step(
 
 def plain_step(batch: int, tokens: int, shape: Shape, device: torch.device) -> tuple[Call, int]:
     """The same in bfloat16: write a token where there is room for it, and PyTorch's attention."""
-    keys, values = _tokens(batch, tokens, shape, device, 0)
-    query, (key, value) = _query(batch, shape, device), _tokens(batch, 1, shape, device, 1)
+    query, keys, values = inputs(batch, tokens, shape, device)
+    _, key, value = inputs(batch, 1, shape, device)
     place = torch.tensor([tokens - 1], device=device)
 
     def step() -> Tensor:
@@ -70,15 +69,3 @@ def launches(call: Call) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == torch._C._autograd.DeviceType.CUDA for event in found.events())
-
-
-def _query(batch: int, shape: Shape, device: torch.device) -> Tensor:
-    return random(batch, shape.heads, 1, shape.dim, device=device, seed=3)
-
-
-def _tokens(
-    batch: int, count: int, shape: Shape, device: torch.device, seed: int
-) -> tuple[Tensor, Tensor]:
-    size = batch, shape.kv_heads, count, shape.dim
-    keys, values = (random(*size, device=device, seed=2 * seed + n) for n in (1, 2))
-    return keys, values

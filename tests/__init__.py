@@ -7,7 +7,7 @@ import torch
 try:
     from beartype import BeartypeConf, FrozenDict, beartype
 except ImportError:
-    # A machine with a GPU may be lent for minutes, and have no more than torch and pytest.
+    # A machine with a GPU may have no more than torch and pytest.
     if not torch.cuda.is_available():
         raise
 

@@ -269,8 +269,8 @@ def test_what_fails_first_on_a_gpu_stops_nothing(tmp_path: Path) -> None:
         check=False,
     )
     groups = {"step", "sweep", "checks", "store", "matrix"}
-    # As many as a machine that is lent may give back.
     assert {path.stem for path in out.glob("*.json")} == groups
+    # Few, with a log and the kernels: where a machine is not one's own, more may not come back.
     assert len(list(out.iterdir())) + 1 <= 8
     log = (out / "log.txt").read_text(encoding="utf-8")
     assert "== targets: status 137" in log
