@@ -4,6 +4,7 @@ No document states a number that no committed file holds: a test runs this and e
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import needles
@@ -31,35 +32,51 @@ from tools.real_speed import longest_table, real_speed_table
 from tools.real_texts import real_texts_table
 
 
-def key_map_table(results: dict[str, Any]) -> str:
-    """One row for every variant of the map, on the plain and on the hard model."""
-    names = list(results["rows"][0]["kl"])
+def _kl_table(
+    results: dict[str, Any],
+    names: list[str],
+    numbers: list[str],
+    cells: Callable[[dict[str, Any]], list[str]],
+    scored: str = "the second half scored",
+) -> str:
+    """Rows of mean KL by width, after columns of `names` and of `numbers` that `cells` fills."""
+    widths = list(results["rows"][0]["kl"])
     lines = [
-        table_row(["model", "scaled channels", *(f"{name} bits" for name in names)]),
-        table_row(["---", "---", *["---:"] * len(names)]),
+        table_row([*names, *numbers, *(f"{width} bits" for width in widths)]),
+        table_row(["---"] * len(names) + ["---:"] * (len(numbers) + len(widths))),
     ]
     for row in results["rows"]:
-        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
-        lines.append(table_row([row["model"], row["variant"], *cells]))
+        kl = [f"{row['kl'][w]:.4f} ± {row['standard_error'][w]:.4f}" for w in widths]
+        lines.append(table_row([*cells(row), *kl]))
     windows, tokens = results["windows"]
-    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{windows} windows of {tokens} tokens, {scored}."])
+
+
+def key_map_table(results: dict[str, Any]) -> str:
+    """One row for every variant of the map, on the plain and on the hard model."""
+    names = ["model", "scaled channels"]
+    return _kl_table(results, names, [], lambda row: [row["model"], row["variant"]])
 
 
 def key_map_chunks_table(results: dict[str, Any]) -> str:
     """One row for every way a prompt comes in and every map, on every model."""
-    names = list(results["rows"][0]["kl"])
-    heads = ["model", "prompt", "map", "codes unlike", *(f"{name} bits" for name in names)]
-    lines = [table_row(heads), table_row(["---"] * 3 + ["---:"] * (1 + len(names)))]
-    for row in results["rows"]:
+
+    def cells(row: dict[str, Any]) -> list[str]:
         chunk = row["chunk"]
         prompt = {0: "one piece", 1: "token by token"}.get(chunk, f"chunks of {chunk}")
-        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
-        share = f"{row['differing']:.2%}"
-        lines.append(table_row([row["model"], prompt, row["map"], share, *cells]))
-    windows, tokens = results["windows"]
-    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
-    return "\n".join(lines)
+        return [row["model"], prompt, row["map"], f"{row['differing']:.2%}"]
+
+    return _kl_table(results, ["model", "prompt", "map"], ["codes unlike"], cells)
+
+
+def key_map_unseen_table(results: dict[str, Any]) -> str:
+    """One row for every model and what its queries are taken to be."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [row["model"], row["queries"], f"{row['logit_error']:.2f}"]
+
+    scored = "the last third scored in chunks of 64"
+    return _kl_table(results, ["model", "queries"], ["logit error"], cells, scored)
 
 
 def key_map_beginnings_table(results: dict[str, Any]) -> str:
@@ -74,20 +91,6 @@ def key_map_beginnings_table(results: dict[str, Any]) -> str:
         lines.append(table_row([what, *cells]))
     windows, tokens = results["windows"]
     lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
-    return "\n".join(lines)
-
-
-def key_map_unseen_table(results: dict[str, Any]) -> str:
-    """One row for every model and what its queries are taken to be."""
-    names = list(results["rows"][0]["kl"])
-    heads = ["model", "queries", "logit error", *(f"{name} bits" for name in names)]
-    lines = [table_row(heads), table_row(["---"] * 2 + ["---:"] * (1 + len(names)))]
-    for row in results["rows"]:
-        cells = [f"{row['kl'][n]:.4f} ± {row['standard_error'][n]:.4f}" for n in names]
-        error = f"{row['logit_error']:.2f}"
-        lines.append(table_row([row["model"], row["queries"], error, *cells]))
-    windows, tokens = results["windows"]
-    lines += ["", f"{windows} windows of {tokens} tokens, the last third scored in chunks of 64."]
     return "\n".join(lines)
 
 

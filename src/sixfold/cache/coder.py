@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sixfold._surroundings import outside_inference_mode
 from sixfold.cache.policy import CachePolicy, code_of
 from sixfold.codebooks import centroids
 from sixfold.kernels.types import CodeName, Coding, Scale, row_symbols
@@ -46,7 +45,6 @@ class Coder:
 
 
 @lru_cache(maxsize=64)
-@outside_inference_mode
 def _coding(
     dim: int, bits: Bits, seed: int, scale: Scale, code: CodeName, device: torch.device
 ) -> Coding:

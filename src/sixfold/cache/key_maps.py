@@ -169,7 +169,7 @@ def _checked(layer: int, pair: Any) -> tuple[Tensor, Tensor]:
 
 def _own(x: Float[Tensor, "heads dim"]) -> Float32[Tensor, "heads dim"]:
     # What inference mode makes cannot be used outside of it by autograd.
-    with ordinary_tensors(), torch.no_grad():
+    with ordinary_tensors():
         own = torch.empty(x.shape, dtype=torch.float32, device="cpu")
         return own.copy_(x.detach())
 
