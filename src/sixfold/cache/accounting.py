@@ -86,8 +86,8 @@ def cache_nbytes(
 
     Returns:
         Exactly `TurboQuantCache.nbytes` of such a cache, its shared tables counted once, where
-        every sequence has a key map of its own. (Where attention is not fused no queries are seen,
-        which saves a few bytes before the first page.)
+        every sequence has a key map of its own. (Where no queries are seen, that saves a few bytes
+        before the first page.)
 
     Raises:
         SixfoldError: `shapes` are no `LayerShape`, or a number is none.

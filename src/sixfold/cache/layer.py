@@ -198,7 +198,7 @@ class CompressedLayer:
         if prefix is not None and prefix.assumed:
             prefix = prefix.settled(mask)
         if prefix is None:
-            self._observe(query, mask)
+            self.observe(query, mask)
             out = exact_attention(
                 query,
                 window.keys,
@@ -431,14 +431,28 @@ class CompressedLayer:
 
     @outside_autocast
     @torch.no_grad()
-    def _observe(
-        self, query: Float[Tensor, "batch heads queries key_dim"], mask: Mask | None
+    def observe(
+        self,
+        query: Float[Tensor, "batch heads queries key_dim"],
+        mask: Mask | None = None,
+        shown: bool = True,
     ) -> None:
-        """Until codes exist: count left padding and the energy of the queries."""
-        self.observed |= query.shape[2] == self.length
-        valid = valid_tokens(mask, query.shape[2], query.shape[0])
-        if valid is not None:
-            before = self.length - query.shape[2]
+        """Until codes exist: count left padding and the energy of the queries.
+
+        Args:
+            query: Queries of the last tokens appended.
+            mask: Attended tokens, the last column the newest; all of them without.
+            shown: Whether that is known; otherwise keys have to show the padding.
+        """
+        batch, _, queries, _ = query.shape
+        if shown:
+            self.observed |= queries == self.length
+            valid = valid_tokens(mask, queries, batch)
+        else:
+            places = torch.arange(-queries, 0, device=query.device) + self.window.tokens
+            valid = places >= leading_padding(self.window.keys)[:, None]
+        if shown and valid is not None:
+            before = self.length - queries
             self.window = self.window.masked(valid)
             leading = (valid.cumsum(1) == 0).sum(1)
             self.padding = torch.where(self.padding == before, before + leading, self.padding)

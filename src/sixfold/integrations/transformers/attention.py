@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from sixfold.cache import CompressedLayer, StaticLayer
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.errors import UnsupportedModelError
+from sixfold.integrations.transformers.watch import unwatched
 from sixfold.kernels.attention import exact_attention
 
 _recorder: Any = None
@@ -186,6 +187,7 @@ def attention_forward(
             **kwargs,
         )
     else:
+        key = unwatched(key, query, attention_mask)
         out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
 

@@ -29,6 +29,7 @@ from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
     check_decoder,
     coded_dims,
+    decoder_config,
     fusable_layers,
     layer_types,
 )
@@ -62,6 +63,7 @@ from sixfold.integrations.transformers.storage import (
     save_cache,
 )
 from sixfold.integrations.transformers.summary import summary
+from sixfold.integrations.transformers.watch import WATCHED
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
 from sixfold.kernels._dispatch import slow_kernels
 from sixfold.kernels.types import CodeName
@@ -142,6 +144,8 @@ class TurboQuantCache(CountedCache):
         self.config = config
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._prompt: weakref.ref[torch.nn.Module] | None = None
+        self._waiting: TurboQuantLayer | None = None
+        self._compiled = False
         types, kwargs = layer_types(config)
         per_layer = {} if per_layer is None else per_layer
         policies = layer_policies(len(types), policy, skip_layers, per_layer)
@@ -250,12 +254,14 @@ class TurboQuantCache(CountedCache):
             return self._update_traced(key_states, value_states, layer_idx)
         check_tokens(key_states, value_states)
         layer_idx = self._number(layer_idx)
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         # Most are: to ask an abstract class what it has instances of takes time.
         usual = type(layer) is TurboQuantLayer
         if not usual and not isinstance(layer, TurboQuantLayer):
             check_dtype(layer, key_states)
             follow(layer, key_states.device)
+        elif not layer.fused:
+            self._watch(layer)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -263,6 +269,16 @@ class TurboQuantCache(CountedCache):
             before = self._pass.before
             layer.arrived(self._text if before is None else before, key_states.shape[2])
         return updated
+
+    def _watch(self, layer: TurboQuantLayer) -> None:
+        """Let a layer that hands out dense keys wait for their queries, if it will meet any."""
+        if self._waiting is not None:
+            # Its queries were not seen, or it has compressed already.
+            self._waiting.settle()
+        self._waiting = None if layer.mapped else layer
+        if not layer.mapped:
+            kind = decoder_config(self.config)._attn_implementation
+            layer.watched = kind in WATCHED and not self._compiled
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
@@ -276,7 +292,7 @@ class TurboQuantCache(CountedCache):
                 )
             return layer.update(keys, values)
         # A growing layer is Python's business: the graph is interrupted.
-        updated: tuple[Any, Any] = _untraced(self.update, keys, values, index)
+        updated: tuple[Any, Any] = _update_untraced(self, keys, values, index)
         return updated
 
     def recover(self, tokens: int | None = None) -> int:
@@ -514,7 +530,7 @@ class TurboQuantCache(CountedCache):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [forked(layer) for layer in self.layers]
-        twin._pass = self._pass.copy(self.layers)
+        twin._pass, twin._waiting = self._pass.copy(self.layers), None
         return twin
 
     def static(self, max_tokens: int) -> "TurboQuantCache":
@@ -538,7 +554,7 @@ class TurboQuantCache(CountedCache):
         # What inference mode makes cannot be changed outside of it.
         with ordinary_tensors(), torch.no_grad():
             twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
-        twin._pass = ForwardPass(self._pass.growing)
+        twin._pass, twin._waiting = ForwardPass(self._pass.growing), None
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -642,10 +658,17 @@ class TurboQuantCache(CountedCache):
         self._check_carried("a copy")
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
         # Nor can states that it has read be told from its copies.
-        own = {"_model": None, "_prompt": None, "_pass": self._pass.copy(self.layers)}
+        own = {
+            "_model": None,
+            "_prompt": None,
+            "_waiting": None,
+            "_pass": self._pass.copy(self.layers),
+        }
         return {**self.__dict__, **own}
 
 
 @untraced
-def _untraced(function: Any, *args: Any) -> Any:
-    return function(*args)
+def _update_untraced(cache: TurboQuantCache, *args: Any) -> Any:
+    # What is handed to a graph are plain tensors.
+    cache._compiled = True
+    return cache.update(*args)

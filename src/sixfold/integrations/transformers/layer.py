@@ -16,6 +16,7 @@ from sixfold.cache.code import MakeCode, page_code
 from sixfold.cache.state import layer_state, restore_layer
 from sixfold.errors import FormatError, SixfoldError, UnsupportedModelError
 from sixfold.integrations.transformers.attention import CodesHandle, as_autocast
+from sixfold.integrations.transformers.watch import Watch
 from sixfold.kernels.types import KeyMap
 
 # A batch is never so large: a mistake that would be noticed by the memory it takes.
@@ -46,7 +47,10 @@ class TurboQuantLayer(CacheLayerMixin):
         # Of all sequences; None to fit one to each.
         self.key_map: KeyMap | None = None
         self.record_past = False
-        self.store: CompressedLayer | None = None
+        # Whether the attention that gets dense keys of this layer can be watched.
+        self.watched = False
+        self._watch: Watch | None = None
+        self._store: CompressedLayer | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn batch, heads, dims, dtype and device from the first tokens.
@@ -63,10 +67,27 @@ class TurboQuantLayer(CacheLayerMixin):
         like, kind = (key_states, value_states), (self.policy, self.sliding_window)
         self.adopt(CompressedLayer(*like, *kind, self.key_map, self.make_code, self.fit))
 
+    @property
+    def store(self) -> CompressedLayer | None:
+        """What holds the tokens; None while there are none."""
+        self.settle()
+        return self._store
+
+    @property
+    def mapped(self) -> bool:
+        """Whether there is a key map: queries that come later change nothing."""
+        return self._store is not None and self._store.prefix is not None
+
+    def settle(self) -> None:
+        """Compress tokens that have waited for their queries until now."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.end()
+
     def adopt(self, store: CompressedLayer) -> None:
         """Hold `store`, which may have been filled elsewhere."""
         store.record_past = self.record_past
-        self.store = store
+        self._store, self._watch = store, None
         self.device, self.dtype = store.padding.device, store.window.keys.dtype
         self.is_initialized = True
 
@@ -76,9 +97,11 @@ class TurboQuantLayer(CacheLayerMixin):
         """Add tokens; returns a handle for the fused attention, or all tokens dequantized."""
         if torch._C._is_any_autocast_enabled():
             key_states, value_states = as_autocast(key_states), as_autocast(value_states)
-        if self.store is None:
+        if self._watch is not None:
+            self.settle()
+        if self._store is None:
             self.lazy_initialization(key_states, value_states)
-        store = self.store
+        store = self._store
         assert store is not None
         key_states, value_states = self._reconciled(store, key_states, value_states)
         if self.fused:
@@ -86,11 +109,15 @@ class TurboQuantLayer(CacheLayerMixin):
             store.extend(key_states, value_states)
             handle = CodesHandle(store, key_states.shape[2])
             return handle, handle
-        masked, _ = self.get_mask_sizes(key_states.shape[2])
+        new = key_states.shape[2]
+        masked, _ = self.get_mask_sizes(new)
         store.extend(key_states, value_states)
-        keys, values = store.dequantized()
+        keys, values = (x[:, :, -masked:] for x in store.dequantized())
+        if self.watched and store.prefix is None:
+            self._watch = Watch(store, new)
+            return self._watch.keys(keys), values
         store.compress()
-        return keys[:, :, -masked:], values[:, :, -masked:]
+        return keys, values
 
     def _reconciled(
         self, store: CompressedLayer, keys: Tensor, values: Tensor
@@ -118,14 +145,14 @@ class TurboQuantLayer(CacheLayerMixin):
         Transformers makes one mask for all sliding layers: each must want what an uncompressed
         one would, though some hold more (whole pages, or a past that may be cropped back to).
         """
-        if self.store is None:
+        store = self._store
+        if store is None:
             return query_length, 0
-        visible = self.store.visible
-        return visible + query_length, self.store.length - visible
+        return store.visible + query_length, store.length - store.visible
 
     def get_seq_length(self) -> int:
         """Tokens seen a sequence."""
-        return self.store.length if self.store else 0
+        return self._store.length if self._store else 0
 
     def get_max_length(self) -> int:
         """The sliding window, or -1: no limit."""
@@ -133,7 +160,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.store = None
+        self._store = self._watch = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -246,23 +273,24 @@ class TurboQuantLayer(CacheLayerMixin):
     def fork(self) -> Self:
         """A layer that continues from the same tokens and shares their pages."""
         twin = type(self)(self.policy, self.sliding_window, self.fused)
+        store = self.store
         twin.__dict__.update(self.__dict__)
-        twin.store = self.store.fork() if self.store else None
+        twin._store = store.fork() if store else None
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # By value, as in a file: processes would share tensors, and write to each other's.
-        store = None
-        if self.store is not None:
-            store = _saved((*layer_state(self.store), self.store.detached))
+        held, store = self.store, None
+        if held is not None:
+            store = _saved((*layer_state(held), held.detached))
         key_map = None if self.key_map is None else _saved(self.key_map[:2])
-        return {**self.__dict__, "store": store, "key_map": key_map}
+        return {**self.__dict__, "_store": store, "key_map": key_map}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         key_map = state.get("key_map")
-        self.__dict__.update(state, store=None, key_map=key_map and KeyMap(*_loaded(key_map)))
-        if state["store"] is not None:
-            description, tensors, detached = _loaded(state["store"])
+        self.__dict__.update(state, _store=None, key_map=key_map and KeyMap(*_loaded(key_map)))
+        if state["_store"] is not None:
+            description, tensors, detached = _loaded(state["_store"])
             spec = self.policy, self.sliding_window, self.key_map
             store = restore_layer(description, tensors, *spec)
             store.detached, store.fit = detached, self.fit

@@ -1,0 +1,193 @@
+"""Attention that is not ours shows its queries to a cache that hands out dense keys."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sixfold import TurboQuantCache
+from sixfold.eval.embedded import haystack, load_embedded
+from sixfold.integrations.transformers.keyword import cache_argument
+from sixfold.integrations.transformers.layer import TurboQuantLayer
+from tests.e2e.decoding import batch, forward, fused_cache, relative_error
+from tests.e2e.models import ARCHITECTURES, fresh_model, tiny_model
+
+pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
+
+SHOWN = ["sdpa", "eager"]
+# What is multiplied with queries is not what is cached (latents), or was cached by another layer.
+OTHERWISE = [name for name, x in ARCHITECTURES.items() if x.dequantized]
+KEYS = torch.randn(1, 2, 320, 32, generator=torch.Generator().manual_seed(0))
+
+
+def layers(cache: TurboQuantCache) -> list[TurboQuantLayer]:
+    return cache.compressed_layers
+
+
+def scales(cache: TurboQuantCache) -> list[Tensor]:
+    return [x.store.prefix.key_map.scale for x in layers(cache)]
+
+
+def shown(name: str, attention: str) -> PreTrainedModel:
+    model = fresh_model(name)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("the model has no such attention")
+    model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.mark.parametrize("attention", SHOWN)
+@pytest.mark.parametrize("name", [x for x in ARCHITECTURES if x not in OTHERWISE])
+@pytest.mark.parametrize("chunks", [(248,), (100, 101, 47)], ids=["at-once", "chunked"])
+def test_queries_are_those_of_attention_on_codes(
+    name: str, attention: str, chunks: tuple[int, ...]
+) -> None:
+    """Padding left out, heads grouped, whatever the windows, sinks and soft-caps."""
+    model, data, start = shown(name, attention), batch(steps=1), 0
+    fused = fused_cache(name, fit_tokens=500)
+    plain = TurboQuantCache(model.config, 8, fit_tokens=500)
+    for count in chunks:
+        forward(tiny_model(name, "sixfold"), fused, data, start, start + count)
+        forward(model, plain, data, start, start + count)
+        start += count
+    for layer, expected in zip(layers(plain), layers(fused), strict=True):
+        found = layer.store.query_energy.squares
+        # What later layers are asked differs by rounding.
+        torch.testing.assert_close(found, expected.store.query_energy.squares, rtol=1e-4, atol=0)
+        if attention == "sdpa":
+            assert torch.equal(layer.store.padding, expected.store.padding)
+            assert layer.store.observed == expected.store.observed
+
+
+@pytest.mark.parametrize("attention", SHOWN)
+def test_key_maps_of_a_trained_model_are_those_of_attention_on_codes(attention: str) -> None:
+    model, tokenizer = load_embedded()
+    ids = tokenizer(haystack(), return_tensors="pt").input_ids[:, :700]
+    fused = TurboQuantCache.for_model(model)
+    with torch.no_grad():
+        model(ids, **cache_argument(fused))
+        model.set_attn_implementation(attention)
+        plain, dense = TurboQuantCache(model.config), DynamicCache(config=model.config)
+        model(ids, **cache_argument(plain))
+        model(ids, **cache_argument(dense))
+    blind = TurboQuantCache.from_cache(dense, model)
+    differences = []
+    for found, expected, unseen in zip(*map(scales, (plain, fused, blind)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+        differences.append(float((found - unseen).abs().max()))
+    assert max(differences) > 0.1
+
+
+@pytest.mark.parametrize("attention", SHOWN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_that_a_model_computes_changes(name: str, attention: str) -> None:
+    model, data = shown(name, attention), batch(steps=1)
+    kinds: set[type] = set()
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, out: kinds.update(map(type, out)))
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention")
+    ]
+    found = forward(model, TurboQuantCache(model.config, 8), data, 0, data.prompt)
+    for hook in hooks:
+        hook.remove()
+    dense = DynamicCache(config=model.config)
+    assert torch.equal(found, forward(model, dense, data, 0, data.prompt))
+    assert type(found) is Tensor
+    assert kinds <= {Tensor, type(None)}
+
+
+def test_attention_of_another_kind_gets_plain_tensors() -> None:
+    """A kernel or a compiler behind it may take no others."""
+    kinds = []
+
+    def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kinds.append(type(key))
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register("another", attention)
+    model, data = fresh_model("llama-64"), batch((200,), steps=1)
+    model.set_attn_implementation("another")
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    forward(model, cache, data, 0, data.prompt)
+    assert kinds == [Tensor] * len(cache)
+    assert all(layer.store.history.tokens for layer in layers(cache))
+
+
+@pytest.mark.parametrize("attention", [*SHOWN, "sixfold"])
+def test_layers_that_see_no_queries_wait_one_at_a_time(attention: str) -> None:
+    model = fresh_model("llama-64")
+    model.set_attn_implementation(attention)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    expected = TurboQuantCache(model.config, 8, fit_tokens=0)
+    for index in range(len(cache)):
+        cache.update(KEYS, KEYS, index)
+        expected.update(KEYS, KEYS, index)
+        assert expected.nbytes, "which whoever asks waits for"
+        coded = [layer._store.history.tokens for layer in layers(cache)[: index + 1]]
+        assert coded == [256] * index + [0]
+    assert cache.nbytes == expected.nbytes
+    assert [x._store.history.tokens for x in layers(cache)] == [256] * len(cache)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda cache: cache.fork(),
+        lambda cache: cache.tensors(),
+        lambda cache: list(cache),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: repr(cache),
+    ],
+)
+def test_whoever_looks_finds_codes(look: Any) -> None:
+    config = tiny_model("llama-64", "sdpa").config
+    cache = TurboQuantCache(config, 8, fit_tokens=0)
+    for index in range(len(cache)):
+        cache.update(KEYS, KEYS, index)
+    look(cache)
+    assert [x._store.history.tokens for x in layers(cache)] == [256] * len(cache)
+
+
+class Interrupt(BaseException):
+    """What a user's key raises."""
+
+
+def test_a_pass_that_ends_before_its_attention_is_repeated() -> None:
+    model, data = shown("llama-64", "sdpa"), batch((248,), steps=2)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=200)
+    dense = DynamicCache(config=model.config)
+    forward(model, cache, data, 0, 100)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise Interrupt
+
+    with patch.object(torch.nn.functional, "scaled_dot_product_attention", interrupt):
+        with pytest.raises(Interrupt):
+            forward(model, cache, data, 100, data.prompt)
+    assert cache.recover(100) == 100
+    forward(model, dense, data, 0, data.prompt)
+    forward(model, cache, data, 100, data.prompt)
+    found, exact = (forward(model, x, data, data.prompt, data.prompt + 1) for x in (cache, dense))
+    assert relative_error(found, exact) < 0.03
+
+
+def test_products_that_are_no_attention_show_nothing() -> None:
+    config = tiny_model("llama-64", "sdpa").config
+    cache = TurboQuantCache(config, 8, fit_tokens=0)
+    keys, _ = cache.update(KEYS, KEYS, 0)
+    layer = layers(cache)[0]
+    torch.matmul(KEYS[:, :, :7], keys.mT)
+    torch.matmul(input=KEYS[:, :, :7], other=keys.transpose(2, 3))
+    KEYS[0] @ keys[0].transpose(1, 2)
+    keys @ KEYS.mT
+    torch.nn.functional.scaled_dot_product_attention(query=keys[..., :7, :], key=KEYS, value=KEYS)
+    assert layer._store.query_energy is None
+    assert layer._store.prefix is None
+    torch.nn.functional.scaled_dot_product_attention(query=KEYS, key=keys, value=KEYS)
+    assert layer._store.prefix is not None
