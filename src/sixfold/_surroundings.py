@@ -1,4 +1,4 @@
-"""What Sixfold computes does not depend on the caller's autocast, nor on inference mode."""
+"""What Sixfold computes depends on no caller's autocast, inference mode or compiler."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -54,3 +54,17 @@ def _left() -> Iterator[None]:
     # To leave inference mode turns gradients on, and a signal handler would run with them.
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which `torch.compile` leaves to Python: its caller's graph is interrupted."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            # Asked for here: what compiles takes seconds to import, and is here already.
+            whole: Callable[_P, _R] = torch._dynamo.disable(function)
+            return whole(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run

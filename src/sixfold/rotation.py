@@ -15,6 +15,7 @@ from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.arguments import device as checked_device
 from sixfold.hadamard import hadamard_factor
+from sixfold.kernels._dispatch import untraced_without_kernels
 from sixfold.kernels.rotate import rotate
 
 RotationKind: TypeAlias = Literal["hadamard", "orthogonal"]
@@ -142,6 +143,7 @@ class Rotation:
         """±1 or dense factor, as `kernels.rotate` takes it. Cached: do not modify."""
         return _factor(self.dim, self.kind, self.seed, _known(device))
 
+    @untraced_without_kernels
     def rotate(
         self, x: Float[Tensor, "*b {self.dim}"], inverse: bool = False
     ) -> Float32[Tensor, "*b {self.dim}"]:

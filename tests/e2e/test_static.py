@@ -9,7 +9,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from sixfold import TurboQuantCache
 from sixfold.errors import SixfoldError, UnsupportedModelError
-from sixfold.integrations.transformers.attention import untraced
+from sixfold.integrations.transformers.attention import untraced_growth
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.packing import Bits
 from tests.e2e.decoding import relative_error
@@ -246,4 +246,4 @@ def test_torch_that_takes_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.compiler, "disable", lambda fn=None, recursive=True: disable(fn, recursive)
     )
-    assert untraced(lambda: 3)() == 3
+    assert untraced_growth(lambda: 3)() == 3

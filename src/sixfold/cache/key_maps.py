@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold._surroundings import ordinary_tensors
+from sixfold._surroundings import ordinary_tensors, untraced
 from sixfold.arguments import MOST_COORDINATES, floating, rows, settle, shown, whole
 from sixfold.cache.validate import check_map
 from sixfold.errors import FormatError, OutOfRangeError, ShapeError, SixfoldError
@@ -70,6 +70,7 @@ class KeyMaps:
         mean, scale = self.layers[number]
         return KeyMap(mean[None], scale[None])
 
+    @untraced
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that `load` reads (docs/format.md, section 9).
 
@@ -89,6 +90,7 @@ class KeyMaps:
         write_container(path, KIND, {"layers": described}, tensors)
 
     @classmethod
+    @untraced
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file that `save` wrote. For which model is checked when a cache is made.
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast
+from sixfold._surroundings import outside_autocast, untraced
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import float_dtype, floating, plain_floats, shown, whole
 from sixfold.arguments import rows as checked_rows
@@ -234,6 +234,7 @@ class CompressedLayer:
             past = self._known_past = Past.of(*held)
         return past
 
+    @untraced
     @outside_autocast
     def dequantized(
         self,
@@ -280,6 +281,7 @@ class CompressedLayer:
             if self.window.room is None:
                 self.window = self.window.owned()
 
+    @untraced
     @outside_autocast
     @torch.no_grad()
     def _compress(self, pages: int) -> None:

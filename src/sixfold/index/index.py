@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast, outside_inference_mode
+from sixfold._surroundings import outside_autocast, outside_inference_mode, untraced
 from sixfold.arguments import MOST_SEED, choice, flag, whole
 from sixfold.errors import OutOfRangeError, ShapeError, SixfoldError
 from sixfold.index.code import BITS, MOST_DIM, MOST_FITTED, NOTICED, VectorCode
@@ -151,6 +151,7 @@ class Index:
         found = [s.ids[s.live_slots()] for s in self._state.segments]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
+    @untraced
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
@@ -189,6 +190,7 @@ class Index:
         """Whether the codes were fitted to a sample: not where that promised little."""
         return self._state.code.basis is not None
 
+    @untraced
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
@@ -238,6 +240,7 @@ class Index:
 
     @outside_inference_mode
     @torch.no_grad()
+    @untraced
     def remove(self, ids: Any) -> None:
         """Remove the vectors of these ids; all of them or, where one is not there, none.
 
@@ -251,6 +254,7 @@ class Index:
                 raise OutOfRangeError(f"ids: {again} are given more than once")
             self._replace(*self._state.without(slots), removed=wanted)
 
+    @untraced
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
@@ -284,6 +288,7 @@ class Index:
         centroids = self._state.lists
         return 0 if centroids is None else centroids.live
 
+    @untraced
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
@@ -347,6 +352,7 @@ class Index:
         ids = np.concatenate([own for _, own in found])
         return Neighbors(scores[0], ids[0]) if source.single else Neighbors(scores, ids)
 
+    @untraced
     @outside_autocast
     @outside_inference_mode
     @torch.no_grad()
@@ -367,6 +373,7 @@ class Index:
                 out[own] = segment.decode(slots[own] % PLACES).numpy()
         return out
 
+    @untraced
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index to a file, in one step: `path` is the old file or the new one, whole.
 
@@ -378,6 +385,7 @@ class Index:
             save_index(path, self._state)
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Self:
         """Read an index that `save` wrote.

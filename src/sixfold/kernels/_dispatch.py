@@ -5,15 +5,22 @@ is enough for it to be found. One that cannot be imported (no Triton, no compile
 counts as missing, and the reason is kept for error messages.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from sixfold._surroundings import untraced
 from sixfold.errors import BackendError
 from sixfold.kernels import _native
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 BACKENDS = ("reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "SIXFOLD_BACKEND"
@@ -27,6 +34,9 @@ OPERATIONS = (
     "trellis",
     "attention",
 )
+
+# What quantizers are made of.
+_OF_VECTORS = ("rotate", "encode", "decode", "scores")
 
 NO_BACKEND = "not part of this install"
 """Why a backend is missing that an operation does not have."""
@@ -98,6 +108,32 @@ def implementation(operation: str, device: torch.device) -> ModuleType:
     fallback = _load(operation, "reference") if isinstance(module, str) else module
     assert isinstance(fallback, ModuleType), fallback
     return fallback
+
+
+def untraced_without_kernels(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`method`, which a tracer leaves to Python unless it can trace kernels for its first argument.
+
+    A graph that is interrupted within it could not be gone on with: PyTorch cannot make constant
+    tables again that it has traced.
+    """
+    whole = untraced(method)
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            given: list[Any] = [*args, *kwargs.values()]
+            if not _traceable(given[1].device):
+                return whole(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return run
+
+
+def _traceable(device: torch.device) -> bool:
+    """Whether kernels of vectors are loaded, and a tracer can follow them."""
+    backend = os.environ.get(ENVIRONMENT_VARIABLE) or _FASTEST.get(device.type, "reference")
+    loaded = [isinstance(_loaded.get((x, backend)), ModuleType) for x in _OF_VECTORS]
+    return backend != "cpu" and all(loaded)
 
 
 def slow_kernels(device: torch.device) -> str | None:

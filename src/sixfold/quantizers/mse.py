@@ -14,6 +14,7 @@ from sixfold.codes import MSECodes, checked
 from sixfold.kernels import decode as decoding
 from sixfold.kernels import encode as encoding
 from sixfold.kernels import scores as scoring
+from sixfold.kernels._dispatch import untraced_without_kernels
 from sixfold.kernels.encode import Scale
 from sixfold.packing import Bits, check_bits
 from sixfold.quantizers._checks import check_queries, check_vectors
@@ -66,6 +67,7 @@ class TurboQuantMSE:
         rotation, book = self._rotation, centroids(self.dim, self.bits, device)
         return rotation.turns(device), rotation.factor(device), book
 
+    @untraced_without_kernels
     @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> MSECodes:
         """Compress vectors to `bits` bits per coordinate and one 16-bit scale.
@@ -89,6 +91,7 @@ class TurboQuantMSE:
         )
         return MSECodes(self, packed, scales)
 
+    @untraced_without_kernels
     @outside_autocast
     def decode(self, codes: MSECodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
@@ -100,6 +103,7 @@ class TurboQuantMSE:
         tables = self._tables(codes.device)
         return decoding.decode(codes.packed, codes.scales, *tables, dim=self.dim, bits=self.bits)
 
+    @untraced_without_kernels
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: MSECodes

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast, outside_inference_mode
+from sixfold._surroundings import outside_autocast, outside_inference_mode, untraced
 from sixfold.arguments import sequence, settle, whole
 from sixfold.codebooks import polar_angles
 from sixfold.codes import PolarCodes, checked
@@ -79,6 +79,7 @@ class PolarQuant:
         padding = self._rotation.dim - self.dim
         return self._rotation.rotate(torch.nn.functional.pad(x, (0, padding)))
 
+    @untraced
     @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> PolarCodes:
         """Compress vectors to angles and one 16-bit radius per 2^L coordinates.
@@ -123,6 +124,7 @@ class PolarQuant:
             radii = torch.stack((radii * cosine, radii * sine), dim=-1).flatten(-2)
         return radii
 
+    @untraced
     @outside_autocast
     def decode(self, codes: PolarCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
@@ -133,6 +135,7 @@ class PolarQuant:
         codes = checked(codes, PolarCodes, self)
         return self._rotation.rotate(self._expand(codes), inverse=True)[..., : self.dim]
 
+    @untraced
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: PolarCodes

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast
+from sixfold._surroundings import outside_autocast, untraced
 from sixfold.arguments import settle
 from sixfold.codes import ProdCodes, checked
 from sixfold.errors import SixfoldError
@@ -62,6 +62,7 @@ class TurboQuantProd:
     def _qjl(self) -> QJL:
         return QJL(self.dim, self.dim, self.projection, self.seed)
 
+    @untraced
     @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> ProdCodes:
         """Compress vectors to `bits` bits per coordinate, a scale and a residual norm.
@@ -80,6 +81,7 @@ class TurboQuantProd:
         mse = self._mse.encode(x)
         return ProdCodes(self, self._qjl.encode(x - self._mse.decode(mse)), mse)
 
+    @untraced
     @outside_autocast
     def decode(self, codes: ProdCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors without bias (and with more variance than `TurboQuantMSE`).
@@ -93,6 +95,7 @@ class TurboQuantProd:
             return residual
         return self._mse.decode(codes.mse) + residual
 
+    @untraced
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: ProdCodes

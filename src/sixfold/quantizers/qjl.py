@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast, outside_inference_mode
+from sixfold._surroundings import outside_autocast, outside_inference_mode, untraced
 from sixfold.arguments import MOST_COORDINATES, MOST_SEED, choice, settle, whole
 from sixfold.codes import QJLCodes, checked
 from sixfold.kernels._codewords import expand
@@ -90,6 +90,7 @@ class QJL:
     def _weight(self) -> float:
         return 1 / (self.projections * _mean_magnitude(self.dim, self.projection))
 
+    @untraced
     @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> QJLCodes:
         """Compress vectors to `projections` signs and a 16-bit norm.
@@ -115,6 +116,7 @@ class QJL:
         rows = torch.cat(packed)
         return QJLCodes(self, rows.view(*batch, rows.shape[-1]), torch.cat(norms).view(batch))
 
+    @untraced
     @outside_autocast
     def decode(self, codes: QJLCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors without bias: ‖x‖·Sᵀ·sign(S·x) / (projections·E|⟨row, x⟩|).
@@ -130,6 +132,7 @@ class QJL:
         units = (signs.to(dtype) @ self._matrix(codes.device).to(dtype)).float()
         return units * (norms * self._weight)
 
+    @untraced
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: QJLCodes

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast
+from sixfold._surroundings import outside_autocast, untraced
 from sixfold.arguments import choice, settle
 from sixfold.codes import TrellisCodes, checked
 from sixfold.kernels import trellis
@@ -67,6 +67,7 @@ class TrellisQuantizer:
         rotation, book = self._rotation, codewords(self.states, self.bits, device)
         return rotation.turns(device), rotation.factor(device), book
 
+    @untraced
     @outside_autocast
     def encode(self, x: Float[Tensor, "*batch dim"]) -> TrellisCodes:
         """Compress vectors to `bits` bits per coordinate and one 16-bit scale.
@@ -89,6 +90,7 @@ class TrellisQuantizer:
         )
         return TrellisCodes(self, packed, scales)
 
+    @untraced
     @outside_autocast
     def decode(self, codes: TrellisCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
@@ -100,6 +102,7 @@ class TrellisQuantizer:
         tables = self._tables(codes.device)
         return trellis.decode(codes.packed, codes.scales, *tables, dim=self.dim, bits=self.bits)
 
+    @untraced
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: TrellisCodes

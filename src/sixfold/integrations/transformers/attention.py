@@ -35,7 +35,7 @@ GROWS = (
 )
 
 
-def untraced(function: Any) -> Any:
+def untraced_growth(function: Any) -> Any:
     """`function`, which torch.compile leaves to Python; `GROWS` says why where it may not."""
     try:
         return torch.compiler.disable(function, reason=GROWS)
@@ -230,7 +230,7 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-@untraced
+@untraced_growth
 def _attend_untraced(handle: CodesHandle, query: Tensor, options: dict[str, Any]) -> Tensor:
     # A growing layer is Python's business: it decides what to compress by numbers on the host.
     return handle.attend(query, **options)

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from sixfold._surroundings import ordinary_tensors, outside_inference_mode
+from sixfold._surroundings import ordinary_tensors, outside_inference_mode, untraced
 from sixfold.arguments import device as checked_device
 from sixfold.arguments import flag, float_dtype, whole
 from sixfold.arguments import path as checked_path
@@ -24,7 +24,7 @@ from sixfold.cache import CachePolicy, KeyMaps
 from sixfold.cache.dense import check_tokens
 from sixfold.cache.policy import FIT_TOKENS, SPLITS
 from sixfold.errors import FormatError, OutOfRangeError
-from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, untraced
+from sixfold.integrations.transformers.attention import NAME, NO_WEIGHTS, untraced_growth
 from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
     check_decoder,
@@ -533,6 +533,7 @@ class TurboQuantCache(CountedCache):
         twin._pass, twin._waiting = self._pass.copy(self.layers), None
         return twin
 
+    @untraced
     def static(self, max_tokens: int) -> "TurboQuantCache":
         """The same tokens in memory that never moves: for `torch.compile` and CUDA graphs.
 
@@ -561,6 +562,7 @@ class TurboQuantCache(CountedCache):
         """A fork: what transformers' guides do with `copy.deepcopy` to reuse a prefix."""
         return self.fork()
 
+    @untraced
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a file that `load` reads (docs/format.md); nothing is pickled.
 
@@ -582,6 +584,7 @@ class TurboQuantCache(CountedCache):
         save_cache(self.layers, self.config, model, path, prompt)
 
     @classmethod
+    @untraced
     @outside_inference_mode
     def load(
         cls,
@@ -667,7 +670,7 @@ class TurboQuantCache(CountedCache):
         return {**self.__dict__, **own}
 
 
-@untraced
+@untraced_growth
 def _update_untraced(cache: TurboQuantCache, *args: Any) -> Any:
     # What is handed to a graph are plain tensors.
     cache._compiled = True

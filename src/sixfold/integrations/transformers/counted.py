@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from sixfold._surroundings import outside_inference_mode
 from sixfold.arguments import dense, shown, whole
 from sixfold.errors import OutOfRangeError, SixfoldError, UnsupportedModelError
-from sixfold.integrations.transformers.attention import untraced
+from sixfold.integrations.transformers.attention import untraced_growth
 from sixfold.integrations.transformers.combined import replace_states
 from sixfold.integrations.transformers.config import STATES_IN_MODULES, decoder_config
 from sixfold.integrations.transformers.layer import TurboQuantLayer
@@ -81,12 +81,12 @@ class CountedCache(Cache):
         return state
 
     # What a pass has done is Python's business, also where a model is compiled.
-    @untraced
+    @untraced_growth
     def _enter_state(self, layer: int, kind: str, number: int, state: Tensor) -> None:
         layer = self._with_states(layer, number, state)
         self._pass.enter_state(self.layers, layer, kind, number)
 
-    @untraced
+    @untraced_growth
     def _lend(self, layer: int, kind: str, number: int, state: Tensor | None) -> None:
         self._pass.lend(self.layers, self._number(layer), kind, number, state)
 
