@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sixfold.arguments import dense, shown
 from sixfold.arguments import path as checked_path
-from sixfold.container.files import existing, hand_on_owner, open_regular
+from sixfold.container.files import existing, hand_on_attributes, hand_on_owner, open_regular
 from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
 from sixfold.errors import FormatError, SixfoldError
 
@@ -93,6 +93,8 @@ def write_container(
         if replaced is not None:
             hand_on_owner(replaced, temporary)
         temporary.chmod(stat.S_IMODE(mode if replaced is None else replaced.st_mode))
+        if replaced is not None:
+            hand_on_attributes(target, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

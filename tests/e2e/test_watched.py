@@ -1,13 +1,17 @@
 """Attention that is not ours shows its queries to a cache that hands out dense keys."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from sixfold import TurboQuantCache
 from sixfold.eval.embedded import haystack, load_embedded
@@ -15,6 +19,8 @@ from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from tests.e2e.decoding import batch, forward, fused_cache, relative_error
 from tests.e2e.models import ARCHITECTURES, fresh_model, tiny_model
+from tests.processes import printed
+from tests.versions import traces_models
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
 
@@ -177,17 +183,113 @@ def test_a_pass_that_ends_before_its_attention_is_repeated() -> None:
     assert relative_error(found, exact) < 0.03
 
 
-def test_products_that_are_no_attention_show_nothing() -> None:
-    config = tiny_model("llama-64", "sdpa").config
-    cache = TurboQuantCache(config, 8, fit_tokens=0)
+def seen(product: Callable[[Tensor], Any]) -> bool:
+    """Whether a product with the keys of 4 heads, 2 of them cached, counts as one of queries."""
+    cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8, fit_tokens=0)
     keys, _ = cache.update(KEYS, KEYS, 0)
-    layer = layers(cache)[0]
-    torch.matmul(KEYS[:, :, :7], keys.mT)
-    torch.matmul(input=KEYS[:, :, :7], other=keys.transpose(2, 3))
-    KEYS[0] @ keys[0].transpose(1, 2)
-    keys @ KEYS.mT
-    torch.nn.functional.scaled_dot_product_attention(query=keys[..., :7, :], key=KEYS, value=KEYS)
-    assert layer._store.query_energy is None
-    assert layer._store.prefix is None
-    torch.nn.functional.scaled_dot_product_attention(query=KEYS, key=keys, value=KEYS)
-    assert layer._store.prefix is not None
+    product(keys)
+    return layers(cache)[0].mapped
+
+
+QUERY = torch.randn(1, 4, 320, 32, generator=torch.Generator().manual_seed(1))
+TURNED = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda keys: sdpa(QUERY, keys, keys, enable_gqa=True),
+        lambda keys: sdpa(query=QUERY, key=keys.repeat_interleave(2, 1), value=QUERY),
+        lambda keys: torch.matmul(QUERY, repeat_kv(keys, 2).transpose(2, 3)),
+        lambda keys: KEYS @ keys.permute(0, 1, 3, 2),
+        lambda keys: KEYS.bfloat16() @ keys.to(torch.bfloat16).transpose(2, 3),
+    ],
+)
+def test_products_of_queries(product: Callable[[Tensor], Any]) -> None:
+    assert seen(product)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda keys: QUERY[:, :, :7] @ keys.repeat_interleave(2, 1).transpose(2, 3),
+        lambda keys: keys @ keys.transpose(2, 3),
+        lambda keys: keys @ KEYS.transpose(2, 3),
+        lambda keys: sdpa(keys, KEYS, KEYS),
+        lambda keys: KEYS[0] @ keys[0].transpose(1, 2),
+        # In another order of channels, or of heads, or without some tokens.
+        lambda keys: KEYS[..., TURNED] @ keys[..., TURNED].transpose(2, 3),
+        lambda keys: QUERY @ keys[:, None].expand(1, 2, 2, 320, 32).reshape(1, 4, 320, 32).mT,
+        lambda keys: sdpa(KEYS, keys[:, [1, 0]], KEYS),
+        lambda keys: sdpa(KEYS, keys[:, :, 1:], KEYS[:, :, 1:]),
+        lambda keys: sdpa(KEYS, 2 * keys, KEYS),
+    ],
+)
+def test_products_that_are_not(product: Callable[[Tensor], Any]) -> None:
+    assert not seen(product)
+
+
+def test_keys_may_be_kept_like_any_tensor() -> None:
+    cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8)
+    keys, _ = cache.update(KEYS, KEYS, 0)
+    for copied in (copy.deepcopy(keys), pickle.loads(pickle.dumps(keys)), keys + 0):
+        assert type(copied) is Tensor
+        assert torch.equal(copied, KEYS)
+    assert torch.equal(torch.nn.Parameter(keys), KEYS)
+    assert repr(keys) == repr(KEYS)
+
+
+def what_a_graph_makes_of_keys() -> float:
+    cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8)
+    keys, _ = cache.update(KEYS, KEYS, 0)
+    found = torch.compile(sdpa, backend="eager", fullgraph=True)(KEYS, keys, KEYS)
+    return float((found - sdpa(KEYS, KEYS, KEYS)).abs().max())
+
+
+@traces_models
+def test_a_graph_takes_them() -> None:
+    code = "from tests.e2e.test_watched import what_a_graph_makes_of_keys as f; print(f())"
+    assert float(printed(code)[-1]) < 1e-6
+
+
+def test_a_config_that_no_model_was_made_of() -> None:
+    """As `AutoConfig` reads it, it does not say who gets the keys."""
+    config = type(tiny_model("llama-64").config)(num_hidden_layers=2)
+    assert config._attn_implementation is None
+    cache = TurboQuantCache(config, 8)
+    assert type(cache.update(KEYS, KEYS, 0)[0]) is Tensor
+
+
+@pytest.mark.parametrize("tokens", [100, 600])
+@pytest.mark.parametrize("attention", [*SHOWN, "sixfold"])
+def test_what_was_given_may_be_written_to_again(attention: str, tokens: int) -> None:
+    model = shown("llama-64", attention)
+    make = TurboQuantCache.for_model if attention == "sixfold" else TurboQuantCache
+    cache = make(model if attention == "sixfold" else model.config, 8)
+    generator, given = torch.Generator().manual_seed(0), []
+    buffer = torch.empty(1, 2, tokens, 32)
+    for index in range(len(cache)):
+        given.append(buffer.normal_(generator=generator).clone())
+        cache.update(buffer, buffer, index)
+    buffer.zero_()
+    for (keys, values), expected in zip((cache[i] for i in range(2)), given, strict=True):
+        assert relative_error(keys, expected) < 0.01
+        assert relative_error(values, expected) < 0.01
+        keys.zero_()
+        values.zero_()
+    assert relative_error(cache[0][0], given[0]) < 0.01
+    assert relative_error(cache.fork()[1][1], given[1]) < 0.01
+
+
+@pytest.mark.parametrize("tokens", [100, 600])
+def test_what_was_taken_over_may_be_written_to(tokens: int) -> None:
+    model = shown("llama-64", "sdpa")
+    dense = DynamicCache(config=model.config)
+    for index in range(2):
+        given = KEYS.repeat(1, 1, 2, 2)[:, :, :tokens]
+        dense.update(given, given, index)
+    cache = TurboQuantCache.from_cache(dense, model, 8)
+    before = cache[1][0].clone()
+    for layer in dense.layers:
+        layer.keys.zero_()
+    assert torch.equal(cache[1][0], before)

@@ -150,6 +150,16 @@ def test_a_link_is_followed(saved: Path, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"link", "dangling", "later"}
 
 
+def test_a_file_that_is_replaced_hands_on_its_attributes(saved: Path) -> None:
+    """Access lists are such, but not every file system has any."""
+    try:
+        os.setxattr(saved, "user.sixfold", b"kept")
+    except (OSError, AttributeError):
+        pytest.skip("no extended attributes here")
+    write_container(saved, KIND, {"new": 1}, tensors())
+    assert os.getxattr(saved, "user.sixfold") == b"kept"
+
+
 @pytest.mark.parametrize("length", [200, 237, 238, 255])
 def test_names_as_long_as_names_can_be(length: int, tmp_path: Path) -> None:
     path = tmp_path / ("n" * length)

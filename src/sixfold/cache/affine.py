@@ -33,6 +33,8 @@ REPEAT_TOLERANCE = 0.05
 RELATIVE_TOLERANCE = 1.6
 # Far beyond what float16 scales hold; its fourth power, summed, stays finite in float32.
 MAX_KEY = 2.0**24
+# What is longer is cut where it is stored; sums of such keys would not be finite.
+LONGEST = 2.0**97
 TOKENS_PER_BLOCK = 512
 
 
@@ -264,7 +266,8 @@ def _finite(
     # The largest of a vector is finite where all are.
     finite = keys.new_empty(keys.shape[:3], dtype=torch.bool)
     for block in _blocks(keys.shape[2]):
-        finite[:, :, block] = keys[:, :, block].abs().amax(3).isfinite()
+        largest = keys[:, :, block].abs().amax(3)
+        finite[:, :, block] = largest.isfinite() & (largest <= LONGEST)
     return finite
 
 

@@ -43,6 +43,7 @@ class CompressedLayer:
     Positions count from the oldest token still held. Window, prefix and runs are values, replaced
     and never changed in place, so that forks can share them; and all that an operation replaces
     changes in one step at its end, so that an interrupt leaves the layer as it was before or after.
+    Codes keep lengths from 1e-26 to 1e29; longer vectors are cut to that, shorter ones become zero.
 
     Attributes:
         policy: What is kept and at how many bits.
@@ -155,7 +156,9 @@ class CompressedLayer:
             keys, values = keys.detach(), values.detach()
         new = DenseTokens(keys, values)
         check_same(self.window, new)
-        self.window = self.window.append(new) if self.window.keys.shape[2] else new
+        # In memory of their own: what was given may be written to again.
+        first = self.window.keys.shape[2] == 0
+        self.window = new.copy_slice(0, new.tokens) if first else self.window.append(new)
 
     def take_back(self, count: int) -> None:
         """Undo an `append` of `count` tokens that have not been attended."""

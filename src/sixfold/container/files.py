@@ -39,6 +39,19 @@ def hand_on_owner(replaced: os.stat_result, file: Path) -> None:
             os.chown(file, replaced.st_uid, replaced.st_gid)
 
 
+def hand_on_attributes(replaced: Path, file: Path) -> None:
+    """Give `file` the extended attributes of the file it replaces, access lists among them.
+
+    As far as the system has any, and lets us.
+    """
+    names = []
+    with contextlib.suppress(OSError, AttributeError):
+        names = os.listxattr(replaced)
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.setxattr(file, name, os.getxattr(replaced, name))
+
+
 def open_regular(path: Path) -> int:
     """A descriptor of a file, without waiting for whoever would write to a pipe.
 

@@ -78,7 +78,7 @@ class TurboQuantCache(CountedCache):
     Layers that are not softmax attention (linear attention, convolutions) stay as they are.
 
     Args:
-        config: The model's config.
+        config: The model's own, `model.config`: it says how the model attends (docs/key_map.md).
         bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5. 3.5 are spent as 4 on keys
             and 3 on values, 2.5 as 3 and 2, where that takes no more bytes (docs/recipe.md).
         key_bits: Bits of the keys. Values then have `bits`, if not told otherwise.

@@ -114,8 +114,8 @@ class TurboQuantLayer(CacheLayerMixin):
         store.extend(key_states, value_states)
         keys, values = (x[:, :, -masked:] for x in store.dequantized())
         if self.watched and store.prefix is None:
-            self._watch = Watch(store, new)
-            return self._watch.keys(keys), values
+            self._watch = Watch(store, new, keys)
+            return self._watch.watched(keys), values
         store.compress()
         return keys, values
 
@@ -244,8 +244,11 @@ class TurboQuantLayer(CacheLayerMixin):
         """Keys and values of the visible tokens, [batch, kv_heads, tokens, dim], or None twice."""
         if self.store is None:
             return None, None
-        first = self.store.held - self.store.visible
+        first, held = self.store.held - self.store.visible, self.store.window
         keys, values = self.store.dequantized()
+        if keys is held.keys:
+            # Nothing was decoded: whoever writes to it must not write to the cache.
+            keys, values = keys.clone(), values.clone()
         return keys[:, :, first:], values[:, :, first:]
 
     @property

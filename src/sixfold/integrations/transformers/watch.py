@@ -5,6 +5,7 @@ less (docs/key_map.md). So until a layer has its map, the keys it hands out tell
 multiplied with. They are tensors like any other, and nothing that is computed with them changes.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from sixfold.cache import CompressedLayer
 
 # Names of transformers' attention that calls PyTorch's own functions. Others hand keys to kernels
-# and compilers, which want plain tensors.
+# and compilers, which want plain tensors; a config that no model was made of names none.
 WATCHED = ("sdpa", "eager", "sixfold")
 # What keys go through before they meet queries: repeated for each group, turned for a product.
 _VIEWS = {
-    *("__getitem__", "unsqueeze", "expand", "reshape", "view", "repeat_interleave"),
+    *("__getitem__", "unsqueeze", "expand", "reshape", "view", "repeat_interleave", "detach"),
     *("transpose", "permute", "contiguous", "to", "float"),
 }
 _PRODUCTS = {"matmul", "__matmul__"}
@@ -31,15 +32,16 @@ class Watch:
     Attributes:
         store: The layer; None once it has seen them, or nobody waits any more.
         new: How many tokens were added.
+        handed: The keys that were handed out.
     """
 
-    __slots__ = ("new", "store")
+    __slots__ = ("handed", "new", "store")
 
-    def __init__(self, store: CompressedLayer, new: int) -> None:
+    def __init__(self, store: CompressedLayer, new: int, handed: Tensor) -> None:
         self.store: CompressedLayer | None = store
-        self.new = new
+        self.new, self.handed = new, handed
 
-    def keys(self, keys: Tensor) -> Tensor:
+    def watched(self, keys: Tensor) -> Tensor:
         """`keys`, which tell this watch what they are multiplied with."""
         watched = keys.as_subclass(_WatchedKeys)
         watched.watch = self
@@ -51,25 +53,38 @@ class Watch:
         if store is not None:
             store.compress()
 
-    def meets(self, query: Any, mask: Any = None, shown: bool = True) -> None:
+    def meets(self, query: Any, keys: Tensor, mask: Any = None, shown: bool = True) -> None:
         """Learn from `query`, if it can be the queries of the tokens added last, and compress.
 
         Args:
             query: [batch, heads, queries, key_dim].
+            keys: What it is multiplied with, [batch, any heads, tokens, key_dim].
             mask: What `CompressedLayer.attend` takes.
             shown: Whether that is known to be the mask.
         """
         store = self.store
-        if store is None or not isinstance(query, Tensor) or query.ndim != 4:
+        if store is None or not self._may_be_asked(query, keys):
             return
-        batch, heads, held, dim = store.window.keys.shape
-        if (query.shape[0], query.shape[2:]) != (batch, (self.new, dim)) or query.shape[1] % heads:
-            return
+        held = store.window.tokens
         fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == self.new
         if mask is not None and not (fits and self.new <= mask.shape[3] <= held):
             mask, shown = None, False
-        store.observe(query.detach().to(store.window.keys.device), mask, shown)
+        store.observe(query.detach(), mask, shown)
         self.end()
+
+    def _may_be_asked(self, query: Any, keys: Tensor) -> bool:
+        """Whether a product with `query` is one of queries with the keys that were handed out."""
+        if not isinstance(query, Tensor) or isinstance(query, _WatchedKeys) or query.ndim != 4:
+            return False
+        batch, heads, tokens, dim = self.handed.shape
+        asked, given = query.shape, keys.shape
+        if (asked[0], *asked[2:]) != (batch, self.new, dim) or asked[1] % heads:
+            return False
+        if (given[0], *given[2:]) != (batch, tokens, dim) or given[1] not in (heads, asked[1]):
+            return False
+        # Heads and channels in their order: the newest token tells.
+        newest = self.handed[:, :, -1].repeat_interleave(given[1] // heads, 1)
+        return torch.equal(newest.to(keys.dtype), keys[:, :, -1])
 
 
 class _WatchedKeys(Tensor):
@@ -84,22 +99,40 @@ class _WatchedKeys(Tensor):
         given = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **given)
-            name = getattr(func, "__name__", "")
-            if name in _VIEWS and args and isinstance(args[0], cls):
-                return args[0].watch.keys(out)
-            if func is _SDPA:
-                given = {**dict(zip(_PARAMETERS, args, strict=False)), **given}
-                if isinstance(keys := given["key"], cls):
-                    keys.watch.meets(given["query"], given.get("attn_mask"))
-            elif name in _PRODUCTS and len(args) == 2 and isinstance(keys := args[1], cls):
-                # The mask is added later.
-                keys.watch.meets(args[0], shown=False)
+            # A tracer follows keys, and no Python beside them.
+            if not torch.compiler.is_compiling():
+                return cls._watched(func, out, args, given)
         return out
+
+    @classmethod
+    def _watched(cls, func: Any, out: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _VIEWS and args and isinstance(args[0], cls):
+            return args[0].watch.watched(out)
+        if func is _SDPA:
+            given = {**dict(zip(_PARAMETERS, args, strict=False)), **given}
+            if isinstance(keys := given["key"], cls) and keys.ndim == 4:
+                keys.watch.meets(given["query"], keys, given.get("attn_mask"))
+        elif name in _PRODUCTS and len(args) == 2:
+            if isinstance(keys := args[1], cls) and keys.ndim == 4:
+                # The mask is added later.
+                keys.watch.meets(args[0], keys.mT, shown=False)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
 
 def unwatched(keys: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
     """Keys as a plain tensor; if a layer waits for their queries, it has seen them."""
     if not isinstance(keys, _WatchedKeys):
         return keys
-    keys.watch.meets(query, mask)
-    return keys.as_subclass(Tensor)
+    plain = keys.as_subclass(Tensor)
+    keys.watch.meets(query, plain, mask)
+    return plain
