@@ -114,7 +114,7 @@ class TurboQuantLayer(CacheLayerMixin):
         store.extend(key_states, value_states)
         keys, values = (x[:, :, -masked:] for x in store.dequantized())
         if self.watched and store.prefix is None:
-            self._watch = Watch(store, new, keys)
+            self._watch = Watch(store, keys, new)
             return self._watch.watched(keys), values
         store.compress()
         return keys, values

@@ -30,16 +30,16 @@ class Watch:
     """Waits for the queries of the tokens that a layer has added last, then compresses them.
 
     Attributes:
-        store: The layer; None once it has seen them, or nobody waits any more.
+        waiting: The layer, and the keys that it has handed out; None once it has seen queries, or
+            nobody waits any more.
         new: How many tokens were added.
-        handed: The keys that were handed out.
     """
 
-    __slots__ = ("handed", "new", "store")
+    __slots__ = ("new", "waiting")
 
-    def __init__(self, store: CompressedLayer, new: int, handed: Tensor) -> None:
-        self.store: CompressedLayer | None = store
-        self.new, self.handed = new, handed
+    def __init__(self, store: CompressedLayer, handed: Tensor, new: int) -> None:
+        self.waiting: tuple[CompressedLayer, Tensor] | None = (store, handed)
+        self.new = new
 
     def watched(self, keys: Tensor) -> Tensor:
         """`keys`, which tell this watch what they are multiplied with."""
@@ -49,9 +49,9 @@ class Watch:
 
     def end(self) -> None:
         """Compress, whether queries were seen or not."""
-        store, self.store = self.store, None
-        if store is not None:
-            store.compress()
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            waiting[0].compress()
 
     def meets(self, query: Any, keys: Tensor, mask: Any = None, shown: bool = True) -> None:
         """Learn from `query`, if it can be the queries of the tokens added last, and compress.
@@ -62,29 +62,31 @@ class Watch:
             mask: What `CompressedLayer.attend` takes.
             shown: Whether that is known to be the mask.
         """
-        store = self.store
-        if store is None or not self._may_be_asked(query, keys):
+        if self.waiting is None:
             return
-        held = store.window.tokens
+        store, handed = self.waiting
+        if not _asks(query, self.new, keys, handed):
+            return
         fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[2] == self.new
-        if mask is not None and not (fits and self.new <= mask.shape[3] <= held):
+        if mask is not None and not (fits and self.new <= mask.shape[3] <= store.window.tokens):
             mask, shown = None, False
         store.observe(query.detach(), mask, shown)
         self.end()
 
-    def _may_be_asked(self, query: Any, keys: Tensor) -> bool:
-        """Whether a product with `query` is one of queries with the keys that were handed out."""
-        if not isinstance(query, Tensor) or isinstance(query, _WatchedKeys) or query.ndim != 4:
-            return False
-        batch, heads, tokens, dim = self.handed.shape
-        asked, given = query.shape, keys.shape
-        if (asked[0], *asked[2:]) != (batch, self.new, dim) or asked[1] % heads:
-            return False
-        if (given[0], *given[2:]) != (batch, tokens, dim) or given[1] not in (heads, asked[1]):
-            return False
-        # Heads and channels in their order: the newest token tells.
-        newest = self.handed[:, :, -1].repeat_interleave(given[1] // heads, 1)
-        return torch.equal(newest.to(keys.dtype), keys[:, :, -1])
+
+def _asks(query: Any, new: int, keys: Tensor, handed: Tensor) -> bool:
+    """Whether a product is one of queries of `new` tokens with the keys that were handed out."""
+    if not isinstance(query, Tensor) or isinstance(query, _WatchedKeys) or query.ndim != 4:
+        return False
+    batch, heads, tokens, dim = handed.shape
+    asked, given = query.shape, keys.shape
+    if (asked[0], *asked[2:]) != (batch, new, dim) or asked[1] % heads:
+        return False
+    if (given[0], *given[2:]) != (batch, tokens, dim) or given[1] not in (heads, asked[1]):
+        return False
+    # Heads and channels in their order: the newest token tells.
+    newest = handed[:, :, -1].repeat_interleave(given[1] // heads, 1)
+    return torch.equal(newest.to(keys.dtype), keys[:, :, -1])
 
 
 class _WatchedKeys(Tensor):
