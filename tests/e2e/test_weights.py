@@ -22,6 +22,7 @@ from sixfold.integrations.transformers.weights import _first_numbers_digest, wei
 from sixfold.io import open_container, write_container
 from tests.e2e.decoding import batch, forward
 from tests.e2e.models import fresh_model
+from tests.processes import printed
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -295,6 +296,22 @@ def test_weights_that_are_nowhere(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TurboQuantCache.load(tmp_path / "again", fresh_model("llama-64"))
+
+
+def test_the_warning_is_about_a_line_of_the_caller(tmp_path: Path) -> None:
+    code = f"""
+import warnings
+from pathlib import Path
+from tests.e2e.test_weights import TurboQuantCache, model_and_file
+model, path = model_and_file(Path({str(tmp_path)!r}))
+cache = TurboQuantCache.load(path, model)
+model.to("meta")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    cache.save(path)
+print(*{{x.filename for x in caught}})
+"""
+    assert printed(code) == ["<string>"]
 
 
 class Packed(nn.Module):

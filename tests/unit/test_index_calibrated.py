@@ -10,6 +10,7 @@ import pytest
 from sixfold.errors import ShapeError, SixfoldError
 from sixfold.index import Index
 from sixfold.index.code import VectorCode
+from tests.processes import printed
 from tests.unit.test_index import METRICS, exact_scores, recall
 
 pytestmark = pytest.mark.usefixtures("unhooked")
@@ -166,6 +167,18 @@ def test_vectors_that_the_sample_does_not_speak_for() -> None:
         index.add(x[i])
     with pytest.warns(UserWarning, match="vary in other directions than the sample"):
         index.add(x[255])
+
+
+def test_the_warning_is_about_a_line_of_the_caller() -> None:
+    code = """
+import warnings
+from tests.unit.test_index_calibrated import calibrated, vectors
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    calibrated(2).add(vectors(1000, 5, axes=8))
+print(*{x.filename for x in caught})
+"""
+    assert printed(code) == ["<string>"]
 
 
 def test_when_and_with_what() -> None:

@@ -229,7 +229,7 @@ class Index:
             state, moved = self._state.without(old)
             sample = state.prepared(source.sample(SAMPLE))
             if unlike := self._unlike(sample):
-                warnings.warn(unlike, stacklevel=5)
+                warnings.warn(unlike, stacklevel=6)
             state = state.expecting(sample, len(source))
             left = len(source)
             for rows, part in source.blocks(given):

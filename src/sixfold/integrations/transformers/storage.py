@@ -59,7 +59,7 @@ def save_cache(
         warnings.warn(
             "some weights of the model are on the meta device and cannot be read: whoever loads "
             f"{path} will not be told if other weights read it.",
-            stacklevel=3,
+            stacklevel=4,
         )
     description = {
         "model": model_description(config),
