@@ -92,6 +92,18 @@ SEED := 0
 soak-vllm: $(VLLM_VENV)/.installed
 	$(VLLM)/python -m tests.vllm.soak --seconds $(SECONDS) --seed $(SEED)
 
+# LangChain's suite for vector stores brings plugins of pytest that would change other tests.
+.PHONY: test-langchain
+.venv-langchain/.installed: pyproject.toml $(NATIVE)
+	test -x .venv-langchain/bin/python || $(PYTHON) -m venv .venv-langchain
+	$(REQUIRE) .venv-langchain/bin/python -m pip --disable-pip-version-check install --quiet \
+	  -e ".[langchain]" beartype langchain-tests pytest --config-settings=build-dir=build/langchain
+	touch $@
+
+test-langchain: .venv-langchain/.installed
+	.venv-langchain/bin/python -m pytest -q -p no:cacheprovider -o asyncio_mode=auto \
+	  -o asyncio_default_fixture_loop_scope=function tests/unit/test_langchain.py
+
 bench: setup
 	$(BIN)/python -m benchmarks.run --op attention
 

@@ -58,6 +58,9 @@ def hub(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_snippets_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if page.name == "langchain.md":
+        # `make test-langchain` runs it where there is none.
+        pytest.importorskip("langchain_core", reason="LangChain is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "document.txt").write_text(haystack()[:3000], encoding="utf-8")
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 import numpy as np
@@ -31,8 +32,20 @@ MOST_OFFSET = 1e37
 T = TypeVar("T")
 
 
-def save_index(path: str | os.PathLike[str], state: State) -> None:
-    """Write everything; see `Index.save`."""
+def save_index(
+    path: str | os.PathLike[str],
+    state: State,
+    kind: str = KIND,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Write everything; see `Index.save`.
+
+    Args:
+        path: Where to.
+        state: What to write.
+        kind: What the file is, if it holds more than an index.
+        beside: What more.
+    """
     code = state.code
     tensors: dict[str, Tensor] = {} if code.basis is None else {"basis": code.basis}
     for number, segment in enumerate(state.segments):
@@ -53,7 +66,7 @@ def save_index(path: str | os.PathLike[str], state: State) -> None:
         "fitted": [segment.fitted for segment in state.segments],
         "lists": None if state.lists is None else state.lists.used,
     }
-    write_container(path, KIND, description, tensors)
+    write_container(path, kind, description, tensors | dict(beside))
 
 
 def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
@@ -78,9 +91,21 @@ def _tensors(segment: Segment, strings: bool) -> dict[str, Tensor]:
     return held | {"ids": torch.from_numpy(letters), "ids_end": torch.from_numpy(ends)}
 
 
-def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
-    """Check a file, then read it; see `Index.load`."""
-    with open_container(path, KIND) as container:
+def load_index(
+    path: str | os.PathLike[str], mmap: bool, kind: str = KIND, beside: Sequence[str] = ()
+) -> tuple[State, dict[str, Tensor]]:
+    """Check a file, then read it; see `Index.load`.
+
+    Args:
+        path: Of the file.
+        mmap: Whether to map codes.
+        kind: What the file is.
+        beside: Names of what it holds more: bytes, as many as there are.
+
+    Returns:
+        The index, and what is held beside it.
+    """
+    with open_container(path, kind) as container:
         described = container.description
         try:
             code, metric, used = _code(described), _metric(described), _used(described)
@@ -90,6 +115,8 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
             expected = _expected(code, metric, used, bool(strings), lists, container.specs)
             if described["groups"] is not None:
                 expected["basis"] = TensorSpec((code.dim, code.dim), "F64")
+            for name in beside:
+                expected[name] = TensorSpec((container.specs[name].nbytes,), "U8")
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} is damaged: it describes no index ({error}).") from error
         container.expect(expected)
@@ -117,7 +144,7 @@ def load_index(path: str | os.PathLike[str], mmap: bool) -> State:
         raise FormatError(f"{path} is damaged: {error}.") from error
     state = State(code, metric, segments, None, None, described["next_id"], strings, centroids)
     # What is mapped is not written to: whatever is added is added to a copy.
-    return state.closed() if mmap else state
+    return state.closed() if mmap else state, {name: tensors[name] for name in beside}
 
 
 def _metric(described: Mapping[str, Any]) -> Metric:

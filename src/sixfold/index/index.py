@@ -400,7 +400,7 @@ class Index:
             FormatError: The file holds no index, or is damaged.
             OSError: It cannot be read.
         """
-        return cls._of(load_index(path, flag("mmap", mmap)))
+        return cls._of(load_index(path, flag("mmap", mmap))[0])
 
     @classmethod
     def _of(cls, state: State) -> Self:
