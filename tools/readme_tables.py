@@ -21,7 +21,7 @@ def demo_table(results: dict[str, Any]) -> str:
         f"`sixfold demo` on {machine['processor']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, the model inside the package, in bfloat16. Needles: "
         f"five-digit numbers hidden in {results['context']} tokens. Perplexity, KL (from the "
-        f"uncompressed model, ± its standard error) and top token: {windows} windows of {tokens} "
+        f"uncompressed model, ± half a 95 % interval) and top token: {windows} windows of {tokens} "
         f"tokens. Bytes: everything a cache of {results['context']} tokens holds, windows and "
         "tables included; the share of those falls as contexts grow.",
     ]
@@ -29,8 +29,8 @@ def demo_table(results: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    plain = row["kl_standard_error"] is None and row["kl"] == 0
-    error = row["kl_standard_error"]
+    plain = row["kl_half_width"] is None and row["kl"] == 0
+    error = row["kl_half_width"]
     kl = f"{row['kl']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
     cells = [
         f"{row['bits']:g}" + (" (uncompressed)" if plain else ""),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import needles
+from sixfold.eval.estimate import half_width
 from tools import long_context_tables, reproduction_tables, vllm_tables
 from tools.architecture_tables import architecture_table, transformers_tests_table
 from tools.blocks import RESULTS, ROOT, Block, table_row
@@ -31,6 +32,8 @@ from tools.real_models import real_models_table
 from tools.real_speed import longest_table, real_speed_table
 from tools.real_texts import real_texts_table
 
+OVER_WINDOWS = "± half a 95 % interval over windows"
+
 
 def _kl_table(
     results: dict[str, Any],
@@ -45,11 +48,16 @@ def _kl_table(
         table_row([*names, *numbers, *(f"{width} bits" for width in widths)]),
         table_row(["---"] * len(names) + ["---:"] * (len(numbers) + len(widths))),
     ]
-    for row in results["rows"]:
-        kl = [f"{row['kl'][w]:.4f} ± {row['standard_error'][w]:.4f}" for w in widths]
-        lines.append(table_row([*cells(row), *kl]))
     windows, tokens = results["windows"]
-    return "\n".join([*lines, "", f"{windows} windows of {tokens} tokens, {scored}."])
+    for row in results["rows"]:
+        kl = [_with_error(row["kl"][w], row["standard_error"][w], windows) for w in widths]
+        lines.append(table_row([*cells(row), *kl]))
+    lines += ["", f"{windows} windows of {tokens} tokens, {scored}; {OVER_WINDOWS}."]
+    return "\n".join(lines)
+
+
+def _with_error(mean: float, standard_error: float, windows: int) -> str:
+    return f"{mean:.4f} ± {half_width(standard_error, windows):.4f}"
 
 
 def key_map_table(results: dict[str, Any]) -> str:
@@ -81,16 +89,15 @@ def key_map_unseen_table(results: dict[str, Any]) -> str:
 
 def key_map_beginnings_table(results: dict[str, Any]) -> str:
     """One row for every number of tokens that maps were fitted to; a column for every model."""
-    rows = results["rows"]
+    rows, (windows, tokens) = results["rows"], results["windows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [table_row(["maps fitted to", *models]), table_row(["---", *["---:"] * len(models)])]
     for fitted in dict.fromkeys(row["fitted to"] for row in rows):
         found = {row["model"]: row for row in rows if row["fitted to"] == fitted}
-        cells = [f"{found[m]['kl']:.4f} ± {found[m]['standard_error']:.4f}" for m in models]
+        cells = [_with_error(found[m]["kl"], found[m]["standard_error"], windows) for m in models]
         what = f"{int(fitted):,} tokens of another" if fitted.isdigit() else fitted
         lines.append(table_row([what, *cells]))
-    windows, tokens = results["windows"]
-    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored."]
+    lines += ["", f"{windows} windows of {tokens} tokens, the second half scored; {OVER_WINDOWS}."]
     return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ class Row:
     needles_exact: int
     perplexity: float
     kl: float
-    kl_standard_error: float | None
+    kl_half_width: float | None
     kl_p99: float
     top1_agreement: float
     nbytes: int
@@ -134,7 +134,7 @@ def _plain_row(found: Retrieval, compared: CacheComparison, cost: DecodeCost) ->
         needles_exact=found.exact,
         perplexity=compared.uncompressed_perplexity,
         kl=0.0,
-        kl_standard_error=None,
+        kl_half_width=None,
         kl_p99=0.0,
         top1_agreement=1.0,
         nbytes=cost.nbytes,
@@ -152,7 +152,7 @@ def _row(
         needles_exact=found.exact,
         perplexity=compared.perplexity,
         kl=compared.kl.mean,
-        kl_standard_error=compared.kl.standard_error,
+        kl_half_width=compared.kl.half_width,
         kl_p99=compared.kl_p99,
         top1_agreement=compared.top1_agreement.mean,
         nbytes=cost.nbytes,
@@ -162,7 +162,7 @@ def _row(
 
 
 def _cells(row: Row) -> list[str]:
-    error = f" ± {row.kl_standard_error:.4f}" if row.kl_standard_error is not None else ""
+    error = f" ± {row.kl_half_width:.4f}" if row.kl_half_width is not None else ""
     plain = row.bits == float(UNCOMPRESSED)
     return [
         f"{row.bits:g}",
@@ -183,7 +183,7 @@ def _closing(rows: Sequence[Row], context: int, windows: Tensor, seconds: float)
         f"Needles: {rows[0].needles_asked} numbers of five digits hidden in texts of {context} "
         f"tokens, all digits right under greedy decoding. Perplexity, KL and top-1: "
         f"{len(windows)} windows of {windows.shape[1]} tokens, scored after the first {PREFILL}, "
-        "history read from the codes; KL is from the uncompressed model, ± its standard error "
+        "history read from the codes; KL is from the uncompressed model, ± half a 95 % interval "
         "over windows. Bytes: every tensor held after the prefill, the full-precision first and "
         "last tokens and all tables included, which weigh the more the shorter the context. "
         "Limits: the model is tiny (a few million parameters), so quality on large ones must be "

@@ -28,7 +28,12 @@ class Estimate:
         if count == 1:
             return cls(float(windows.mean()), None, None)
         error = float(windows.std() / math.sqrt(count))
-        return cls(float(windows.mean()), error, _student(count - 1) * error)
+        return cls(float(windows.mean()), error, half_width(error, count))
+
+
+def half_width(standard_error: float, windows: int) -> float:
+    """Half of the 95 % interval of a mean over so many windows, at least two."""
+    return _student(windows - 1) * standard_error
 
 
 # 97.5 % quantiles of Student's t with 1 to 10 degrees of freedom.
