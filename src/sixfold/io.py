@@ -92,9 +92,9 @@ def write_container(
         save_file(tensors, temporary, metadata)
         if replaced is not None:
             hand_on_owner(replaced, temporary)
-        temporary.chmod(stat.S_IMODE(mode if replaced is None else replaced.st_mode))
         if replaced is not None:
             hand_on_attributes(target, temporary)
+        temporary.chmod(stat.S_IMODE(mode if replaced is None else replaced.st_mode))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

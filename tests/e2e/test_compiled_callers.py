@@ -30,6 +30,7 @@ def quantizer_calls() -> dict[str, Callable[[], Any]]:
         "qjl": sixfold.QJL(64, 64),
         "polar": sixfold.PolarQuant(64),
         "trellis": sixfold.TrellisQuantizer(64, bits=2),
+        "split": sixfold.OutlierSplit(64),
     }
     calls: dict[str, Callable[[], Any]] = {"rotation": lambda: Rotation(64).rotate(VECTORS)}
     for name, x in made.items():

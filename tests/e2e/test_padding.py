@@ -35,7 +35,7 @@ def fixed(cache: TurboQuantCache) -> list[list[int]]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_first_tokens_are_those_after_the_padding(name: str, attention: str) -> None:
-    """Where attention is watched, it is PyTorch's `sdpa` alone that shows its mask."""
+    """Eager attention shows no mask."""
     if attention == "sdpa" and not tiny_model(name)._supports_sdpa:
         pytest.skip("the model has no such attention")
     model, data = tiny_model(name, attention), batch(PROMPTS, steps=1)

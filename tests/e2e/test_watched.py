@@ -1,30 +1,28 @@
-"""Attention that is not ours shows its queries to a cache that hands out dense keys."""
+"""Attention of transformers shows its queries to a cache that hands out dense keys."""
 
-import copy
-import pickle
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sixfold import TurboQuantCache
+from sixfold.cache import CachePolicy, CompressedLayer
 from sixfold.eval.embedded import haystack, load_embedded
 from sixfold.integrations.transformers.keyword import cache_argument
 from sixfold.integrations.transformers.layer import TurboQuantLayer
 from tests.e2e.decoding import batch, forward, fused_cache, relative_error
 from tests.e2e.models import ARCHITECTURES, fresh_model, tiny_model
-from tests.processes import printed
-from tests.versions import traces_models
 
 pytestmark = pytest.mark.usefixtures("unhooked", "exact_arithmetic")
 
-SHOWN = ["sdpa", "eager"]
+SHOWN = ["sdpa", "sixfold"]
 # What is multiplied with queries is not what is cached (latents), or was cached by another layer.
 OTHERWISE = [name for name, x in ARCHITECTURES.items() if x.dequantized]
 KEYS = torch.randn(1, 2, 320, 32, generator=torch.Generator().manual_seed(0))
@@ -64,9 +62,8 @@ def test_queries_are_those_of_attention_on_codes(
         found = layer.store.query_energy.squares
         # What later layers are asked differs by rounding.
         torch.testing.assert_close(found, expected.store.query_energy.squares, rtol=1e-4, atol=0)
-        if attention == "sdpa":
-            assert torch.equal(layer.store.padding, expected.store.padding)
-            assert layer.store.observed == expected.store.observed
+        assert torch.equal(layer.store.padding, expected.store.padding)
+        assert layer.store.observed == expected.store.observed
 
 
 @pytest.mark.parametrize("attention", SHOWN)
@@ -88,7 +85,7 @@ def test_key_maps_of_a_trained_model_are_those_of_attention_on_codes(attention: 
     assert max(differences) > 0.1
 
 
-@pytest.mark.parametrize("attention", SHOWN)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_that_a_model_computes_changes(name: str, attention: str) -> None:
     model, data = shown(name, attention), batch(steps=1)
@@ -124,7 +121,7 @@ def test_attention_of_another_kind_gets_plain_tensors() -> None:
     assert all(layer.store.history.tokens for layer in layers(cache))
 
 
-@pytest.mark.parametrize("attention", [*SHOWN, "sixfold"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sixfold"])
 def test_layers_that_see_no_queries_wait_one_at_a_time(attention: str) -> None:
     model = fresh_model("llama-64")
     model.set_attn_implementation(attention)
@@ -183,85 +180,59 @@ def test_a_pass_that_ends_before_its_attention_is_repeated() -> None:
     assert relative_error(found, exact) < 0.03
 
 
-def seen(product: Callable[[Tensor], Any]) -> bool:
-    """Whether a product with the keys of 4 heads, 2 of them cached, counts as one of queries."""
+def seen(attend: Callable[[Tensor], Any]) -> bool:
+    """Whether attention with the keys of 2 heads counts as one of queries."""
     cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8, fit_tokens=0)
     keys, _ = cache.update(KEYS, KEYS, 0)
-    product(keys)
+    assert type(keys) is Tensor
+    attend(keys)
     return layers(cache)[0].mapped
 
 
 QUERY = torch.randn(1, 4, 320, 32, generator=torch.Generator().manual_seed(1))
-TURNED = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+GROUPED = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+
+
+def sdpa(query: Tensor, keys: Tensor, mask: Any = None) -> Any:
+    """As a model calls it."""
+    known = AttentionInterface().get_interface("sdpa", sdpa_attention_forward)
+    return known(GROUPED, query, keys, keys, mask)
+
+
+def test_queries_are_seen() -> None:
+    assert seen(lambda keys: sdpa(QUERY, keys))
+    assert seen(lambda keys: sdpa(QUERY, keys, torch.zeros(1, 1, 320, 320)))
 
 
 @pytest.mark.parametrize(
-    "product",
+    "attend",
     [
-        lambda keys: sdpa(QUERY, keys, keys, enable_gqa=True),
-        lambda keys: sdpa(query=QUERY, key=keys.repeat_interleave(2, 1), value=QUERY),
-        lambda keys: torch.matmul(QUERY, repeat_kv(keys, 2).transpose(2, 3)),
-        lambda keys: KEYS @ keys.permute(0, 1, 3, 2),
-        lambda keys: KEYS.bfloat16() @ keys.to(torch.bfloat16).transpose(2, 3),
+        lambda keys: QUERY @ keys.repeat_interleave(2, 1).mT,
+        lambda keys: sdpa(QUERY, keys.clone()),
+        lambda keys: sdpa(QUERY, keys[:, :, :]),
+        lambda keys: sdpa(QUERY[:, :, :7], keys),
+        lambda keys: sdpa(QUERY, KEYS),
     ],
 )
-def test_products_of_queries(product: Callable[[Tensor], Any]) -> None:
-    assert seen(product)
+def test_what_is_not_asked_of_these_keys(attend: Callable[[Tensor], Any]) -> None:
+    assert not seen(attend)
 
 
-@pytest.mark.parametrize(
-    "product",
-    [
-        lambda keys: QUERY[:, :, :7] @ keys.repeat_interleave(2, 1).transpose(2, 3),
-        lambda keys: keys @ keys.transpose(2, 3),
-        lambda keys: keys @ KEYS.transpose(2, 3),
-        lambda keys: sdpa(keys, KEYS, KEYS),
-        lambda keys: KEYS[0] @ keys[0].transpose(1, 2),
-        # In another order of channels, or of heads, or without some tokens.
-        lambda keys: KEYS[..., TURNED] @ keys[..., TURNED].transpose(2, 3),
-        lambda keys: QUERY @ keys[:, None].expand(1, 2, 2, 320, 32).reshape(1, 4, 320, 32).mT,
-        lambda keys: sdpa(KEYS, keys[:, [1, 0]], KEYS),
-        lambda keys: sdpa(KEYS, keys[:, :, 1:], KEYS[:, :, 1:]),
-        lambda keys: sdpa(KEYS, 2 * keys, KEYS),
-    ],
-)
-def test_products_that_are_not(product: Callable[[Tensor], Any]) -> None:
-    assert not seen(product)
-
-
-def test_keys_may_be_kept_like_any_tensor() -> None:
-    cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8)
-    keys, _ = cache.update(KEYS, KEYS, 0)
-    for copied in (copy.deepcopy(keys), pickle.loads(pickle.dumps(keys)), keys + 0):
-        assert type(copied) is Tensor
-        assert torch.equal(copied, KEYS)
-    assert torch.equal(torch.nn.Parameter(keys), KEYS)
-    assert repr(keys) == repr(KEYS)
-
-
-def what_a_graph_makes_of_keys() -> float:
-    cache = TurboQuantCache(tiny_model("llama-64", "sdpa").config, 8)
-    keys, _ = cache.update(KEYS, KEYS, 0)
-    found = torch.compile(sdpa, backend="eager", fullgraph=True)(KEYS, keys, KEYS)
-    return float((found - sdpa(KEYS, KEYS, KEYS)).abs().max())
-
-
-@traces_models
-def test_a_graph_takes_them() -> None:
-    code = "from tests.e2e.test_watched import what_a_graph_makes_of_keys as f; print(f())"
-    assert float(printed(code)[-1]) < 1e-6
-
-
-def test_a_config_that_no_model_was_made_of() -> None:
-    """As `AutoConfig` reads it, it does not say who gets the keys."""
-    config = type(tiny_model("llama-64").config)(num_hidden_layers=2)
-    assert config._attn_implementation is None
-    cache = TurboQuantCache(config, 8)
-    assert type(cache.update(KEYS, KEYS, 0)[0]) is Tensor
+def test_threads_see_their_own() -> None:
+    config = tiny_model("llama-64", "sdpa").config
+    caches = [TurboQuantCache(config, 8, fit_tokens=500) for _ in range(2)]
+    own, other = (cache.update(KEYS, KEYS, 0)[0] for cache in caches)
+    thread = threading.Thread(target=lambda: sdpa(QUERY, other))
+    thread.start()
+    thread.join()
+    sdpa(QUERY, own)
+    assert not any(layers(cache)[0]._store.query_energy for cache in caches)
+    sdpa(QUERY, other)
+    assert layers(caches[1])[0]._store.query_energy is not None
 
 
 @pytest.mark.parametrize("tokens", [100, 600])
-@pytest.mark.parametrize("attention", [*SHOWN, "sixfold"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sixfold"])
 def test_what_was_given_may_be_written_to_again(attention: str, tokens: int) -> None:
     model = shown("llama-64", attention)
     make = TurboQuantCache.for_model if attention == "sixfold" else TurboQuantCache
@@ -282,14 +253,28 @@ def test_what_was_given_may_be_written_to_again(attention: str, tokens: int) -> 
 
 
 @pytest.mark.parametrize("tokens", [100, 600])
-def test_what_was_taken_over_may_be_written_to(tokens: int) -> None:
+@pytest.mark.parametrize("skipped", [(), (1,)], ids=["compressed", "skipped"])
+def test_what_was_taken_over_may_be_written_to(tokens: int, skipped: tuple[int, ...]) -> None:
     model = shown("llama-64", "sdpa")
     dense = DynamicCache(config=model.config)
     for index in range(2):
         given = KEYS.repeat(1, 1, 2, 2)[:, :, :tokens]
         dense.update(given, given, index)
-    cache = TurboQuantCache.from_cache(dense, model, 8)
-    before = cache[1][0].clone()
+    cache = TurboQuantCache.from_cache(dense, model, 8, skip_layers=skipped)
+    before, fork = cache[1][0], cache.fork()
     for layer in dense.layers:
         layer.keys.zero_()
+    fork[1][0].zero_()
     assert torch.equal(cache[1][0], before)
+    assert torch.equal(fork[1][0], before)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_a_layer_hands_out_may_be_written_to(graph: bool) -> None:
+    keys = KEYS.clone().requires_grad_(graph)
+    layer = CompressedLayer(keys, keys, CachePolicy(fit_tokens=500))
+    layer.append(keys, keys)
+    layer.compress()
+    with torch.no_grad():
+        layer.fork().dequantized()[0].zero_()
+        assert torch.equal(layer.dequantized()[0], KEYS)

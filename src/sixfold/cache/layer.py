@@ -253,7 +253,8 @@ class CompressedLayer:
 
     def _decoded(self) -> tuple[Tensor, Tensor]:
         if self.prefix is None:
-            return self.window.keys, self.window.values
+            # Nothing is decoded: whoever writes to it must not write to what is held.
+            return self.window.keys.clone(), self.window.values.clone()
         dtype, key_map = self.window.keys.dtype, self.prefix.key_map
         read = [
             run.valid(self.code.read(part, dtype, key_map))

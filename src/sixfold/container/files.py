@@ -42,14 +42,21 @@ def hand_on_owner(replaced: os.stat_result, file: Path) -> None:
 def hand_on_attributes(replaced: Path, file: Path) -> None:
     """Give `file` the extended attributes of the file it replaces, access lists among them.
 
-    As far as the system has any, and lets us.
+    As far as the system has any, and lets us; what the folder has given it goes.
     """
-    names = []
-    with contextlib.suppress(OSError, AttributeError):
-        names = os.listxattr(replaced)
-    for name in names:
+    for name in _attributes(file) - _attributes(replaced):
+        with contextlib.suppress(OSError):
+            os.removexattr(file, name)
+    for name in _attributes(replaced):
         with contextlib.suppress(OSError):
             os.setxattr(file, name, os.getxattr(replaced, name))
+
+
+def _attributes(file: Path) -> set[str]:
+    try:
+        return set(os.listxattr(file))
+    except (OSError, AttributeError):
+        return set()
 
 
 def open_regular(path: Path) -> int:

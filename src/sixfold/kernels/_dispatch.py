@@ -121,8 +121,9 @@ def untraced_without_kernels(method: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(method)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if torch.compiler.is_compiling():
-            given: list[Any] = [*args, *kwargs.values()]
-            if not _traceable(given[1].device):
+            given: list[Any] = [*args, *kwargs.values(), None]
+            device = getattr(given[1], "device", None)
+            if not isinstance(device, torch.device) or not _traceable(device):
                 return whole(*args, **kwargs)
         return method(*args, **kwargs)
 

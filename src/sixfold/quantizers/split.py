@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from sixfold._surroundings import outside_autocast
+from sixfold._surroundings import outside_autocast, untraced
 from sixfold.arguments import MOST_COORDINATES, dense, settle, whole
 from sixfold.codes import SplitCodes, checked
 from sixfold.errors import ShapeError, SixfoldError
-from sixfold.kernels._dispatch import untraced_without_kernels
 from sixfold.kernels._tiles import tiles
 from sixfold.kernels._wide import wide
 from sixfold.kernels.encode import Scale
@@ -85,7 +84,7 @@ class OutlierSplit:
         norms = torch.linalg.vector_norm(x, dim=-2, dtype=wide(x.device))
         return torch.topk(norms, self.outlier_channels, dim=-1).indices.sort(dim=-1).values
 
-    @untraced_without_kernels
+    @untraced
     @outside_autocast
     def encode(
         self,
@@ -141,7 +140,7 @@ class OutlierSplit:
         outlier = torch.zeros(shape, dtype=torch.uint8, device=channels.device)
         return outlier.scatter(-1, channels.long(), 1).argsort(dim=-1, stable=True)
 
-    @untraced_without_kernels
+    @untraced
     @outside_autocast
     def decode(self, codes: SplitCodes) -> Float32[Tensor, "*batch dim"]:
         """Reconstruct vectors, in the units of those encoded.
@@ -154,7 +153,7 @@ class OutlierSplit:
         ordered = torch.cat(parts, dim=-1)
         return torch.empty_like(ordered).scatter(-1, self._order(codes.channels), ordered)
 
-    @untraced_without_kernels
+    @untraced
     @outside_autocast
     def scores(
         self, queries: Float[Tensor, "*batch n_queries dim"], codes: SplitCodes

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from sixfold.cache import CompressedLayer, StaticLayer
 from sixfold.cache.gradients import refuse_gradient
 from sixfold.errors import UnsupportedModelError
-from sixfold.integrations.transformers.watch import unwatched
+from sixfold.integrations.transformers.watch import meet
 from sixfold.kernels.attention import exact_attention
 
 _recorder: Any = None
@@ -175,7 +175,10 @@ def attention_forward(
             out = _attend_untraced(key, query, options)
         else:
             out = key.attend(query, **options)
-    elif not ours:
+        return out.transpose(1, 2).contiguous(), None
+    if not torch.compiler.is_compiling():
+        meet(query, key, attention_mask)
+    if not ours:
         return sdpa_attention_forward(
             module,
             query,
@@ -186,9 +189,7 @@ def attention_forward(
             scaling=scaling,
             **kwargs,
         )
-    else:
-        key = unwatched(key, query, attention_mask)
-        out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
+    out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
 
 

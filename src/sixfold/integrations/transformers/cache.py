@@ -29,7 +29,6 @@ from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
     check_decoder,
     coded_dims,
-    decoder_config,
     fusable_layers,
     layer_types,
 )
@@ -63,7 +62,6 @@ from sixfold.integrations.transformers.storage import (
     save_cache,
 )
 from sixfold.integrations.transformers.summary import summary
-from sixfold.integrations.transformers.watch import WATCHED
 from sixfold.integrations.transformers.wrappers import learned_prompt, unwrapped
 from sixfold.kernels._dispatch import slow_kernels
 from sixfold.kernels.types import CodeName
@@ -78,7 +76,7 @@ class TurboQuantCache(CountedCache):
     Layers that are not softmax attention (linear attention, convolutions) stay as they are.
 
     Args:
-        config: The model's own, `model.config`: it says how the model attends (docs/key_map.md).
+        config: The model's config.
         bits: Bits a coordinate of keys and values: 1 to 8, 2.5 or 3.5. 3.5 are spent as 4 on keys
             and 3 on values, 2.5 as 3 and 2, where that takes no more bytes (docs/recipe.md).
         key_bits: Bits of the keys. Values then have `bits`, if not told otherwise.
@@ -277,8 +275,7 @@ class TurboQuantCache(CountedCache):
             self._waiting.settle()
         self._waiting = None if layer.mapped else layer
         if not layer.mapped:
-            kind = decoder_config(self.config)._attn_implementation
-            layer.watched = kind in WATCHED and not self._compiled
+            layer.watched = not self._compiled
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
@@ -418,7 +415,9 @@ class TurboQuantCache(CountedCache):
         held = self.layers[self._number(layer)]
         if isinstance(held, TurboQuantLayer):
             return held.dense()
-        return getattr(held, "keys", None), getattr(held, "values", None)
+        keys, values = getattr(held, "keys", None), getattr(held, "values", None)
+        # Copies: forks share what is held.
+        return keys if keys is None else keys.clone(), values if values is None else values.clone()
 
     def __repr__(self) -> str:
         """Widths, layers, tokens and bytes, and how much smaller that is."""

@@ -115,13 +115,21 @@ def _converted(layer: Any, empty: Any, mask: Tensor | None) -> Any:
         return empty
     if isinstance(empty, CrossAttentionLayer) and type(layer) is DynamicLayer:
         empty.__dict__.update(layer.__dict__)
-        return empty
+        return _own(empty)
     if type(layer) is type(empty):
-        return forked(layer)
+        return _own(forked(layer))
     raise SixfoldError(
         f"expected a {type(empty).__name__} where the source has a {type(layer).__name__}: make "
         "it with DynamicCache(config=model.config)."
     )
+
+
+def _own(layer: Any) -> Any:
+    """The layer, keys and values in memory of its own."""
+    for name in ("keys", "values"):
+        if isinstance(held := vars(layer).get(name), Tensor):
+            setattr(layer, name, held.clone())
+    return layer
 
 
 def _compressed(layer: Any, empty: TurboQuantLayer, mask: Tensor | None) -> CompressedLayer:

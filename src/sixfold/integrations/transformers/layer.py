@@ -111,11 +111,13 @@ class TurboQuantLayer(CacheLayerMixin):
             return handle, handle
         new = key_states.shape[2]
         masked, _ = self.get_mask_sizes(new)
+        first = store.length == 0
         store.extend(key_states, value_states)
-        keys, values = (x[:, :, -masked:] for x in store.dequantized())
+        held = (key_states, value_states) if first else store.dequantized()
+        keys, values = (x[:, :, -masked:] for x in held)
         if self.watched and store.prefix is None:
             self._watch = Watch(store, keys, new)
-            return self._watch.watched(keys), values
+            return keys, values
         store.compress()
         return keys, values
 
@@ -244,11 +246,8 @@ class TurboQuantLayer(CacheLayerMixin):
         """Keys and values of the visible tokens, [batch, kv_heads, tokens, dim], or None twice."""
         if self.store is None:
             return None, None
-        first, held = self.store.held - self.store.visible, self.store.window
+        first = self.store.held - self.store.visible
         keys, values = self.store.dequantized()
-        if keys is held.keys:
-            # Nothing was decoded: whoever writes to it must not write to the cache.
-            keys, values = keys.clone(), values.clone()
         return keys[:, :, first:], values[:, :, first:]
 
     @property
