@@ -259,7 +259,7 @@ class TurboQuantCache(CountedCache):
             check_dtype(layer, key_states)
             follow(layer, key_states.device)
         elif not layer.fused:
-            self._watch(layer)
+            self._let_wait(layer)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
@@ -268,8 +268,8 @@ class TurboQuantCache(CountedCache):
             layer.arrived(self._text if before is None else before, key_states.shape[2])
         return updated
 
-    def _watch(self, layer: TurboQuantLayer) -> None:
-        """Let a layer that hands out dense keys wait for their queries, if it will meet any."""
+    def _let_wait(self, layer: TurboQuantLayer) -> None:
+        """Let a layer that hands out dense keys wait for their queries, and no other beside it."""
         if self._waiting is not None:
             # Its queries were not seen, or it has compressed already.
             self._waiting.settle()
@@ -671,6 +671,6 @@ class TurboQuantCache(CountedCache):
 
 @untraced_growth
 def _update_untraced(cache: TurboQuantCache, *args: Any) -> Any:
-    # What is handed to a graph are plain tensors.
+    # Attention in a graph shows nothing.
     cache._compiled = True
     return cache.update(*args)

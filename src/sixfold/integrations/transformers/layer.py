@@ -47,7 +47,7 @@ class TurboQuantLayer(CacheLayerMixin):
         # Of all sequences; None to fit one to each.
         self.key_map: KeyMap | None = None
         self.record_past = False
-        # Whether the attention that gets dense keys of this layer can be watched.
+        # Whether attention may show the queries that dense keys of this layer meet.
         self.watched = False
         self._watch: Watch | None = None
         self._store: CompressedLayer | None = None
