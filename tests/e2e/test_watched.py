@@ -122,19 +122,14 @@ def test_attention_of_another_kind_gets_plain_tensors() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "sixfold"])
-def test_layers_that_see_no_queries_wait_one_at_a_time(attention: str) -> None:
-    model = fresh_model("llama-64")
-    model.set_attn_implementation(attention)
+def test_layers_that_see_no_queries_do_not_wait_for_them(attention: str) -> None:
+    """But the first, which cannot know, until the second has its tokens."""
+    model = shown("llama-64", attention)
     cache = TurboQuantCache(model.config, 8, fit_tokens=0)
-    expected = TurboQuantCache(model.config, 8, fit_tokens=0)
     for index in range(len(cache)):
         cache.update(KEYS, KEYS, index)
-        expected.update(KEYS, KEYS, index)
-        assert expected.nbytes, "which whoever asks waits for"
         coded = [layer._store.history.tokens for layer in layers(cache)[: index + 1]]
-        assert coded == [256] * index + [0]
-    assert cache.nbytes == expected.nbytes
-    assert [x._store.history.tokens for x in layers(cache)] == [256] * len(cache)
+        assert coded == ([0] if attention != "eager" and index == 0 else [256] * (index + 1))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +150,45 @@ def test_whoever_looks_finds_codes(look: Any) -> None:
         cache.update(KEYS, KEYS, index)
     look(cache)
     assert [x._store.history.tokens for x in layers(cache)] == [256] * len(cache)
+
+
+def test_who_registers_another_function_later_is_watched_too() -> None:
+    def own(module: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, **kwargs)
+
+    seen(lambda keys: keys)
+    before, known = AttentionInterface()["sdpa"], {"attention_mask": None}
+    try:
+        AttentionInterface.register("sdpa", own)
+        assert seen(lambda x: AttentionInterface()["sdpa"](GROUPED, QUERY, x, x, **known))
+    finally:
+        AttentionInterface.register("sdpa", before)
+
+
+def test_eager_layers_wait_for_nothing() -> None:
+    cache = TurboQuantCache(tiny_model("llama-64", "eager").config, 8, fit_tokens=0)
+    cache.update(KEYS, KEYS, 0)
+    assert layers(cache)[0]._store.history.tokens == 256
+
+
+def test_models_that_show_nothing_wait_once() -> None:
+    """Falcon attends by itself."""
+    model, data = shown("falcon-grouped", "sdpa"), batch((248,), steps=1)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=0)
+    forward(model, cache, data, 0, data.prompt)
+    assert all(layer._store.history.tokens for layer in layers(cache))
+
+
+def test_tokens_that_waited_go_as_they_came() -> None:
+    model, data = shown("llama-64", "sdpa"), batch((248,), steps=1)
+    cache = TurboQuantCache(model.config, 8, fit_tokens=240)
+    forward(model, cache, data, 0, 200)
+    before = [cache[index][0] for index in range(2)]
+    more = torch.randn(1, 2, 48, 64, generator=torch.Generator().manual_seed(2))
+    cache.update(more, more, 0)
+    assert cache.recover(200) == 200
+    for index in range(2):
+        assert torch.equal(cache[index][0], before[index])
 
 
 class Interrupt(BaseException):

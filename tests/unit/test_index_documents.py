@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,80 @@ def test_searches_beside_changes_miss_nothing() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class Interrupt(BaseException):
+    """What a user's key raises."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("operation", ["put", "replace", "remove"])
+def test_an_interrupted_change_is_made_or_not(
+    operation: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, name = filled(), "remove" if operation == "remove" else "add"
+    own = getattr(Index, name)
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        if when == "after":
+            own(*args, **options)
+        raise Interrupt
+
+    changes: dict[str, Callable[[], Any]] = {
+        "put": lambda: documents.put(["new"], VECTORS[7:8], ids=["new"]),
+        "replace": lambda: documents.put(["new"], VECTORS[7:8], ids=["7"]),
+        "remove": lambda: documents.remove(["7"]),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(Index, name, interrupted)
+        with pytest.raises(Interrupt):
+            changes[operation]()
+    made = when == "after"
+    expected = {"put": 50 + made, "replace": 50, "remove": 50 - made}[operation]
+    assert len(documents) == expected
+    texts = {x.document.text for x in documents.search(VECTORS[7], 2)}
+    assert ("new" in texts) == (made and operation != "remove")
+    documents.save(tmp_path / "documents")
+    assert len(Documents.load(tmp_path / "documents")) == expected
+    assert documents.remove(["7"]) == (0 if made and operation == "remove" else 1)
+
+
+def test_a_score_is_that_of_the_text_beside_it() -> None:
+    documents, failures, done = filled(), [], threading.Event()
+
+    def search() -> None:
+        while not done.is_set():
+            for found in documents.search(VECTORS[0], 50):
+                near = found.score > 0.9
+                if found.document.id == "x" and near != (found.document.text == "near"):
+                    failures.append(found)
+
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(300):
+        vector = VECTORS[:1] if i % 2 else -VECTORS[:1]
+        documents.put(["near" if i % 2 else "far"], vector, ids=["x"])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_texts_that_were_cut(tmp_path: Path) -> None:
+    documents = Documents()
+    documents.put(["\ud83d"], VECTORS[:1], [{"x": "\ude00"}], ["a"])
+    documents.save(tmp_path / "documents")
+    assert Documents.load(tmp_path / "documents").get(["a"]) == documents.get(["a"])
+    with pytest.raises(SixfoldError, match="UTF-8"):
+        documents.put(["x"], VECTORS[:1], ids=["\ud83d"])
+
+
+def test_metadata_is_of_its_own() -> None:
+    documents, about = Documents(), {"list": [1]}
+    documents.put(["x"], VECTORS[:1], [about], ["x"])
+    about["list"].append(2)
+    assert documents.get(["x"])[0].metadata == {"list": [1]}
 
 
 def test_metadata_is_what_json_says(tmp_path: Path) -> None:

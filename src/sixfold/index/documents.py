@@ -1,10 +1,12 @@
 """Texts and their metadata beside the vectors by which they are found: what adapters stand on."""
 
+import contextlib
+import copy
 import json
 import os
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,9 +17,12 @@ from sixfold.errors import FormatError, ShapeError, SixfoldError
 from sixfold.index.files import load_index, save_index
 from sixfold.index.index import Index
 from sixfold.index.metric import Metric
+from sixfold.index.state import State
 
 KIND = "documents"
 _TEXTS = "documents"
+# Half of a surrogate pair, as texts cut in the middle have it: Python's JSON reads it so.
+_AS_JSON = "surrogatepass"
 
 
 class Document(NamedTuple):
@@ -61,11 +66,40 @@ class Documents:
         self.bits, self.metric, self.seed = bits, metric, seed
         self.index: Index | None = None
         self._held: dict[str, Document] = {}
-        self._changes = threading.RLock()
+        # The index that is being changed, what it was before, and what documents there are then.
+        self._change: tuple[Index, State, dict[str, Document]] | None = None
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         """How many documents there are."""
-        return len(self._held)
+        return len(self._known())
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block during which no other thread changes anything.
+
+        Raises:
+            SixfoldError: From a signal handler that interrupts such a block, or a change.
+        """
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise SixfoldError("the documents are in use by what this call interrupted")
+        with self._lock:
+            self._settle()
+            yield
+
+    def _settle(self) -> None:
+        """Finish a change: one that was interrupted has changed the index, or nothing."""
+        if self._change is not None:
+            index, before, held = self._change
+            if index._state is not before:
+                self.index, self._held = index, held
+            self._change = None
+
+    def _known(self) -> dict[str, Document]:
+        if self._change is not None and not self._lock._is_owned():  # type: ignore[attr-defined]
+            with self._lock:
+                self._settle()
+        return self._held
 
     def put(
         self,
@@ -97,7 +131,7 @@ class Documents:
         for name, each in (("metadata", metadata), ("ids", given)):
             if len(each) != count:
                 raise ShapeError(f"{name}: expected one for each of {count} texts, got {len(each)}")
-        known = [uuid.uuid4().hex if x is None else _text("an id", x) for x in given]
+        known = [uuid.uuid4().hex if x is None else _id(x) for x in given]
         rows = np.asarray(vectors, dtype=np.float32)
         if count == 0:
             return []
@@ -107,26 +141,30 @@ class Documents:
             id: (Document(id, _text("a text", text), _metadata(about)), row)
             for id, text, about, row in zip(known, texts, metadata, rows, strict=True)
         }
-        with self._changes:
-            index = self.index or Index(rows.shape[1], self.bits, self.metric, seed=self.seed)
+        with self.unchanged():
+            index = self.index
+            if index is None:
+                index = Index(rows.shape[1], self.bits, self.metric, seed=self.seed)
+            held = self._held | {id: document for id, (document, _) in new.items()}
+            self._change = index, index._state, held
             index.add(np.stack([row for _, row in new.values()]), list(new), upsert=True)
-            # One step, whoever reads meanwhile.
-            self._held = self._held | {id: document for id, (document, _) in new.items()}
-            self.index = index
+            self._settle()
         return known
 
     def remove(self, ids: Any) -> int:
         """Remove documents; returns how many of these ids there were."""
-        with self._changes:
+        with self.unchanged():
             gone = {id for id in sequence("ids", ids) if id in self._held}
             if gone and self.index is not None:
+                held = {id: x for id, x in self._held.items() if id not in gone}
+                self._change = self.index, self.index._state, held
                 self.index.remove(list(gone))
-                self._held = {id: x for id, x in self._held.items() if id not in gone}
+                self._settle()
         return len(gone)
 
     def get(self, ids: Any) -> list[Document]:
         """The documents of these ids; those that there are."""
-        held = self._held
+        held = self._known()
         return [held[id] for id in sequence("ids", ids) if id in held]
 
     def search(
@@ -144,30 +182,26 @@ class Documents:
             SixfoldError: It is not finite, or `k` is no number of documents.
         """
         k, query = whole("k", k, 1), np.asarray(vector, dtype=np.float32)
+        held = self._held
         found = self._search(query, k, where)
-        if found is None:
-            # Documents came meanwhile that were not known yet: now none comes.
-            with self._changes:
-                found = self._search(query, k, where)
-        assert found is not None
-        return found
+        if self._held is held and self._change is None:
+            return found
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            return found
+        # Something was changed meanwhile.
+        with self.unchanged():
+            return self._search(query, k, where)
 
     def _search(
         self, query: np.ndarray, k: int, where: Callable[[Document], bool] | None
-    ) -> list[Found] | None:
+    ) -> list[Found]:
         held, index = self._held, self.index
         allowed = None if where is None else [id for id, x in held.items() if where(x)]
         if index is None or not held or allowed == []:
             return []
         scores, ids = index.search(query, min(k, len(held)), filter=allowed)
-        pairs = [
-            (id, score)
-            for id, score in zip(ids.tolist(), scores.tolist(), strict=True)
-            if id is not None
-        ]
-        if any(id not in held for id, _ in pairs):
-            return None
-        return [Found(held[id], score) for id, score in pairs]
+        pairs = zip(ids.tolist(), scores.tolist(), strict=True)
+        return [Found(held[id], score) for id, score in pairs if id in held]
 
     def vectors(self, ids: Any) -> np.ndarray:
         """The vectors of documents as the index knows them, [n, dim].
@@ -186,7 +220,7 @@ class Documents:
             SixfoldError: There are no documents, or metadata hold something that is no JSON value.
             OSError: The file cannot be written.
         """
-        with self._changes:
+        with self.unchanged():
             if self.index is None:
                 raise SixfoldError("there are no documents to save: add some before")
             try:
@@ -195,7 +229,7 @@ class Documents:
                 raise SixfoldError(
                     f"metadata must be JSON values (text, numbers, lists, ...) to be saved: {error}"
                 ) from error
-            letters = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            letters = torch.frombuffer(bytearray(text.encode(errors=_AS_JSON)), dtype=torch.uint8)
             with self.index._alone():
                 save_index(path, self.index._state, KIND, {_TEXTS: letters})
 
@@ -221,8 +255,7 @@ def _read(path: str | os.PathLike[str], text: bytes) -> dict[str, Document]:
     try:
         rows = [Document(*row) for row in json.loads(text)]
         return {
-            _text("an id", x.id): Document(x.id, _text("a text", x.text), _metadata(x.metadata))
-            for x in rows
+            _id(x.id): Document(x.id, _text("a text", x.text), _metadata(x.metadata)) for x in rows
         }
     except (ValueError, TypeError, RecursionError, SixfoldError) as error:
         raise FormatError(f"{path} is damaged: its documents cannot be read ({error}).") from error
@@ -234,7 +267,17 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
+def _id(value: Any) -> str:
+    text = _text("an id", value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SixfoldError(f"an id must be text that UTF-8 can hold, got {text!r}") from error
+    return text
+
+
 def _metadata(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise SixfoldError(f"metadata must map names to values, got {shown(value)}")
-    return dict(value)
+    # Whoever changes theirs changes nothing here.
+    return copy.deepcopy(dict(value))

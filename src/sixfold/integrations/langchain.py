@@ -1,5 +1,6 @@
 """`SixfoldVectorStore`: a vector store of LangChain whose vectors take 1 to 8 bits a coordinate."""
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -169,10 +170,11 @@ class SixfoldVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[Document]:
         """The same for a vector."""
-        near = [document for document, _ in self._found(embedding, max(k, fetch_k), filter)]
+        with self.documents.unchanged():
+            near = [document for document, _ in self._found(embedding, max(k, fetch_k), filter)]
+            vectors = list(self.documents.vectors([str(document.id) for document in near]))
         if not near:
             return []
-        vectors = list(self.documents.vectors([str(document.id) for document in near]))
         chosen = maximal_marginal_relevance(np.array(embedding), vectors, lambda_mult, k)
         return [near[number] for number in chosen]
 
@@ -238,7 +240,7 @@ class SixfoldVectorStore(VectorStore):
 
 def _document(held: Held) -> Document:
     # Of its own: whoever changes what was found does not change what is held.
-    return Document(id=held.id, page_content=held.text, metadata=dict(held.metadata))
+    return Document(id=held.id, page_content=held.text, metadata=copy.deepcopy(held.metadata))
 
 
 def _condition(filter: Any) -> Callable[[Held], bool]:

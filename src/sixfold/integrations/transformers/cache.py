@@ -29,6 +29,7 @@ from sixfold.integrations.transformers.combined import forget_states
 from sixfold.integrations.transformers.config import (
     check_decoder,
     coded_dims,
+    decoder_config,
     fusable_layers,
     layer_types,
 )
@@ -143,7 +144,8 @@ class TurboQuantCache(CountedCache):
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._prompt: weakref.ref[torch.nn.Module] | None = None
         self._waiting: TurboQuantLayer | None = None
-        self._compiled = False
+        # Whether attention shows no queries: in a graph, or by a model's own code.
+        self._blind = False
         types, kwargs = layer_types(config)
         per_layer = {} if per_layer is None else per_layer
         policies = layer_policies(len(types), policy, skip_layers, per_layer)
@@ -270,12 +272,12 @@ class TurboQuantCache(CountedCache):
 
     def _let_wait(self, layer: TurboQuantLayer) -> None:
         """Let a layer that hands out dense keys wait for their queries, and no other beside it."""
-        if self._waiting is not None:
-            # Its queries were not seen, or it has compressed already.
-            self._waiting.settle()
+        if self._waiting is not None and self._waiting.settle():
+            # What one layer waited for in vain the next ones need not wait for.
+            self._blind = True
         self._waiting = None if layer.mapped else layer
-        if not layer.mapped:
-            layer.watched = not self._compiled
+        kind = decoder_config(self.config)._attn_implementation if not layer.mapped else None
+        layer.watched = not self._blind and kind != "eager"
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
@@ -671,6 +673,5 @@ class TurboQuantCache(CountedCache):
 
 @untraced_growth
 def _update_untraced(cache: TurboQuantCache, *args: Any) -> Any:
-    # Attention in a graph shows nothing.
-    cache._compiled = True
+    cache._blind = True
     return cache.update(*args)

@@ -78,11 +78,13 @@ class TurboQuantLayer(CacheLayerMixin):
         """Whether there is a key map: queries that come later change nothing."""
         return self._store is not None and self._store.prefix is not None
 
-    def settle(self) -> None:
-        """Compress tokens that have waited for their queries until now."""
+    def settle(self) -> bool:
+        """Compress tokens that have waited for their queries until now; whether any had."""
         watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.end()
+        if watch is None or not watch.unseen:
+            return False
+        watch.end()
+        return True
 
     def adopt(self, store: CompressedLayer) -> None:
         """Hold `store`, which may have been filled elsewhere."""
@@ -172,12 +174,14 @@ class TurboQuantLayer(CacheLayerMixin):
             SixfoldError: The number is positive, or a sliding window has moved on.
         """
         self.check_crop(tokens_to_remove)
-        if self.store is None:
+        # Tokens that wait go as they came: codes of them would stay.
+        store, self._watch = self._store, None
+        if store is None:
             return
-        if -tokens_to_remove >= self.store.length:
+        if -tokens_to_remove >= store.length:
             self.reset()
         else:
-            self.store.crop(-tokens_to_remove)
+            store.crop(-tokens_to_remove)
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Refuse what `crop` would; changes nothing.
@@ -190,8 +194,8 @@ class TurboQuantLayer(CacheLayerMixin):
             raise SixfoldError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}."
             )
-        if self.store is not None:
-            self.store.check_crop(-tokens_to_remove)
+        if self._store is not None:
+            self._store.check_crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Keep what leaves a sliding window until the next `crop` (assisted generation)."""

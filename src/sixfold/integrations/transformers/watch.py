@@ -38,6 +38,11 @@ class Watch:
         self.new = new
         _latest.watch = weakref.ref(self)
 
+    @property
+    def unseen(self) -> bool:
+        """Whether it still waits."""
+        return self.waiting is not None
+
     def end(self) -> None:
         """Compress, whether queries were seen or not."""
         waiting, self.waiting = self.waiting, None
@@ -77,28 +82,25 @@ def meet(query: Any, keys: Any, mask: Any) -> None:
         watch.meet(query, mask)
 
 
-@functools.cache
 def watch_attention() -> None:
     """From now on transformers' attention functions show what they are called with."""
     known = AttentionInterface()
     for name in WATCHED:
-        if name in known:
-            AttentionInterface.register(name, _watched(known[name]))
+        # Others may register theirs at any time.
+        if name in known and known[name] not in _watched:
+            watched = _showing(known[name])
+            _watched.add(watched)
+            AttentionInterface.register(name, watched)
 
 
-def _watched(attention: Callable[..., Any]) -> Callable[..., Any]:
+_watched: set[Callable[..., Any]] = set()
+
+
+def _showing(attention: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attention)
-    def run(
-        module: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def run(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            meet(query, key, attention_mask)
-        return attention(module, query, key, value, attention_mask, *args, **kwargs)
+            meet(query, key, args[0] if args else kwargs.get("attention_mask"))
+        return attention(module, query, key, value, *args, **kwargs)
 
     return run
