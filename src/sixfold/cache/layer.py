@@ -454,14 +454,14 @@ class CompressedLayer:
         if shown:
             self.observed |= queries == self.length
             valid = valid_tokens(mask, queries, batch)
+            if valid is not None:
+                before = self.length - queries
+                self.window = self.window.masked(valid)
+                leading = (valid.cumsum(1) == 0).sum(1)
+                self.padding = torch.where(self.padding == before, before + leading, self.padding)
         else:
             places = torch.arange(-queries, 0, device=query.device) + self.window.tokens
             valid = places >= leading_padding(self.window.keys)[:, None]
-        if shown and valid is not None:
-            before = self.length - queries
-            self.window = self.window.masked(valid)
-            leading = (valid.cumsum(1) == 0).sum(1)
-            self.padding = torch.where(self.padding == before, before + leading, self.padding)
         if self.pinned is not None:
             return
         energy = self.fit.observe(query, valid, self.window.keys.shape[1])

@@ -68,7 +68,7 @@ class Documents:
         self._held: dict[str, Document] = {}
         # The index that is being changed, what it was before, and what documents there are then.
         self._change: tuple[Index, State, dict[str, Document]] | None = None
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
 
     def __len__(self) -> int:
         """How many documents there are."""
@@ -81,7 +81,7 @@ class Documents:
         Raises:
             SixfoldError: From a signal handler that interrupts such a block, or a change.
         """
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned():
             raise SixfoldError("the documents are in use by what this call interrupted")
         with self._lock:
             self._settle()
@@ -96,7 +96,7 @@ class Documents:
             self._change = None
 
     def _known(self) -> dict[str, Document]:
-        if self._change is not None and not self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._change is not None and not self._lock._is_owned():
             with self._lock:
                 self._settle()
         return self._held
@@ -186,7 +186,7 @@ class Documents:
         found = self._search(query, k, where)
         if self._held is held and self._change is None:
             return found
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned():
             return found
         # Something was changed meanwhile.
         with self.unchanged():

@@ -161,6 +161,8 @@ def attention_forward(
     ours = ours or _shared_tail(module, query, key, attention_mask)
     if ours and kwargs.get("output_attentions"):
         _warn_of_weights()
+    if isinstance(key, Tensor) and not torch.compiler.is_compiling():
+        meet(query, key, attention_mask)
     if not isinstance(key, Tensor):
         if kwargs.get("position_bias") is not None:
             if isinstance(key, CodesHandle):
@@ -175,10 +177,7 @@ def attention_forward(
             out = _attend_untraced(key, query, options)
         else:
             out = key.attend(query, **options)
-        return out.transpose(1, 2).contiguous(), None
-    if not torch.compiler.is_compiling():
-        meet(query, key, attention_mask)
-    if not ours:
+    elif not ours:
         return sdpa_attention_forward(
             module,
             query,
@@ -189,7 +188,8 @@ def attention_forward(
             scaling=scaling,
             **kwargs,
         )
-    out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
+    else:
+        out = exact_attention(*map(as_autocast, (query, key, cast(Tensor, value))), **options)
     return out.transpose(1, 2).contiguous(), None
 
 

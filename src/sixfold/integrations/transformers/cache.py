@@ -143,7 +143,6 @@ class TurboQuantCache(CountedCache):
         self.config = config
         self._model: weakref.ref[PreTrainedModel] | None = None
         self._prompt: weakref.ref[torch.nn.Module] | None = None
-        self._waiting: TurboQuantLayer | None = None
         # Whether attention shows no queries: in a graph, or by a model's own code.
         self._blind = False
         types, kwargs = layer_types(config)
@@ -272,12 +271,14 @@ class TurboQuantCache(CountedCache):
 
     def _let_wait(self, layer: TurboQuantLayer) -> None:
         """Let a layer that hands out dense keys wait for their queries, and no other beside it."""
-        if self._waiting is not None and self._waiting.settle():
+        before = self._pass.waiting
+        if before is not None and before.settle():
             # What one layer waited for in vain the next ones need not wait for.
             self._blind = True
-        self._waiting = None if layer.mapped else layer
-        kind = decoder_config(self.config)._attn_implementation if not layer.mapped else None
-        layer.watched = not self._blind and kind != "eager"
+        if not layer.mapped:
+            self._pass.waiting = layer
+            kind = decoder_config(self.config)._attn_implementation
+            layer.watched = not self._blind and kind != "eager"
 
     def _update_traced(self, keys: Tensor, values: Tensor, index: int) -> tuple[Any, Any]:
         layer = self.layers[index]
@@ -531,7 +532,7 @@ class TurboQuantCache(CountedCache):
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [forked(layer) for layer in self.layers]
-        twin._pass, twin._waiting = self._pass.copy(self.layers), None
+        twin._pass = self._pass.copy(self.layers)
         return twin
 
     @untraced
@@ -556,7 +557,7 @@ class TurboQuantCache(CountedCache):
         # What inference mode makes cannot be changed outside of it.
         with ordinary_tensors(), torch.no_grad():
             twin.layers = [static_layer(layer, max_tokens) for layer in self.layers]
-        twin._pass, twin._waiting = ForwardPass(self._pass.growing), None
+        twin._pass = ForwardPass(self._pass.growing)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -662,12 +663,7 @@ class TurboQuantCache(CountedCache):
         self._check_carried("a copy")
         # A model is not part of its cache; without one, `save` writes no digest of its weights.
         # Nor can states that it has read be told from its copies.
-        own = {
-            "_model": None,
-            "_prompt": None,
-            "_waiting": None,
-            "_pass": self._pass.copy(self.layers),
-        }
+        own = {"_model": None, "_prompt": None, "_pass": self._pass.copy(self.layers)}
         return {**self.__dict__, **own}
 
 

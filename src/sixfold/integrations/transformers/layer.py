@@ -99,8 +99,6 @@ class TurboQuantLayer(CacheLayerMixin):
         """Add tokens; returns a handle for the fused attention, or all tokens dequantized."""
         if torch._C._is_any_autocast_enabled():
             key_states, value_states = as_autocast(key_states), as_autocast(value_states)
-        if self._watch is not None:
-            self.settle()
         if self._store is None:
             self.lazy_initialization(key_states, value_states)
         store = self._store

@@ -46,6 +46,7 @@ class ForwardPass:
         started: Whether there were states to continue, as far as is known.
         unfinished: An operation that changes one layer after the other, while it does.
         shortens: Whether all that it does is to take tokens back.
+        waiting: The layer that waits for its queries, or did last.
     """
 
     def __init__(self, growing: Iterable[int]) -> None:
@@ -58,6 +59,7 @@ class ForwardPass:
         self.lent: dict[tuple[int, str, int], tuple[Tensor, int | Tensor]] = {}
         self.unfinished: str | None = None
         self.shortens = False
+        self.waiting: TurboQuantLayer | None = None
         self._begin()
 
     @contextmanager
