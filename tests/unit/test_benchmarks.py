@@ -91,6 +91,23 @@ def test_settings_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SIXFOLD_NEW" not in os.environ
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's binding")
+def test_busy_processes_keep_to_their_processors_and_end_with_their_block() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    asked = [allowed[0], allowed[-1]]
+    with machine.busy(asked) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+        assert [os.sched_getaffinity(process.pid) for process in processes] == [{x} for x in asked]
+    assert all(process.returncode for process in processes)
+
+
+def test_processors_that_cannot_be_had(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parse(["--op", "generate", "--busy", "0,123456"])
+    error = capsys.readouterr().err
+    assert "this process may use" in error or "binds no process" in error
+
+
 def test_attention_beside_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = results(tmp_path, "--op", "attention", "--tokens", "192,256", "--bits", "8")
     rows = document["rows"]
