@@ -24,6 +24,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_COORDINATES = 2**20
 # Seeds have any size, but there is no use for more bits than this.
 MOST_SEED = 2**128
+# Of a larger integer there need not be a float.
+_BEYOND = 2**1023
 _UNREADABLE = (TypeError, ValueError, RuntimeError, OverflowError)
 
 
@@ -31,7 +33,11 @@ def shown(value: object) -> str:
     """A value as messages show it, in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Of an integer with more digits than Python writes.
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -83,14 +89,22 @@ def real(name: str, value: Any) -> float:
 
 
 def number_of(value: Any) -> int | float | None:
-    """The number that a scalar of Python, NumPy or PyTorch is, if it is one."""
-    if type(value) in (int, float):
-        return value  # type: ignore[no-any-return]
+    """The number that a scalar of Python, NumPy or PyTorch is, if it is one.
+
+    An integer beyond all floats is infinite.
+    """
+    if type(value) is float:
+        return value
+    integer = value if type(value) is int else _index(value)
+    if integer is not None and abs(integer) >= _BEYOND:
+        return math.inf if integer > 0 else -math.inf
+    if integer is not None:
+        return integer
     if _truth(value) or isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
         return None
     try:
         # Of complex numbers there is none.
-        return _index(value) or float(value)
+        return float(value)
     except _UNREADABLE:
         return None
 

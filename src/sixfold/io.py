@@ -23,7 +23,13 @@ from torch import Tensor
 
 from sixfold.arguments import dense, shown
 from sixfold.arguments import path as checked_path
-from sixfold.container.files import existing, hand_on_attributes, hand_on_owner, open_regular
+from sixfold.container.files import (
+    existing,
+    hand_on_attributes,
+    hand_on_owner,
+    open_regular,
+    place_of,
+)
 from sixfold.container.header import DTYPE_NAMES, DTYPES, Header, TensorSpec, read_header
 from sixfold.errors import FormatError, SixfoldError
 
@@ -76,7 +82,7 @@ def write_container(
         "description": text,
         "sha256": _digest(kind, text, tensors),
     }
-    target = Path(os.path.realpath(path))
+    target = place_of(path)
     if os.fsdecode(path).endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "expected a file's path, got a folder's", str(path))
     if not target.parent.is_dir():

@@ -111,6 +111,32 @@ def test_recovery_that_would_lose_tokens_is_refused(fused: bool) -> None:
     assert lengths(cache) == [data.prompt] * 2
 
 
+def test_a_pass_repeated_while_a_layer_waits_is_refused_and_recovered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The refusal leaves it waiting: compressed, it would have let go of what left its window."""
+    model = fresh_model("mistral", attn_implementation="sdpa")
+    data, seen = batch((560, 560), steps=6), 100
+    cache = TurboQuantCache(model.config, bits=8)
+    forward(model, cache, data, 0, seen)
+    update = cache.update
+
+    def stop_unattended(*tokens: Any) -> None:
+        update(*tokens)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "update", stop_unattended)
+        with pytest.raises(Stopped):
+            forward(model, cache, data, seen, data.prompt)
+    assert data.prompt - seen > WINDOW
+    for _ in range(2):
+        with pytest.raises(SixfoldError, match=r"interrupted.*cache\.recover\(\)"):
+            forward(model, cache, data, seen, data.prompt)
+    assert cache.recover() == seen
+    assert lengths(cache) == [seen] * 2
+
+
 @both_modes
 @pytest.mark.parametrize("after", ["between layers", "the last layer"])
 def test_recovery_to_what_was_held_before(fused: bool, after: str) -> None:

@@ -411,6 +411,7 @@ WRAPPERS = {
     "peft": peft,
     "mixed adapters": Mixed,
     "mixed peft": mixed_peft,
+    "peft's tuner": lambda model: peft(model).base_model,
     "compiled": torch.compile,
     "parallel": torch.nn.DataParallel,
     "compiled peft": lambda model: torch.compile(peft(model)),

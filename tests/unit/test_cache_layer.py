@@ -534,6 +534,20 @@ def test_a_mask_for_another_number_of_tokens(columns: int, sliding_window: int |
     layer.attend(query, scaling=1.0, mask=torch.ones(2, 1, 3, smallest).bool())
 
 
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("held", [10, 150])
+@pytest.mark.parametrize("shape", [(5, 1, 3), (2, 3, 3), (2, 1, 2)], ids=str)
+def test_a_mask_for_other_queries(shape: tuple[int, int, int], held: int) -> None:
+    """While nothing is compressed as afterwards."""
+    layer = Shape().layer()
+    feed(layer, Shape().tokens(held))
+    query, keys, values = Shape().tokens(3, 1)
+    layer.append(keys, values)
+    with pytest.raises(ShapeError, match=r"mask: expected \[2 or 1, 4 or 1, 3, positions\]"):
+        layer.attend(query, scaling=1.0, mask=torch.ones(*shape, layer.held).bool())
+    layer.attend(query, scaling=1.0, mask=torch.ones(2, 1, 3, layer.held).bool())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("kept", [30, 300, 400])
 def test_a_copy_goes_on_in_memory_of_its_own(kept: int, copied: Callable[[Any], Any]) -> None:

@@ -31,7 +31,7 @@ pytestmark = [
 DIM = 16
 SHAPE = Shape()
 NO_NUMBERS: list[Any] = [
-    *(None, "4", "", b"4", True, np.bool_(True), 2.5000001, math.nan, math.inf, 1j, 2**70),
+    *(None, "4", "", b"4", True, np.bool_(True), 2.5000001, math.nan, math.inf, 1j, 2**70, 10**400),
     *([4, 5], {}, {1}, object(), torch.tensor([4, 5]), np.array([4, 2]), torch.tensor(math.nan)),
     *(torch.tensor(4, device="meta"), torch.tensor(True)),
 ]
@@ -40,6 +40,8 @@ NO_WORDS: list[Any] = [None, "best", 1, True, [], {}, np.array(["norm", "optimal
 
 def shown(value: object) -> str:
     """In a test's name, which may not depend on where an object lies."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"{value.bit_length()} bits"
     return "object" if type(value) is object else str(value)[:30]
 
 
@@ -233,7 +235,9 @@ def test_kernels_name_the_argument_they_refuse(
             refused(lambda name=name, value=value: kernel(**{**arguments, name: value}))
 
 
-@pytest.mark.parametrize("scaling", [math.nan, math.inf, "1", None, torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+    "scaling", [math.nan, math.inf, "1", None, torch.ones(2), 10**400, -(10**5000)], ids=shown
+)
 def test_logits_are_not_scaled_by_no_number(scaling: Any) -> None:
     layer = SHAPE.layer()
     query = feed_one(layer)

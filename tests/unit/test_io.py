@@ -258,6 +258,21 @@ def test_pipes_and_devices_are_neither_read_nor_replaced(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's descriptors")
+def test_what_is_open_and_has_no_name_is_not_replaced(tmp_path: Path) -> None:
+    """Such links say a name of old, by which the file would be written beside it."""
+    unnamed = os.open(tmp_path / "gone", os.O_RDWR | os.O_CREAT)
+    (tmp_path / "gone").unlink()
+    pipe = os.pipe()
+    for descriptor in (unnamed, pipe[1]):
+        with pytest.raises(OSError, match="by their name") as error:
+            write_container(f"/proc/self/fd/{descriptor}", KIND, {}, {"x": torch.ones(2)})
+        assert error.value.filename == f"/proc/self/fd/{descriptor}"
+    for descriptor in (unnamed, *pipe):
+        os.close(descriptor)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_that_may_not_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved.chmod(0)
     if os.access(saved, os.R_OK):  # a privileged user may read anything

@@ -195,7 +195,7 @@ class CompressedLayer:
         given, dtype = query.dtype, window.keys.dtype
         query = query if given is dtype else query.to(dtype)
         if mask is not None:
-            check_mask(mask, held, self.length, self.sliding_window, window.keys.device)
+            check_mask(mask, query, held, self.length, self.sliding_window)
             mask = fit_mask(mask, held)
         prefix = self.prefix
         if prefix is not None and prefix.assumed:

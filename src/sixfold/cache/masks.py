@@ -6,20 +6,21 @@ from torch import Tensor
 
 from sixfold.arguments import dense
 from sixfold.errors import ShapeError, SixfoldError
+from sixfold.kernels._groups import mask_strides
 from sixfold.kernels.types import Mask
 
 
 def check_mask(
-    mask: Mask, held: int, length: int, sliding_window: int | None, device: torch.device
+    mask: Mask, query: Tensor, held: int, length: int, sliding_window: int | None
 ) -> None:
     """Columns must be tokens held; only a sliding layer may hold more than is asked for.
 
     Args:
         mask: Of the newest tokens.
+        query: Of the newest tokens, [batch, heads, queries, dim].
         held: Tokens that can still be attended.
         length: Tokens ever seen.
         sliding_window: Tokens a query sees, itself included; None for all.
-        device: Where the tokens are.
 
     Raises:
         SixfoldError: It is no dense tensor, or on another device.
@@ -31,8 +32,9 @@ def check_mask(
             "mask: expected bool or floating point, [batch or 1, heads or 1, queries, tokens], "
             f"got {mask.dtype} {list(mask.shape)}."
         )
-    if mask.device != device:
-        raise SixfoldError(f"mask is on {mask.device}, this layer on {device}: move it.")
+    if mask.device != query.device:
+        raise SixfoldError(f"mask is on {mask.device}, this layer on {query.device}: move it.")
+    mask_strides(mask, *query.shape[:3])
     visible = held if sliding_window is None else min(held, sliding_window - 1 + mask.shape[2])
     if not visible <= mask.shape[3] <= length:
         raise ShapeError(

@@ -7,6 +7,21 @@ import stat
 from pathlib import Path
 
 
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` leads to, by links too.
+
+    Raises:
+        OSError: It leads to a file that has no name: only a file with one can be replaced.
+    """
+    target = Path(os.path.realpath(path))
+    # Links such as those in /dev/fd lead on to what is open, and say its name of old.
+    given = Path(path)
+    if given.exists() and not (target.exists() and given.samefile(target)):
+        message = "leads to a pipe, or a file without a name: write and read files by their name"
+        raise OSError(errno.EINVAL, message, str(path))
+    return target
+
+
 def existing(target: Path, path: str | os.PathLike[str]) -> os.stat_result | None:
     """The file at `target` that will be replaced, if there is one.
 

@@ -256,12 +256,13 @@ class TurboQuantCache(CountedCache):
         layer: Any = self.layers[layer_idx]
         # Most are: to ask an abstract class what it has instances of takes time.
         usual = type(layer) is TurboQuantLayer
-        if not usual and not isinstance(layer, TurboQuantLayer):
+        ours = usual or isinstance(layer, TurboQuantLayer)
+        if not ours:
             check_dtype(layer, key_states)
             follow(layer, key_states.device)
-        elif not layer.fused:
-            self._let_wait(layer)
         self._pass.enter(self.layers, layer_idx, key_states.shape[2])
+        if ours and not layer.fused:
+            self._let_wait(layer)
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._pass.leave(layer_idx)
         if not usual and isinstance(layer, CrossAttentionLayer):
@@ -304,9 +305,9 @@ class TurboQuantCache(CountedCache):
 
         Args:
             tokens: How many tokens a sequence the cache held before that pass: then it holds as
-                many again, and the pass can be repeated. Without it a pass that was interrupted
-                after its last layer, in the projection to logits, say, counts as finished, and
-                one that left out the last layers of a new cache (early exit) as interrupted.
+                many again, and the pass can be repeated. Without it a pass counts as finished once
+                its last layer has got its tokens (repeated it adds them again), and one that left
+                out the last layers of a new cache (early exit) as interrupted.
 
         Returns:
             The tokens a sequence that are left.
