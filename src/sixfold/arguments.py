@@ -24,8 +24,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_COORDINATES = 2**20
 # Seeds have any size, but there is no use for more bits than this.
 MOST_SEED = 2**128
-# Of a larger integer there need not be a float.
-_BEYOND = 2**1023
 _UNREADABLE = (TypeError, ValueError, RuntimeError, OverflowError)
 
 
@@ -96,9 +94,11 @@ def number_of(value: Any) -> int | float | None:
     if type(value) is float:
         return value
     integer = value if type(value) is int else _index(value)
-    if integer is not None and abs(integer) >= _BEYOND:
-        return math.inf if integer > 0 else -math.inf
     if integer is not None:
+        try:
+            float(integer)
+        except OverflowError:
+            return math.inf if integer > 0 else -math.inf
         return integer
     if _truth(value) or isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
         return None

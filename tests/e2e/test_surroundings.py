@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from sixfold import TurboQuantCache
 from sixfold.errors import ShapeError, UnsupportedModelError
 from sixfold.integrations.transformers.keyword import CACHE_KEYWORD, cache_argument
+from sixfold.integrations.transformers.wrappers import unwrapped
 from tests.e2e.decoding import Batch, batch, continue_decoding, decode, forward, relative_error
 from tests.e2e.models import fresh_model
 from tests.processes import printed
@@ -434,6 +435,14 @@ def test_wrapped_models(wrap: Any, tmp_path: Path) -> None:
     loaded = TurboQuantCache.load(tmp_path / "x.sixfold", wrapped)
     expected = continue_decoding(model, cache, data)
     assert torch.equal(continue_decoding(model, loaded, data), expected)
+
+
+@pytest.mark.parametrize("wrap", [Quanto, torch.compile])
+def test_the_model_within_is_all_of_it_where_adapters_were_loaded_into_it(wrap: Any) -> None:
+    """Such wrappers have the names of their model, `peft_config` and `model` among them."""
+    model = fresh_model("llama-64")
+    model.peft_config = {}
+    assert unwrapped(wrap(model)) is model
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -184,9 +184,8 @@ class Documents:
         k, query = whole("k", k, 1), np.asarray(vector, dtype=np.float32)
         held = self._held
         found = self._search(query, k, where)
-        if self._held is held and self._change is None:
-            return found
-        if self._lock._is_owned():
+        unchanged = self._held is held and self._change is None
+        if unchanged or self._lock._is_owned():
             return found
         # Something was changed meanwhile.
         with self.unchanged():

@@ -70,13 +70,17 @@ def _inner(model: object) -> Iterator[torch.nn.Module]:
     # PEFT's own way to it: its adapters stay within.
     if callable(base := getattr(model, "get_base_model", None)):
         yield base()
-    # Models with adapters of several kinds lack that way: their tuner holds the model. It may also
-    # be used by itself.
-    tuners = [getattr(model, "base_model", None), model if hasattr(model, "peft_config") else None]
-    for tuner in tuners:
+    # Models with adapters of several kinds lack that way: their tuner holds the model.
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, PreTrainedModel):
         inner = getattr(tuner, "model", None)
-        if isinstance(inner, torch.nn.Module) and not isinstance(tuner, PreTrainedModel):
+        if isinstance(inner, torch.nn.Module):
             yield inner
     for name in _INNER:
         if isinstance(module := getattr(model, name, None), torch.nn.Module):
             yield module
+    # A tuner by itself. Last: wrappers that ask their model for what they lack have its names too.
+    if hasattr(model, "peft_config") and isinstance(
+        module := getattr(model, "model", None), torch.nn.Module
+    ):
+        yield module
